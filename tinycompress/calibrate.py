@@ -1,0 +1,172 @@
+"""Calibration: one walk over the graph, block by block, that shows a visitor the inputs of every Feed.
+
+A block is walked piece by piece (q,k,v → o → gate,up → down) and each piece runs once, with whatever weights the
+visitor returned for it: so later pieces, and later layers, see the already compressed prefix (GPTQ's true-sequential
+order) for the price of one forward. Only one block's weights and one piece's activations are in memory.
+
+Letters: N windows, T window length, b windows a batch, K width of a feed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .errors import InputError
+from .graph import Feed, Graph, Weight, feeds
+from .model import Block, Embedding, Norm, RotaryTables, check_ids, linear
+
+BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one feed: iterate (as often as needed) over batches [b, T, K]. `reference` holds the same
+    positions' inputs in the untouched graph, when the walk was asked for them."""
+
+    make: Callable[[], Iterator[Tensor]]
+    reference: Inputs | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.make()
+
+
+Visitor = Callable[[Feed, Inputs], Mapping[str, Weight] | None]
+
+
+@torch.no_grad()
+def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = False, progress: str | None = None) -> Graph:
+    """Calls `visit(feed, inputs)` for every feed in order; the parameters it returns (same shapes) replace the graph's.
+
+    tokens: [N, T] ids, on the device to work on. Blocks run in float32 on the CPU, in the graph's dtype elsewhere.
+    reference: also run the untouched graph and show its inputs as `inputs.reference` (twice the time and memory).
+    Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
+    """
+    tokens = check_calibration(graph, tokens)
+    device = tokens.device
+    dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
+    stream = _Stream(graph, tokens, device, dtype)
+    other = _Stream(graph, tokens, device, dtype) if reference else None
+    changed: dict[str, Weight] = {}
+    todo: dict[int | None, list[Feed]] = {}
+    for feed in feeds(graph.config):
+        todo.setdefault(feed.layer, []).append(feed)
+    for layer in tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None):
+        for s in (stream, other):
+            if s:
+                s.enter(layer)
+        for feed in todo.get(layer, ()):
+            inputs = stream.inputs(feed, other)
+            new = visit(feed, inputs) or {}
+            changed |= new
+            stream.apply(new)
+            for s in (stream, other):
+                if s:
+                    s.advance(feed)
+    for feed in todo[None]:
+        changed |= visit(feed, stream.inputs(feed, other)) or {}
+    return graph.replace(weights=changed)
+
+
+def check_calibration(graph: Graph, tokens: Tensor) -> Tensor:
+    """tokens as [N, T] of ids in the vocabulary and windows within the context; else an InputError."""
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise InputError("calibration tokens", f"{tokens.dtype} {tuple(tokens.shape)}", "integer ids [windows, seq_len]")
+    if tokens.shape[1] < 2:
+        raise InputError("calibration tokens", f"windows of {tokens.shape[1]}", "windows of at least 2 tokens")
+    if tokens.shape[1] > graph.config.max_position:
+        raise InputError("calibration tokens", f"windows of {tokens.shape[1]}", f"at most the context, {graph.config.max_position}")
+    check_ids(tokens, graph.config.vocab_size)
+    return tokens
+
+
+class _Stream:
+    """The hidden states of all windows on their way through one graph, in batches [b, T, D]."""
+
+    def __init__(self, graph: Graph, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        self.graph, self.device, self.dtype = graph, device, dtype
+        T = tokens.shape[1]
+        embed = Embedding(graph.weights["model.embed_tokens.weight"].to(device, dtype))
+        self.hidden = [embed(b).to(dtype) for b in tokens.split(max(1, BATCH_TOKENS // T))]
+        self.tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, device, dtype)
+        self.piece: list[Tensor] = []  # what the sublayer in progress handed to o_proj or down_proj
+        self.block: Block | None = None
+
+    def enter(self, layer: int) -> None:
+        self.block = Block(self.graph, layer, self.device, self.dtype)
+
+    def apply(self, weights: Mapping[str, Weight]) -> None:
+        """Puts new weights into the block, dense: a packed one would be unpacked again for every batch."""
+        for name, weight in weights.items():
+            owner, what = name.rsplit(".", 1)
+            if self.block is None or not owner.startswith("model.layers."):
+                continue
+            path = owner.split(".")[3:]
+            parent: nn.Module = self.block
+            for step in path[:-1]:
+                parent = getattr(parent, step)
+            dense = weight if isinstance(weight, Tensor) else weight.dequantize()
+            dense = dense.to(self.device, self.dtype)
+            if what == "weight" and not isinstance(getattr(parent, path[-1]), Norm):
+                setattr(parent, path[-1], linear(dense, getattr(parent, path[-1]).bias))
+            else:
+                setattr(getattr(parent, path[-1]), what, nn.Parameter(dense, requires_grad=False))
+
+    def inputs(self, feed: Feed, other: _Stream | None) -> Inputs:
+        return Inputs(lambda: self._batches(feed), None if other is None else other.inputs(feed, None))
+
+    def _batches(self, feed: Feed) -> Iterator[Tensor]:
+        norm = self._norm(feed)
+        if norm is not None:
+            yield from (norm(h) for h in self.hidden)
+        else:
+            yield from self.piece
+
+    def _norm(self, feed: Feed) -> Norm | None:
+        if feed.layer is None:
+            return Norm(self.graph.weights["model.norm.weight"].to(self.device, self.dtype), self.graph.config.norm_eps)
+        return getattr(self.block, feed.source.rsplit(".", 1)[1], None) if "layernorm" in feed.source else None
+
+    def advance(self, feed: Feed) -> None:
+        """Runs the readers of the feed on its inputs, once."""
+        block = self.block
+        assert block is not None
+        norm = self._norm(feed)
+        if norm is not None and block.self_attn is not None and norm is getattr(block, "input_layernorm", None):
+            self.piece = [block.self_attn.heads(norm(h), self.tables) for h in self.hidden]
+        elif norm is not None:
+            self.piece = [block.mlp.mid(norm(h)) for h in self.hidden]
+        else:
+            out = block.self_attn.o_proj if feed.readers[0].endswith("o_proj") else block.mlp.down_proj
+            self.hidden = [h.add_(out(x)) for h, x in zip(self.hidden, self.piece)]
+            self.piece = []
+
+
+def gram(feed: Feed, inputs: Inputs) -> Tensor:
+    """Σ x xᵀ over all positions, float64 [K, K]; an InputError naming the readers if an activation is not finite.
+
+    Only the lower block triangle is multiplied out: a symmetric product needs little more than half the work.
+    """
+    total: Tensor | None = None
+    for batch in inputs:
+        x = batch.flatten(0, -2)  # (b·T, K)
+        if not x.is_floating_point() or x.dtype.itemsize < 4:
+            x = x.float()
+        K = x.shape[1]
+        if total is None:
+            total = torch.zeros(K, K, dtype=torch.float64, device=x.device)
+        step = max(128, -(-K // 4))
+        for i in range(0, K, step):
+            total[i:, i : i + step] += x[:, i:].T @ x[:, i : i + step]
+    assert total is not None
+    diagonal = total.diagonal().clone()
+    if not torch.isfinite(diagonal).all():
+        bad = int((~torch.isfinite(diagonal)).sum())
+        raise InputError(
+            f"inputs of {', '.join(feed.readers)}", f"NaN or infinite values in {bad} channels", "finite activations (look at the weights before it)"
+        )
+    return torch.tril(total).add_(torch.tril(total, -1).T)

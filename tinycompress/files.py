@@ -1,0 +1,107 @@
+"""Writing so that nothing is ever half-written: a temporary name beside the target, flushed, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    An existing non-empty target is an `InputError` unless `overwrite`; then it is swapped out only at the very end, so
+    a failure leaves the old one as it was (and memory maps of its files stay valid).
+    """
+    target = Path(target).absolute()
+    check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        work.chmod(0o777 & ~_umask())
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        _flush(work)
+        old = work.with_name(work.name + "-old")
+        if target.exists():
+            os.rename(target, old)
+        os.rename(work, target)
+        _flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_free(target: str | Path, overwrite: bool = False) -> None:
+    """An `InputError` if `target` cannot become an output folder: called before hours of work, not after."""
+    target = Path(target)
+    if target.is_file():
+        raise InputError("output folder", f"{target}, a file", "a folder name")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise InputError("output folder", f"{target}, which is not empty", "a new or empty folder, or overwriting (--overwrite)")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a file in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON object from a file; an `InputError` that names the file if it is missing or not JSON."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(str(path), "no such file", "a JSON file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"not JSON ({error})", "a JSON object") from None
+    if not isinstance(data, dict):
+        raise InputError(str(path), f"a JSON {type(data).__name__}", "a JSON object")
+    return data
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """`folder / name`, refused if it would leave the folder: file names in configs and indexes are input."""
+    base = Path(folder)
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"file name in {base}", repr(name), "a name inside the folder")
+    return base / name
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

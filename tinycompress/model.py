@@ -1,0 +1,300 @@
+"""The transformer, built from a Graph: one forward for every shape of layer, one KV cache, one sampler.
+
+Llama 2 (arXiv:2307.09288): x += attention(norm(x)); x += ffn(norm(x)), with RMSNorm, RoPE, grouped-query attention
+and SwiGLU. Sublayers are split where other linears read (`heads` before o_proj, `mid` before down_proj) so that
+calibration walks a block piece by piece with the very code that the forward runs.
+
+Letters: B batch, T new positions, S positions in the cache and new, D hidden, H heads, K KV heads, d head_dim,
+F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .errors import InputError
+from .graph import Config, Graph, layer_prefix
+from .quantize import QuantLinear, QuantTensor
+from .rope import Rope
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated [B, K, max_length, d]; `length` positions are filled.
+
+    Keys are kept rotated, unless the RoPE's frequencies depend on the length: then un-rotated, and turned when read.
+    """
+
+    def __init__(self, config: Config, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.length, self.max_length = 0, max_length
+        self.layers = [
+            tuple(torch.empty(batch, layer.n_kv_heads, max_length, config.head_dim, device=device, dtype=dtype) for _ in "kv")
+            for layer in config.layers
+        ]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes [B, K, T, d] behind `length`; returns everything up to there. `Transformer` advances `length`."""
+        stop = self.length + keys.shape[2]
+        if stop > self.max_length:
+            raise InputError("KV cache", f"{stop} positions", f"at most {self.max_length} (its max_length)")
+        k, v = self.layers[layer]
+        k[:, :, self.length : stop], v[:, :, self.length : stop] = keys, values
+        return k[:, :, :stop], v[:, :, :stop]
+
+
+class RotaryTables:
+    """cos and sin [S, d/2] for one forward: new positions start at `start`."""
+
+    def __init__(self, rope: Rope, head_dim: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.start, self.all_keys = start, rope.varies_with_length
+        first = 0 if self.all_keys else start
+        self.cos, self.sin = (t.to(dtype) for t in rope.tables(head_dim, stop, first, device))
+
+    def new(self, x: Tensor) -> Tensor:
+        """Turns the new positions of x [B, H, T, d]."""
+        T = x.shape[2]
+        return rotate(x, self.cos[-T:], self.sin[-T:])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, d] by the half-split rule: pairs (i, i + d/2); cos, sin [T, d/2]."""
+    a, b = x.chunk(2, -1)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    out = torch.empty_like(x)  # keeps x's memory order; two fused passes instead of six
+    torch.mul(a, cos, out=(first := out[..., : a.shape[-1]]))
+    torch.mul(b, cos, out=(second := out[..., a.shape[-1] :]))
+    first.addcmul_(b, sin, value=-1)
+    second.addcmul_(a, sin)
+    return out
+
+
+def linear(weight: Tensor | QuantTensor, bias: Tensor | None) -> nn.Module:
+    """The module that multiplies by a weight of the graph, sharing its memory."""
+    if isinstance(weight, QuantTensor):
+        return QuantLinear(weight, bias)
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467): x / √(mean(x²) + ε) · w, the mean in float32 or better."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
+        if torch.is_grad_enabled() or wide is not x:
+            return self.weight * (wide * scale).to(x.dtype)
+        return (x * scale).mul_(self.weight)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; `heads` is everything before o_proj."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linears[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+    def heads(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x [B, T, D] (normalised) to the heads' outputs [B, T, H·d]."""
+        q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = tables.new(q)
+        if not (tables.all_keys and cache):
+            k = tables.new(k)
+        if cache:
+            k, v = cache.append(layer, k, v)  # (B, K, S, d)
+            if tables.all_keys:
+                k = rotate(k, tables.cos, tables.sin)
+        T, S = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < T < S:  # a chunk behind a cache: query t sees keys up to S - T + t
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=q.shape[1] != k.shape[1])
+        return rearrange(out, "b h t d -> b t (h d)")
+
+    def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        return self.o_proj(self.heads(x, tables, cache, layer))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202); `mid` is everything before down_proj."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
+
+    def mid(self, x: Tensor) -> Tensor:
+        """x [..., D] (normalised) to silu(gate) · up [..., F]."""
+        if torch.is_grad_enabled():
+            return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.mid(x))
+
+
+class Block(nn.Module):
+    """One layer; a sublayer of width 0 is absent."""
+
+    def __init__(self, graph: Graph, index: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        config, layer, at = graph.config, graph.config.layers[index], layer_prefix(index)
+        self.index = index
+
+        def get(name: str) -> Tensor | QuantTensor:
+            return graph.weights[f"{at}.{name}"].to(device, dtype)
+
+        def linears(block: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
+            return {n: linear(get(f"{block}.{n}.weight"), get(f"{block}.{n}.bias") if n in config.biases else None) for n in names}
+
+        self.self_attn = self.mlp = None
+        if layer.n_heads:
+            self.input_layernorm = Norm(get("input_layernorm.weight"), config.norm_eps)
+            self.self_attn = Attention(linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), config.head_dim)
+        if layer.ffn_dim:
+            self.post_attention_layernorm = Norm(get("post_attention_layernorm.weight"), config.norm_eps)
+            self.mlp = MLP(linears("mlp", ("gate_proj", "up_proj", "down_proj")))
+
+    def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
+        """x [B, T, D] to [B, T, D]."""
+        if self.self_attn is not None:
+            x = x + self.self_attn(self.input_layernorm(x), tables, cache, self.index)
+        if self.mlp is not None:
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Token ids [B, T] to logits [B, T, V]. Parameters are the graph's own tensors; training code turns on gradients."""
+
+    def __init__(self, graph: Graph, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config = graph.config
+        embedding = graph.weights["model.embed_tokens.weight"].to(device, dtype)
+        self.model = nn.Module()
+        self.model.embed_tokens = Embedding(embedding)
+        self.model.layers = nn.ModuleList(Block(graph, i, device, dtype) for i in range(config.n_layers))
+        self.model.norm = Norm(graph.weights["model.norm.weight"].to(device, dtype), config.norm_eps)
+        head = embedding if config.tie_embeddings else graph.weights["lm_head.weight"].to(device, dtype)
+        self.lm_head = linear(head, None)
+        if config.tie_embeddings and isinstance(head, Tensor):
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def tables(self, start: int, stop: int) -> RotaryTables:
+        return RotaryTables(self.config.rope, self.config.head_dim, start, stop, self.device, self.dtype)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        return KVCache(self.config, batch, max_length, self.device, self.dtype)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids [B, T] to the normalised last hidden states [B, T, D], from position cache.length (or 0) on."""
+        start = cache.length if cache else 0
+        x = self.model.embed_tokens(ids)
+        tables = self.tables(start, start + ids.shape[1])
+        for block in self.model.layers:
+            x = block(x, tables, cache)
+        if cache:
+            cache.length += ids.shape[1]
+        return self.model.norm(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.lm_head(self.hidden(ids, cache))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: tuple[int, ...] | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Continues ids [1, T] (or [T]); returns the new ids [n]. temperature 0 is greedy. Ends after max_new_tokens or
+        at a token of `stop` (the config's end-of-text tokens by default), which is not returned."""
+        ids = torch.as_tensor(ids, device=self.device).reshape(1, -1)
+        check_ids(ids, self.config.vocab_size)
+        stop = end_tokens(self.config) if stop is None else stop
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        cache = self.new_cache(1, ids.shape[1] + max_new_tokens)
+        out: list[int] = []
+        step = ids
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(step, cache)[0, -1])
+            token = sample(logits, temperature, top_k, top_p, generator)
+            if token in stop:
+                break
+            out.append(token)
+            if on_token:
+                on_token(token)
+            step = torch.tensor([[token]], device=self.device)
+        return torch.tensor(out, dtype=torch.long)
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] to rows [B, T, D] of a dense or packed table [V, D]."""
+
+    def __init__(self, weight: Tensor | QuantTensor) -> None:
+        super().__init__()
+        if isinstance(weight, QuantTensor):
+            self.table: QuantLinear | None = QuantLinear(weight, None)
+        else:
+            self.table, self.weight = None, nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.table is None:
+            return F.embedding(ids, self.weight)
+        flat = self.table.weight.select("model.embed_tokens.weight", 0, ids.flatten())
+        return flat.dequantize().unflatten(0, ids.shape)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> int:
+    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    probs = (logits.float() / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    if top_k:
+        order = order[:top_k]
+    if top_p is not None:
+        before = probs[order].cumsum(-1) - probs[order]
+        order = order[before < top_p * probs[order].sum()]
+    return int(order[torch.multinomial(probs[order], 1, generator=generator)])
+
+
+def end_tokens(config: Config) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Token ids must lie in the vocabulary: a wrong tokenizer otherwise reads memory that is not the model's."""
+    if ids.numel() == 0:
+        raise InputError("token ids", "none", "at least one token")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError("token ids", f"{low} … {high}", f"0 … {vocab_size - 1}: the model's vocabulary (is it the right tokenizer?)")

@@ -1,0 +1,280 @@
+"""The grid language: what a quantized weight is, how its grid is found, how it is packed, and the linear that runs it.
+
+A weight [N, K] is cut along K into groups of g; each group has a scale s and (asymmetric) an integer zero point z:
+
+    w ≈ (q - z) · s,   q in 0 … 2^bits - 1,   z = 2^(bits-1) when symmetric
+
+Symmetric scales may be negative: the grid reaches one step further on one side, and the sign chooses which.
+Letters: N out_features, K in_features, g group_size, G = K / g groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .graph import Graph, feeds
+
+BITS = (2, 3, 4, 8)
+SCALES = ("auto", "minmax", "mse", "weighted")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A weight grid. `group_size` None is one group a row (per-channel). `scale` says how scales are searched:
+    "minmax" covers the range, "mse" minimises the squared error, "weighted" the squared error weighted by E[x²] of
+    each input channel, "auto" is weighted where activation statistics are at hand and minmax otherwise."""
+
+    bits: int = 4
+    group_size: int | None = 64
+    symmetric: bool = True
+    scale: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise InputError("QuantSpec.bits", self.bits, BITS)
+        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
+            raise InputError("QuantSpec.group_size", self.group_size, "a multiple of 8, or None for per-channel")
+        if self.scale not in SCALES:
+            raise InputError("QuantSpec.scale", repr(self.scale), " | ".join(SCALES))
+
+    @staticmethod
+    def parse(text: str) -> QuantSpec:
+        """`w4g64` (symmetric, groups of 64), `w4` (per-channel), `w4g64-asym` (integer zero points)."""
+        match = re.fullmatch(r"w(\d)(?:g(\d+))?(-asym)?", text)
+        if not match:
+            raise InputError("quantization", repr(text), "w<bits>[g<group>][-asym], such as w4g64, w3g64, w8 or w4g32-asym")
+        return QuantSpec(int(match[1]), int(match[2]) if match[2] else None, match[3] is None)
+
+    def __str__(self) -> str:
+        return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "") + ("" if self.symmetric else "-asym")
+
+    def group(self, name: str, in_features: int) -> int:
+        """The group length for a linear; an `InputError` when it does not divide."""
+        g = self.group_size or in_features
+        if in_features % g:
+            fits = [n for n in (128, 64, 32, 16, 8) if in_features % n == 0]
+            raise InputError(f"group_size for {name}", f"{g}, which does not divide its {in_features} inputs", f"{fits} or per-channel")
+        return g
+
+    @property
+    def zero(self) -> int:
+        return 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A packed weight [N, K]: `packed` uint8 [N, G, ⌈g·bits/8⌉] (low bits first along K; for 2, 4 and 8 bits this is
+    MatMulNBits' layout), `scales` float [N, G], `zeros` uint8 [N, G] or None (symmetric)."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]
+
+    @staticmethod
+    def from_ints(q: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QuantTensor:
+        """`q` integers [N, K] in 0 … 2^bits - 1, `scales` and `zeros` [N, G]."""
+        N, K = q.shape
+        packed = pack(q.reshape(N, scales.shape[1], -1), spec.bits)
+        return QuantTensor(packed, scales.contiguous(), None if zeros is None else zeros.to(torch.uint8), spec, (N, K))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by the suffix they are saved under."""
+        parts = {".packed": self.packed, ".scales": self.scales}
+        return parts if self.zeros is None else parts | {".zeros": self.zeros}
+
+    @staticmethod
+    def from_tensors(parts: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QuantTensor:
+        """The inverse of `tensors`, with shapes checked against `shape` [N, K]."""
+        packed, scales, zeros = parts[".packed"], parts[".scales"], parts.get(".zeros")
+        g = spec.group("a packed weight", shape[1])
+        G, width = shape[1] // g, -(-g // 8) * spec.bits
+        if tuple(packed.shape) != (shape[0], G, width) or tuple(scales.shape) != (shape[0], G) or (zeros is None) != spec.symmetric:
+            raise InputError(
+                "packed weight", f"packed {tuple(packed.shape)}, scales {tuple(scales.shape)}", f"{(shape[0], G, width)} and {(shape[0], G)}"
+            )
+        return QuantTensor(packed, scales, zeros, spec, shape)
+
+    def ints(self) -> Tensor:
+        """uint8 [N, K] in 0 … 2^bits - 1."""
+        g = self.shape[1] // self.scales.shape[1]
+        return unpack(self.packed, self.spec.bits, g).reshape(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """float [N, K], in the scales' dtype unless another is given."""
+        dtype = dtype or self.scales.dtype
+        q = self.ints().reshape(*self.scales.shape, -1).to(dtype)
+        zero = self.spec.zero if self.zeros is None else self.zeros.to(dtype)[..., None]
+        return q.sub_(zero).mul_(self.scales.to(dtype)[..., None]).reshape(self.shape)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantTensor:
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QuantTensor(self.packed.to(device), self.scales.to(device, dtype), zeros, self.spec, self.shape)
+
+    def rows(self, start: int, stop: int) -> QuantTensor:
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return QuantTensor(self.packed[start:stop], self.scales[start:stop], zeros, self.spec, (len(self.packed[start:stop]), self.shape[1]))
+
+    def select(self, name: str, dim: int, index: Tensor) -> QuantTensor:
+        """Rows can be cut; columns would break groups, so those are cut before quantization."""
+        if dim != 0:
+            raise InputError(name, "a cut across quantized groups", "pruning before quantization (or a graph loaded dense)")
+        index = index.to(self.device)
+        zeros = None if self.zeros is None else self.zeros[index]
+        return QuantTensor(self.packed[index], self.scales[index], zeros, self.spec, (len(index), self.shape[1]))
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Integers [..., n] in 0 … 2^bits - 1 to uint8 [..., ⌈n/8⌉·bits], low bits first."""
+    q = F.pad(q.to(torch.uint8), (0, -q.shape[-1] % 8))
+    if bits == 8:
+        return q
+    if 8 % bits == 0:
+        q = q.unflatten(-1, (-1, 8 // bits))
+        return sum(q[..., j] << (bits * j) for j in range(8 // bits)).to(torch.uint8)  # type: ignore[union-attr]
+    eight = q.unflatten(-1, (-1, 8)).to(torch.int32)  # 8 values fill `bits` bytes
+    word = sum(eight[..., j] << (bits * j) for j in range(8))
+    return torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).flatten(-2).to(torch.uint8)  # type: ignore[operator]
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack`: uint8 [..., n]."""
+    mask = 2**bits - 1
+    if bits == 8:
+        out = packed
+    elif 8 % bits == 0:
+        out = torch.stack([(packed >> (bits * j)) & mask for j in range(8 // bits)], -1).flatten(-2)
+    else:
+        parts = packed.unflatten(-1, (-1, bits)).to(torch.int32)
+        word = sum(parts[..., j] << (8 * j) for j in range(bits))
+        out = torch.stack([(word >> (bits * j)) & mask for j in range(8)], -1).flatten(-2).to(torch.uint8)  # type: ignore[operator]
+    return out[..., :n]
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The nearest grid points as uint8 [N, K], for float `weight` [N, K] and per-group `scales`, `zeros` [N, G]."""
+    w = weight.reshape(*scales.shape, -1)
+    zero = spec.zero if zeros is None else zeros[..., None].to(w.dtype)
+    return (w / scales[..., None].to(w.dtype)).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8).reshape(weight.shape)
+
+
+def find_grid(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points [N, G] for a float weight [N, K]; `importance` is E[x²] of the inputs, [K].
+
+    The searches try shrunken ranges; symmetric candidates are scored after a least-squares refit of the scale
+    (s = Σh·w·q / Σh·q², so the error falls by (Σh·w·q)² / Σh·q²), in both signs.
+    """
+    g = spec.group(name, weight.shape[1])
+    if not torch.isfinite(weight).all():
+        raise InputError(name, "NaN or infinite weights", "finite weights")
+    how = spec.scale if spec.scale != "auto" else ("minmax" if importance is None else "weighted")
+    if how == "weighted" and importance is None:
+        raise InputError("QuantSpec.scale", "'weighted' without activation statistics", "'minmax' or 'mse', or a pass that calibrates")
+    h = None
+    if how == "weighted":
+        assert importance is not None
+        h = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6).reshape(-1, g).to(weight.dtype)
+    scales, zeros = [], []
+    rows = max(1, 65536 // weight.shape[1])  # a chunk of rows that stays in the processor's cache over the search
+    for chunk in weight.split(rows):
+        w = chunk.reshape(len(chunk), -1, g)
+        s, z = (_symmetric if spec.symmetric else _asymmetric)(w, h, spec.bits, search=how != "minmax")
+        scales.append(s)
+        zeros.append(z)
+    return torch.cat(scales), None if spec.symmetric else torch.cat(zeros)  # type: ignore[arg-type]
+
+
+def _symmetric(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[Tensor, None]:
+    top = 2 ** (bits - 1)
+    peak = w.abs().amax(-1).clamp_min(1e-10)  # (N, G)
+    if not search:
+        return peak / max(top - 1, 1), None  # the whole range on the shorter side, so nothing is clipped
+    hw = w if h is None else w * h
+    best = torch.full_like(peak, -1.0)
+    scale = peak / top
+    shrinks = torch.linspace(1.0, 0.45 if bits < 4 else 0.6, 12)
+    for sign in (1.0, -1.0):
+        for shrink in shrinks.tolist():
+            s = peak * (sign * shrink / top)
+            q = (w / s[..., None]).round_().clamp_(-top, top - 1)
+            cross = (hw * q).sum(-1)
+            square = (q * q if h is None else (q * q).mul_(h)).sum(-1).clamp_min(1e-30)
+            gain = cross * cross / square
+            better = gain > best
+            best = torch.where(better, gain, best)
+            scale = torch.where(better, cross / square, scale)
+    return torch.where(scale.abs() < 1e-10, peak / top, scale), None
+
+
+def _asymmetric(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[Tensor, Tensor]:
+    top = 2**bits - 1
+    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
+    best: Tensor | None = None
+    scale = zero = low
+    for shrink in torch.linspace(1.0, 0.6, 17).tolist() if search else (1.0,):
+        s = ((high - low) * shrink / top).clamp_min(1e-10)
+        z = (-low * shrink / s).round_().clamp_(0, top)
+        q = (w / s[..., None]).round_().add_(z[..., None]).clamp_(0, top)
+        error = (q.sub_(z[..., None]).mul_(s[..., None]) - w).square_()
+        loss = (error if h is None else error.mul_(h)).sum(-1)
+        better = torch.ones_like(loss, dtype=torch.bool) if best is None else loss < best
+        best = loss if best is None else torch.where(better, loss, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero.to(torch.uint8)
+
+
+def targets(graph: Graph, spec: QuantSpec, head: bool = False) -> list[str]:
+    """The linears a quantization pass works on, in model order (the head only if `head`), after checking that each is
+    still dense and that the groups divide its inputs: before any work is done."""
+    names = [name for feed in feeds(graph.config) for name in feed.readers if head or name != "lm_head"]
+    if head and graph.config.tie_embeddings:
+        raise InputError("head", "a head tied to the embedding", "head=False (a tied head is quantized with the embedding)")
+    for name in names:
+        weight = graph.weights.entries[graph.config.weight_name(name)]  # type: ignore[attr-defined]
+        if isinstance(weight, QuantTensor):
+            raise InputError(name, f"a weight that is already {weight.spec}", "a dense weight (quantize once, from the float model)")
+        spec.group(name, weight.shape[1])
+    return names
+
+
+class QuantLinear(nn.Module):
+    """x [..., K] → [..., N] with a packed weight, unpacked a block of rows at a time: never whole in memory."""
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.spec, self.shape = weight.spec, weight.shape
+        self.out_features, self.in_features = weight.shape
+        for suffix, tensor in weight.tensors().items():
+            self.register_buffer(suffix[1:], tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight(self) -> QuantTensor:
+        return QuantTensor(self.packed, self.scales, getattr(self, "zeros", None), self.spec, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = max(64, (1 << 20) // self.in_features)  # a million weights at a time
+        weight = self.weight
+        parts = [F.linear(x, weight.rows(i, i + rows).dequantize(x.dtype)) for i in range(0, self.out_features, rows)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return out if self.bias is None else out + self.bias
