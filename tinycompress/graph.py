@@ -1,13 +1,12 @@
 """The graph: a value that every pass takes and returns, and the only place that knows topology.
 
-  Config   the numbers of a Llama-family decoder; every layer may have its own widths
   Graph    config + weights (+ history of passes, tokenizer); never changed in place
-  shapes   every parameter and its shape
   feeds    which linears read one activation, and which weight writes it   (GPTQ, AWQ, norm folding)
   axes     everything that is cut together                                 (pruning)
   cut      a new graph with some indices of an axis kept
+  fold     a scale moved across a feed, which changes nothing
 
-All four are pure functions of the config: no tracing, no name patterns, no model walk. Weights carry Hugging Face
+feeds and axes are pure functions of the config: no tracing, no name patterns, no model walk. Weights carry Hugging Face
 names and the half-split RoPE layout. Letters: D hidden_size, H heads, K KV heads, d head_dim, F ffn_dim, V vocabulary.
 """
 
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .config import LINEARS, LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, layer_prefix, shapes
 from .errors import InputError
 from .rope import Rope
 
@@ -35,109 +35,26 @@ if TYPE_CHECKING:
 Weight: TypeAlias = "Tensor | QuantTensor"
 Pass = Callable[["Graph"], "Graph"]  # a pass is any such callable: no base class, no registry
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Widths of one layer. A width of 0 removes that sublayer (n_heads and n_kv_heads go together)."""
-
-    n_heads: int
-    n_kv_heads: int
-    ffn_dim: int
-
-    def __post_init__(self) -> None:
-        if min(self.n_heads, self.n_kv_heads, self.ffn_dim) < 0:
-            raise InputError("Layer", self, "widths of at least 0")
-        if (self.n_heads == 0) != (self.n_kv_heads == 0) or (self.n_kv_heads and self.n_heads % self.n_kv_heads):
-            raise InputError("Layer.n_heads", f"{self.n_heads} with n_kv_heads {self.n_kv_heads}", "a multiple of n_kv_heads, or both 0")
-
-    @property
-    def group(self) -> int:
-        """Query heads a KV head: query head h reads KV head h // group."""
-        return self.n_heads // self.n_kv_heads if self.n_kv_heads else 0
-
-
-@dataclass(frozen=True)
-class Config:
-    """A Llama-family decoder in numbers. `biases` names the linears (of every layer) that have one."""
-
-    vocab_size: int
-    hidden_size: int
-    head_dim: int
-    layers: tuple[Layer, ...]
-    rope: Rope = Rope()
-    max_position: int = 2048
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    biases: frozenset[str] = frozenset()
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "head_dim", "max_position"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"Config.{name}", value, "a positive integer")
-        if self.head_dim % 2:
-            raise InputError("Config.head_dim", self.head_dim, "an even number (RoPE turns pairs)")
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise InputError("Config.norm_eps", self.norm_eps, "a positive number")
-        if unknown := set(self.biases) - set(LINEARS):
-            raise InputError("Config.biases", sorted(unknown), " | ".join(LINEARS))
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def uniform(self) -> bool:
-        """Every layer alike and none without a sublayer: what Hugging Face's config can express."""
-        return len(set(self.layers)) == 1 and self.layers[0].n_heads > 0 and self.layers[0].ffn_dim > 0
-
-    @property
-    def n_params(self) -> int:
-        """Parameters, a tied head counted once."""
-        return sum(math.prod(shape) for shape in shapes(self).values())
-
-    @property
-    def n_body_params(self) -> int:
-        """Non-embedding parameters: everything but the embedding and the head. Pruning budgets count these."""
-        ends = ("model.embed_tokens.weight", "lm_head.weight")
-        return sum(math.prod(shape) for name, shape in shapes(self).items() if name not in ends)
-
-    def weight_name(self, linear: str) -> str:
-        """The parameter a linear multiplies by: `lm_head` reads the embedding when the two are tied."""
-        if linear == "lm_head" and self.tie_embeddings:
-            return "model.embed_tokens.weight"
-        return f"{linear}.weight"
-
-    def to_dict(self) -> dict[str, Any]:
-        out = dataclasses.asdict(self)
-        out["layers"] = [[layer.n_heads, layer.n_kv_heads, layer.ffn_dim] for layer in self.layers]
-        out["biases"] = sorted(self.biases)
-        return out
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Config:
-        """The inverse of `to_dict`; an unknown or missing field is an `InputError`."""
-        data = dict(data)
-        for cls, values in ((Config, data), (Rope, data.get("rope", {}))):
-            if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
-                raise InputError(f"{cls.__name__} fields", sorted(unknown), sorted(f.name for f in dataclasses.fields(cls)))
-        try:
-            rope = {k: tuple(v) if isinstance(v, list) else v for k, v in data["rope"].items()}
-            eos = data.get("eos_token_id")
-            data.update(
-                rope=Rope(**rope),
-                layers=tuple(Layer(*widths) for widths in data["layers"]),
-                biases=frozenset(data.get("biases", ())),
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            )
-            return Config(**data)
-        except (KeyError, TypeError) as error:
-            raise InputError("Config", str(error), "the fields that Config.to_dict writes") from error
+__all__ = [  # the config's names belong to the graph's vocabulary
+    "LLAMA_2_7B",
+    "SMOLLM2_135M",
+    "TINYLLAMA_1_1B",
+    "Axis",
+    "Config",
+    "Feed",
+    "Graph",
+    "Layer",
+    "LazyTensor",
+    "Pass",
+    "Rope",
+    "Weight",
+    "Weights",
+    "axes",
+    "cut",
+    "feeds",
+    "fold",
+    "shapes",
+]
 
 
 @dataclass(frozen=True)
@@ -163,45 +80,6 @@ class Axis:
     size: int
     cuts: Mapping[str, tuple[int, int]]
     groups: int = 1
-
-
-def layer_prefix(index: int) -> str:
-    return f"model.layers.{index}"
-
-
-def attention_shapes(config: Config, layer: Layer) -> dict[str, tuple[int, int]]:
-    """Weight shapes [out, in] of one attention sublayer's linears."""
-    D, q, kv = config.hidden_size, layer.n_heads * config.head_dim, layer.n_kv_heads * config.head_dim
-    return {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
-
-
-def ffn_shapes(config: Config, layer: Layer) -> dict[str, tuple[int, int]]:
-    """Weight shapes [out, in] of one FFN sublayer's linears."""
-    D, F = config.hidden_size, layer.ffn_dim
-    return {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
-
-
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter and its shape, in checkpoint order. A tied head has no entry of its own."""
-    D = config.hidden_size
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
-    for i, layer in enumerate(config.layers):
-        at = layer_prefix(i)
-        for present, norm, block, linears in (
-            (layer.n_heads, "input_layernorm", "self_attn", attention_shapes(config, layer)),
-            (layer.ffn_dim, "post_attention_layernorm", "mlp", ffn_shapes(config, layer)),
-        ):
-            if not present:
-                continue
-            out[f"{at}.{norm}.weight"] = (D,)
-            for name, shape in linears.items():
-                out[f"{at}.{block}.{name}.weight"] = shape
-                if name in config.biases:
-                    out[f"{at}.{block}.{name}.bias"] = shape[:1]
-    out["model.norm.weight"] = (D,)
-    if not config.tie_embeddings:
-        out["lm_head.weight"] = (config.vocab_size, D)
-    return out
 
 
 def feeds(config: Config) -> tuple[Feed, ...]:
@@ -235,7 +113,7 @@ def axes(config: Config) -> dict[str, Axis]:
     hidden: dict[str, tuple[int, int]] = {}
     for name, shape in names.items():
         writes = name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias"))
-        if len(shape) == 1 and not name.endswith(".bias") or writes:
+        if (len(shape) == 1 and not name.endswith(".bias")) or writes:
             hidden[name] = (0, 1)  # norms, and the rows that write the residual stream
         elif len(shape) == 2:
             hidden[name] = (1, 1)  # the embedding, the head, and the columns that read the residual stream
@@ -414,7 +292,7 @@ def cut(graph: Graph, axis: str | Axis, keep: Sequence[int] | Tensor) -> Graph:
 
 def _checked(axis: Axis, keep: Sequence[int] | Tensor) -> Tensor:
     index = torch.as_tensor(keep, dtype=torch.long).flatten().cpu()
-    if len(index) and (index.min() < 0 or index.max() >= axis.size) or len(index.unique()) != len(index):
+    if (len(index) and (index.min() < 0 or index.max() >= axis.size)) or len(index.unique()) != len(index):
         raise InputError(f"keep of {axis.name}", f"{index.tolist()[:8]}…", f"distinct indices below {axis.size}")
     if not len(index) and axis.name == "hidden":
         raise InputError("keep of hidden", "nothing", "at least one channel")
@@ -461,21 +339,31 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-TINYLLAMA_1_1B = Config(
-    vocab_size=32000, hidden_size=2048, head_dim=64, layers=(Layer(32, 4, 5632),) * 22, max_position=2048, bos_token_id=1, eos_token_id=2
-)
-LLAMA_2_7B = Config(
-    vocab_size=32000, hidden_size=4096, head_dim=128, layers=(Layer(32, 32, 11008),) * 32, max_position=4096, bos_token_id=1, eos_token_id=2
-)
-SMOLLM2_135M = Config(
-    vocab_size=49152,
-    hidden_size=576,
-    head_dim=64,
-    layers=(Layer(9, 3, 1536),) * 30,
-    rope=Rope(theta=100000.0),
-    max_position=8192,
-    tie_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-)
+def fold(graph: Graph, feed: Feed, scale: Tensor) -> dict[str, Weight]:
+    """The parameters with which the feed's activation is divided by `scale` [K] and its readers multiply by it: the
+    source's rows (or norm weight) / scale, the readers' columns · scale, in float64. Exact, whatever the scale, if it
+    is alike for all the query heads that read one KV channel.
+    """
+    if "lm_head" in feed.readers and graph.config.tie_embeddings:
+        raise InputError("fold", "the feed of a head tied to the embedding", "an untied graph")
+    per_row = scale.double()
+    if feed.repeat > 1:
+        heads = per_row.reshape(-1, feed.repeat, graph.config.head_dim)
+        if not torch.equal(heads, heads[:, :1].expand_as(heads)):
+            raise InputError(f"scale of {feed.source}", "values that differ between the query heads of a KV head", "equal ones")
+        per_row = heads[:, 0].reshape(-1)
+    changed: dict[str, Weight] = {}
+    for name in (f"{feed.source}.weight", f"{feed.source}.bias"):
+        if name in graph.weights:
+            weight = graph.weights[name]
+            rows = per_row.to(weight.device)
+            if isinstance(weight, Tensor):
+                changed[name] = (weight.double() / rows.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+            else:
+                changed[name] = weight.divide_rows(rows)
+    for reader in feed.readers:
+        weight = graph.linear(reader)
+        if not isinstance(weight, Tensor):
+            raise InputError(reader, "a quantized weight", "a dense one (fold before you quantize)")
+        changed[graph.config.weight_name(reader)] = (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
+    return changed

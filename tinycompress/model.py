@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import Config, layer_prefix
 from .errors import InputError
-from .graph import Config, Graph, layer_prefix
+from .graph import Graph
 from .quantize import QuantLinear, QuantTensor
 from .rope import Rope
 

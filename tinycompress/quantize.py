@@ -135,6 +135,11 @@ class QuantTensor:
         zeros = None if self.zeros is None else self.zeros[start:stop]
         return QuantTensor(self.packed[start:stop], self.scales[start:stop], zeros, self.spec, (len(self.packed[start:stop]), self.shape[1]))
 
+    def divide_rows(self, by: Tensor) -> QuantTensor:
+        """The weight with row n divided by by[n]: only the scales change, so this is exact."""
+        scales = (self.scales.double() / by[:, None]).to(self.scales.dtype)
+        return QuantTensor(self.packed, scales, self.zeros, self.spec, self.shape)
+
     def select(self, name: str, dim: int, index: Tensor) -> QuantTensor:
         """Rows can be cut; columns would break groups, so those are cut before quantization."""
         if dim != 0:

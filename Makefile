@@ -1,0 +1,34 @@
+# `make demo` and `make test` need Python ≥ 3.11 and nothing else: the first makes .venv, the next re-uses it.
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench docs
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@.ci/venv
+
+demo: $(STAMP) ## compress, export and verify the embedded model; writes demo/ (table, plot, ONNX)
+	$(PYTHON) experiments/demo.py
+
+test: $(STAMP) ## the test suite, minutes
+	$(PYTHON) -m pytest
+
+test-all: $(STAMP) ## with the slow tests and whatever third-party runtimes are installed
+	$(PYTHON) -m pytest -m "slow or runtime or not slow"
+
+check: $(STAMP) ## ruff, mypy, file sizes
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	@.ci/check-size
+
+bench: $(STAMP) ## measurements against transformers
+	$(PYTHON) benchmarks/forward.py
+
+docs: $(STAMP) ## the site, into site/
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(PYTHON) -m mkdocs build --strict

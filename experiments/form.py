@@ -1,0 +1,120 @@
+"""The form of an experiment: a claim of a paper, a measurement with intervals, a verdict, a committed result.
+
+An experiment file states paper, claim and protocol in its docstring and hands `run` a function that yields findings.
+It gets a `Bench`: the model, calibration tokens by seed, evaluation windows, and `nll` (per-window, so that every
+comparison is paired). `run` adds the command line, writes `results/<file>.json` with versions, seeds and machine, and
+regenerates the table in `README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinycompress import data
+from tinycompress.checkpoint import load
+from tinycompress.evaluate import Interval, environment, perplexity
+from tinycompress.files import write_json, write_text
+from tinycompress.graph import Graph
+from tinycompress.quantize import QuantTensor
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table: `holds` is the experiment's own criterion applied to `ours`."""
+
+    claim: str
+    paper: str
+    ours: Interval
+    criterion: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an experiment measures with. `quick` shrinks everything to a smoke test whose verdicts mean nothing."""
+
+    graph: Graph
+    calibration_source: str
+    evaluation: Tensor
+    seeds: tuple[int, ...]
+    samples: int
+    quick: bool
+
+    def calibration(self, seed: int) -> Tensor:
+        """Windows [samples, 512] drawn by `seed` from the calibration text, disjoint from the evaluation text."""
+        return data.tokens(self.calibration_source, self.graph.tokenizer, self.samples, 512, seed=seed, split="train")
+
+    def nll(self, graph: Graph) -> Tensor:
+        """Mean NLL of each evaluation window, float64 [windows]; packed weights are unpacked once, not per window."""
+        dense = {n: w.dequantize() for n, w in graph.weights.items() if isinstance(w, QuantTensor)}
+        return perplexity(graph.replace(weights=dense).module(), self.evaluation).nll
+
+
+Experiment = Callable[[Bench], Iterator[Finding]]
+
+
+def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) -> None:
+    """The command line of an experiment file."""
+    path = Path(inspect.getfile(experiment))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)")
+    parser.add_argument("--calibration", default="pydoc", help="calibration text: a path or a data set's name (default: pydoc)")
+    parser.add_argument("--evaluation", default="pydoc", help="evaluation text, its test split (default: pydoc)")
+    parser.add_argument("--windows", type=int, default=50, help="evaluation windows of 1024 tokens (default: 50)")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens (default: 32)")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, little data, nothing written")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.windows, args.samples, args.seeds = 2, 4, 1
+    started = time.perf_counter()
+    graph = load(args.model, dtype=torch.float32)
+    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test")
+    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick)
+    findings = []
+    for finding in experiment(bench):
+        findings.append(finding)
+        print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}", flush=True)
+    if args.quick:
+        return
+    # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
+    protocol = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items()} | {"seq_len": evaluation.shape[1]}
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    result = {"title": (doc or "").splitlines()[0], "protocol": protocol, "findings": [asdict(f) for f in findings]}
+    write_json(HERE / "results" / f"{path.stem}.json", result | {"minutes": minutes, "environment": environment()})
+    write_readme()
+
+
+def write_readme() -> None:
+    """The index: one row a finding, made from the committed results."""
+    lines = ["# Experiments", "", "Each script states a paper's claim and protocol and measures it; this table is made from `results/` by", "the scripts themselves.", ""]
+    lines += ["| experiment | claim | paper | ours, with 95% interval | criterion | verdict |", "|---|---|---|---|---|---|"]
+    notes = []
+    for file in sorted((HERE / "results").glob("*.json")):
+        result = json.loads(file.read_text())
+        for f in result["findings"]:
+            lines.append(
+                f"| [`{file.stem}`]({file.stem}.py) | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |"
+            )
+        p, machine = result["protocol"], result["environment"]["machine"]
+        notes.append(
+            f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "
+            f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py`, "
+            f"{result['minutes']} minutes."
+        )
+    write_text(HERE / "README.md", "\n".join([*lines, "", *notes, "", "A new claim is a copy of one file.", ""]))
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "does not hold"

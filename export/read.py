@@ -1,0 +1,146 @@
+"""An exported folder → the Graph that was exported, bit for bit, memory-mapped.
+
+The manifest says which parameters are packed and on which grid; model.onnx says where each initializer's bytes lie.
+Everything read is input: names, offsets and lengths are checked before they become memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinycompress.config import Config, shapes
+from tinycompress.errors import InputError
+from tinycompress.files import inside, read_json
+from tinycompress.graph import Graph
+from tinycompress.quantize import QuantSpec, QuantTensor, unpack
+from tinycompress.tokenizer import Tokenizer
+
+from .profiles import Profile, profile_of
+
+FORMAT = "tinycompress-onnx-1"
+MODEL, MANIFEST = "model.onnx", "manifest.json"
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """manifest.json, checked to be ours; config and profile are checked by their own constructors."""
+    path = Path(folder) / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"format in {path}", repr(manifest.get("format")), FORMAT)
+    for key, kind in (("config", dict), ("files", dict), ("quantized", dict), ("history", list), ("profile", str), ("fingerprint", str)):
+        if not isinstance(manifest.get(key), kind):
+            raise InputError(f"{key} in {path}", repr(manifest.get(key)), f"a {kind.__name__}")
+    return manifest
+
+
+def read(folder: str | Path) -> Graph:
+    """The exported graph: its fingerprint equals the manifest's unless a file was changed."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config, specs, profile = Config.from_dict(manifest["config"]), _specs(manifest, folder), profile_of(manifest["profile"])
+    stored = initializers(folder)
+    weights = {name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()}
+    return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
+
+
+def initializers(folder: str | Path) -> dict[str, Tensor]:
+    """Every initializer of model.onnx by name; large ones are memory maps (copy on write: the file never changes)."""
+    proto = load_proto(folder)
+    return {tensor.name: _tensor(tensor, Path(folder)) for tensor in proto.graph.initializer}
+
+
+def load_proto(folder: str | Path) -> Any:
+    """model.onnx without its external data."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = Path(folder) / MODEL
+    try:
+        return onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise InputError(str(path), "no such file", "an exported folder") from None
+    except DecodeError as error:
+        raise InputError(str(path), f"not an ONNX model ({error})", "the file as it was exported") from error
+
+
+def _tensor(proto: Any, folder: Path) -> Tensor:
+    import onnx
+
+    if proto.data_location != onnx.TensorProto.EXTERNAL:
+        return torch.from_numpy(onnx.numpy_helper.to_array(proto).copy())
+    where = {entry.key: entry.value for entry in proto.external_data}
+    path = inside(folder, where.get("location", ""))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
+    shape = tuple(proto.dims)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if not path.is_file() or path.resolve().parent != folder.resolve():
+        raise InputError(f"external data of {proto.name}", str(path), f"a file inside {folder}")
+    try:
+        offset, length = int(where.get("offset", 0)), int(where.get("length", nbytes))
+    except ValueError:
+        raise InputError(f"external data of {proto.name}", where, "an integer offset and length") from None
+    if min(shape, default=0) < 0 or length != nbytes or offset < 0 or offset + length > path.stat().st_size:
+        found = f"bytes {offset} … {offset + length} of {path.stat().st_size}, shape {shape}"
+        raise InputError(f"external data of {proto.name}", found, f"{nbytes} bytes inside {path.name} (is it truncated?)")
+    return torch.from_numpy(np.memmap(path, dtype, "c", offset, shape))
+
+
+def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, QuantSpec]:
+    """The grid of every packed parameter."""
+    try:
+        return {name: QuantSpec(**fields) for name, fields in manifest["quantized"].items()}
+    except TypeError as error:
+        raise InputError(f"quantized in {folder / MANIFEST}", str(error), "bits, group_size, symmetric and scale by parameter") from error
+
+
+def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spec: QuantSpec | None, config: Config, profile: Profile) -> Any:
+    if spec is not None:
+        return _packed(name, (shape[0], shape[1]), stored, spec, profile)
+    transposed = len(shape) == 2 and name != config.weight_name("model.embed_tokens")  # linears are stored [K, N]
+    tensor = _get(stored, name, shape[::-1] if transposed else shape, torch.float32)
+    return tensor.T if transposed else tensor
+
+
+def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+    """The inverse of the emitter's `packed`: blocks back to groups, containers back to the grid's own bits."""
+    (N, K), group, bits = shape, spec.group(name, shape[1]), profile.container(spec.bits)
+    block = profile.block(name, group, K)
+    blocks, repeats, G = -(-K // block), -(-group // block), K // group
+    nbytes = blocks * block * bits // 8
+    packed = _get(stored, f"{name}.packed", None, torch.uint8).reshape(-1)
+    if len(packed) != N * nbytes:
+        raise InputError(f"{name}.packed", f"{len(packed)} bytes", N * nbytes)
+    packed = packed.view(N, nbytes)
+    scales = _ungroup(f"{name}.scales", _get(stored, f"{name}.scales", (N, blocks), torch.float32), repeats)
+    zeros = None
+    if not spec.symmetric:
+        raw = _get(stored, f"{name}.zeros", (N, -(-blocks * bits // 8)), torch.uint8)
+        zeros = _ungroup(f"{name}.zeros", unpack(raw, bits, blocks).contiguous(), repeats)
+    if bits != spec.bits or nbytes * 8 != K * bits:  # another container, or a part-filled last block: pack anew
+        shift = 2 ** (bits - 1) - spec.zero if spec.symmetric else 0
+        q = unpack(packed, bits, K) - shift
+        return QuantTensor.from_ints(q, scales, zeros, spec)
+    return QuantTensor(packed.view(N, G, -1), scales, zeros, spec, shape)
+
+
+def _ungroup(name: str, values: Tensor, repeats: int) -> Tensor:
+    """[N, G · repeats] with each value `repeats` times in a row to [N, G]."""
+    first = values[:, ::repeats]
+    if not torch.equal(first.repeat_interleave(repeats, 1), values):
+        raise InputError(name, "blocks of one group that differ", f"each value {repeats} times, as exported")
+    return first.contiguous()
+
+
+def _get(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    tensor = stored.get(name)
+    if tensor is None:
+        raise InputError(MODEL, f"no initializer {name}", "every parameter of the manifest's config")
+    if tensor.dtype != dtype or (shape is not None and tuple(tensor.shape) != tuple(shape)):
+        raise InputError(name, f"{tensor.dtype} {tuple(tensor.shape)}", f"{dtype} {shape or ''}")
+    return tensor

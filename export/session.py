@@ -1,0 +1,148 @@
+"""An exported folder in ONNX Runtime: logits, steps with a cache, text, speed.
+
+The cache is shared: past and present of a layer are one buffer [B, K, max_length, d] that GroupQueryAttention writes
+in place, as onnxruntime-genai does, so a step costs the new positions only. Buffers are torch tensors, bound by address.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinycompress.config import Config
+from tinycompress.errors import InputError
+from tinycompress.model import check_ids, end_tokens, sample
+from tinycompress.tokenizer import Tokenizer
+
+from .emit import LEVELS, attention_layers
+from .read import MODEL, load_proto, read_manifest
+
+
+class OrtCache:
+    """Keys and values of every attention layer, [B, K, max_length, d] each; `length` positions are filled."""
+
+    def __init__(self, config: Config, batch: int, max_length: int) -> None:
+        if max_length > config.max_position:
+            raise InputError("positions", max_length, f"at most {config.max_position}: the rotary tables in the file end there")
+        self.length, self.batch, self.max_length = 0, batch, max_length
+        self.layers = [
+            tuple(torch.zeros(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for _ in "kv") for i in attention_layers(config)
+        ]
+
+
+class OrtModel:
+    """A folder written by `export`. `accuracy_level` overrides the file's; `threads` None leaves the choice to the runtime;
+    `spin` False lets its threads sleep between runs, for runs that alternate with torch's."""
+
+    def __init__(self, folder: str | Path, accuracy_level: int | None = None, threads: int | None = None, spin: bool = True) -> None:
+        import onnxruntime as ort
+
+        self.folder = Path(folder)
+        self.config = Config.from_dict(read_manifest(folder)["config"])
+        self.tokenizer = Tokenizer.from_folder(folder)
+        options = ort.SessionOptions()
+        if threads:
+            options.intra_op_num_threads = threads
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        source: str | bytes = str(self.folder / MODEL)
+        if accuracy_level is not None:
+            source = _with_level(folder, accuracy_level)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder.absolute()))
+        self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.inputs = [node.name for node in self.session.get_inputs()]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids [B, T] to logits float32 [B, T, V]."""
+        ids = torch.as_tensor(ids)
+        return self.step(ids, self.new_cache(*ids.shape))
+
+    def new_cache(self, batch: int, max_length: int) -> OrtCache:
+        return OrtCache(self.config, batch, max_length)
+
+    def step(self, ids: Tensor, cache: OrtCache) -> Tensor:
+        """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]."""
+        check_ids(ids, self.config.vocab_size)
+        B, T = ids.shape
+        total = cache.length + T
+        if total > cache.max_length or cache.batch != B:
+            raise InputError("KV cache", f"batch {B}, {total} positions", f"batch {cache.batch}, at most {cache.max_length} (its max_length)")
+        logits = torch.empty(B, T, self.config.vocab_size)
+        tensors = {"input_ids": ids.long().contiguous(), "attention_mask": torch.ones(B, total, dtype=torch.long)}
+        binding = self.session.io_binding()
+        for slot, pair in enumerate(cache.layers):
+            for kind, buffer in zip(("key", "value"), pair):
+                tensors[f"past_key_values.{slot}.{kind}"] = buffer
+                _bind(binding.bind_output, f"present.{slot}.{kind}", buffer)
+        for name in self.inputs:
+            _bind(binding.bind_input, name, tensors[name])
+        _bind(binding.bind_output, "logits", logits)
+        self.session.run_with_iobinding(binding)
+        cache.length = total
+        return logits
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: tuple[int, ...] | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """As `Transformer.generate`: continues ids [1, T] (or [T]) and returns the new ids [n]."""
+        ids = torch.as_tensor(ids).reshape(1, -1)
+        check_ids(ids, self.config.vocab_size)
+        stop = end_tokens(self.config) if stop is None else stop
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        room = min(max_new_tokens, self.config.max_position - ids.shape[1] + 1)  # the last token is not fed back
+        cache = self.new_cache(1, max(ids.shape[1] + room - 1, ids.shape[1]))
+        out: list[int] = []
+        step = ids
+        for _ in range(room):
+            token = sample(self.step(step, cache)[0, -1], temperature, top_k, top_p, generator)
+            if token in stop:
+                break
+            out.append(token)
+            if on_token:
+                on_token(token)
+            step = torch.tensor([[token]])
+        return torch.tensor(out, dtype=torch.long)
+
+    def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
+        """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not count."""
+        prompt = torch.randint(self.config.vocab_size, (1, prompt_len), generator=torch.Generator().manual_seed(0))
+        cache = self.new_cache(1, prompt_len + n + 2)
+        token = self.step(prompt, cache)[:, -1:].argmax(-1)
+        for i in range(n + 2):
+            if i == 2:
+                start = time.perf_counter()
+            token = self.step(token, cache)[:, -1:].argmax(-1)
+        return n / (time.perf_counter() - start)
+
+
+def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
+    dtype = np.float32 if tensor.dtype == torch.float32 else np.int64
+    bind(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+
+
+def _with_level(folder: str | Path, accuracy_level: int) -> bytes:
+    """model.onnx with another accuracy_level; the weights stay in their file."""
+    if accuracy_level not in LEVELS:
+        raise InputError("accuracy_level", accuracy_level, LEVELS)
+    proto: Any = load_proto(folder)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = accuracy_level
+    return proto.SerializeToString()

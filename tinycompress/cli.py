@@ -1,0 +1,341 @@
+"""The `tinycompress` command: options in, one call of the library, tables out. Heavy imports wait for their command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .graph import Config, Graph
+    from .quantize import QuantSpec
+
+
+LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
+
+
+class Commands(TyperGroup):
+    """Turns the errors that are not bugs into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:
+            raise
+        except InputError as error:
+            _fail(error, 2)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except OSError as error:  # a full disk, a folder that may not be written
+            _fail(error, 1)
+        except RuntimeError as error:
+            from .export import GateError
+
+            if not isinstance(error, GateError):
+                raise
+            _fail(error, 1)
+
+
+def _fail(error: object, code: int) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Format(StrEnum):
+    native = "native"
+    dense = "dense"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder (checkpoint or export), a .gguf file, a hub name, or smollm2-135m.")]
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write; it appears when all is done, or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Prune, quantize, stretch, export and verify Llama-family models on one shared graph."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"tinycompress {installed('tinycompress')}")
+        raise typer.Exit()
+
+
+@app.command()
+def inspect(
+    model: Model,
+    all_feeds: Annotated[bool, typer.Option("--feeds", help="Every feed, none folded.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the graph: layers, parameters, bytes, feeds, history. Runs of equal layers are folded.
+
+    \b
+    Examples:
+      tinycompress inspect smollm2-135m
+      tinycompress inspect small --feeds
+      tinycompress inspect model.gguf --json
+    """
+    from . import report
+
+    graph = open_model(model)
+    if as_json:
+        print(json.dumps({"model": model} | report.summary(graph), indent=2))
+    else:
+        report.print_graph(graph, model, all_feeds)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Out,
+    prune: Annotated[
+        str | None, typer.Option(metavar="params=SHARE|ffn=SHARE", help="Share of the non-embedding parameters, or of each FFN, to keep.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Stretch the context to this many positions.")] = None,
+    rope_method: Annotated[str, typer.Option(help="How to stretch it: yarn, linear or ntk.")] = "yarn",
+    quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
+    quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
+    calibration: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help="Calibration text: pydoc, wikitext2, a hub name or a file.")] = "pydoc",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 1024, or the context if that is shorter]")] = None,
+    seed: Annotated[int, typer.Option(help="Which windows.")] = 0,
+    export: Annotated[str | None, typer.Option(metavar="PROFILE", help="Write an exported, verified model instead of a checkpoint: ort.")] = None,
+    format: Annotated[Format, typer.Option(help="native, or dense: quantized weights are saved dequantized.")] = Format.native,
+    overwrite: Overwrite = False,
+    work: Annotated[Path | None, typer.Option(help="Keep every step here; a rerun takes up where the last one ended.")] = None,
+) -> None:
+    """Prune, stretch the context, quantize, in this order, then save. Without a flag: a copy in Hugging Face form.
+
+    \b
+    Examples:
+      tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
+      tinycompress compress smollm2-135m --context 16384 -o long
+      tinycompress compress model.gguf -o copy
+      tinycompress compress smollm2-135m --quantize w4g64 --export ort -o small-onnx
+      tinycompress compress small --format dense -o small-dense
+    """
+    from .files import check_free
+    from .quantize import QuantSpec
+    from .recipe import Recipe
+
+    check_free(output, overwrite)
+    if export and format is Format.dense:
+        raise InputError("--format", "dense together with --export", "one of the two (an export has a format of its own)")
+    spec = QuantSpec.parse(quantize) if quantize else None
+    recipe = Recipe(prune, context, rope_method, spec, quantize_method)
+    before = open_model(model)
+    config = recipe.check(before)
+    if export:
+        check_export(config, spec, export)
+
+    from . import pipeline, report
+    from .checkpoint import save
+
+    tokens = read_tokens(before, calibration, samples, seq_len, 1024, "train", seed) if recipe.calibrates else None
+    after = pipeline.run(before, recipe.passes(before, tokens), work)
+    if export:
+        from .export import export as write
+
+        write(after, output, profile=export, overwrite=overwrite)
+    else:
+        save(after, output, dense=format is Format.dense, overwrite=overwrite)
+    report.print_comparison(before, after, report.folder_bytes(output))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help="Evaluation text: pydoc, wikitext2, a hub name or a file.")] = "pydoc",
+    windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 8,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 2048, or the context if that is shorter]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity over the first windows of a text, of a checkpoint in torch or of an export in its runtime.
+
+    \b
+    Examples:
+      tinycompress eval smollm2-135m
+      tinycompress eval small --data wikitext2 --windows 16 --seq-len 2048
+      tinycompress eval small-onnx --data notes.txt --json
+    """
+    from .evaluate import perplexity
+
+    graph = open_model(model)
+    tokens = read_tokens(graph, data, windows, seq_len, 2048, "test")
+    result = perplexity(runnable(model, graph), tokens)
+    if as_json:
+        print(json.dumps({"model": model, "data": data, "perplexity": result.value, "tokens": result.tokens, "protocol": result.protocol}, indent=2))
+    else:
+        print(f"perplexity {result.value:.4f} on {data} ({result.tokens:,} tokens: {result.protocol})")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the likeliest K.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample among the likeliest that make up this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Go on from a prompt: the text to standard output as it comes, the speed to standard error.
+
+    \b
+    Examples:
+      tinycompress generate smollm2-135m "The capital of France is"
+      tinycompress generate small-onnx "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+    """
+    import torch
+
+    graph = open_model(model)
+    tokenizer = need_tokenizer(graph)
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=True)], dtype=torch.long)
+    room = graph.config.max_position - ids.shape[1]
+    if room < 1:
+        raise InputError("prompt", f"{ids.shape[1]} tokens", f"fewer than the model's context, {graph.config.max_position}")
+    text, times = tokenizer.decode_stream(), [time.perf_counter()]
+
+    def show(token: int) -> None:
+        times.append(time.perf_counter())
+        print(text(token), end="", flush=True)
+
+    machine = runnable(model, graph)
+    machine.generate(ids, min(max_new_tokens, room), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_token=show)
+    print()
+    made, decode = len(times) - 1, times[-1] - times[min(1, len(times) - 1)]  # the first token's time is the prompt's
+    speed = f", {(made - 1) / decode:.1f} tokens/s after the first" if made > 1 and decode > 0 else ""
+    print(f"{made} tokens{speed}", file=sys.stderr)
+
+
+@app.command("export")
+def export_command(
+    model: Model,
+    output: Out,
+    profile: Annotated[str, typer.Option(help="The runtime to write for: ort.")] = "ort",
+    dtype: Annotated[str, typer.Option(help="auto, or float32: no quantized weights.")] = "auto",
+    accuracy_level: Annotated[int, typer.Option(help="Of quantized matrix products: 0 computes in float32, 4 in int8.")] = 4,
+    overwrite: Overwrite = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+) -> None:
+    """Write a model for a runtime. It must pass the parity gate against torch, or OUT does not appear.
+
+    \b
+    Examples:
+      tinycompress export small --profile ort -o small-onnx
+      tinycompress export smollm2-135m --dtype float32 -o reference-onnx
+    """
+    from . import report
+    from .export import export, summary
+    from .files import check_free
+
+    check_free(output, overwrite)
+    graph = open_model(model)
+    manifest = export(graph, output, profile=profile, dtype=dtype, accuracy_level=accuracy_level, check=not no_verify, overwrite=overwrite)
+    if manifest["checks"]:
+        print("\n".join(summary(manifest["checks"])))
+    print(f"{output}: {report.human(report.folder_bytes(output))}, for onnxruntime >= {manifest['minimum_onnxruntime']}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="OUT", help="An exported folder.")], as_json: AsJson = False) -> None:
+    """Run the parity gate on an exported folder again: its runtime against the torch graph. Exit code 1 if it fails.
+
+    \b
+    Examples:
+      tinycompress verify small-onnx
+      tinycompress verify small-onnx --json
+    """
+    from .export import GateError, summary
+    from .export import verify as check
+
+    result = check(folder)
+    print(json.dumps(result, indent=2) if as_json else "\n".join(summary(result)))
+    if not result["passed"]:
+        raise GateError(result)
+
+
+def open_model(name: str) -> Graph:
+    """MODEL as a Graph: an exported folder gives back the graph that it was made from."""
+    if is_export(name):
+        from .export import read
+
+        return read(name)
+    from .checkpoint import load
+
+    return load(name)
+
+
+def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
+    """What the export would refuse, before the work of compressing: emits a graph of the final shapes without weights."""
+    import torch
+
+    from .export import PROFILES, emit
+    from .graph import Graph, LazyTensor, Weights, shapes
+    from .recipe import linear_inputs
+
+    if name not in PROFILES:
+        raise InputError("--export", repr(name), " | ".join(PROFILES))
+    profile = PROFILES[name]
+    emit(Graph(config, Weights({n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()})), profile)
+    for linear, width in linear_inputs(config).items() if spec else ():
+        profile.block(linear, spec.group(linear, width), width)  # type: ignore[union-attr]
+
+
+def is_export(name: str) -> bool:
+    return (Path(name) / "manifest.json").is_file() and (Path(name) / "model.onnx").is_file()
+
+
+def runnable(name: str, graph: Graph) -> Any:
+    """What computes logits and generates: the runtime for an exported folder, else torch. Where memory allows, torch
+    gets packed weights unpacked, which gives the same numbers many times as fast, and everything in float32."""
+    if is_export(name):
+        from .export import OrtModel
+
+        return OrtModel(name)
+    import torch
+
+    from .quantize import QuantTensor
+
+    if 4 * graph.config.n_params > LARGEST_DENSE:
+        return graph.module()
+    packed = {n: w for n, w in graph.weights.items() if isinstance(w, QuantTensor)}
+    return graph.replace(weights={n: w.dequantize() for n, w in packed.items()}).module(dtype=torch.float32)
+
+
+def need_tokenizer(graph: Graph) -> Any:
+    if graph.tokenizer is None:
+        raise InputError("tokenizer", "none in this model", "a model with one (tokenizer.json beside the weights)")
+    return graph.tokenizer
+
+
+def read_tokens(graph: Graph, source: str, n: int, seq_len: int | None, default: int, split: str, seed: int | None = None) -> Tensor:
+    """Windows of `source`: of `seq_len` tokens, or of `default`, or of the model's context where that is shorter."""
+    from .data import tokens
+
+    context = graph.config.max_position
+    if seq_len and seq_len > context:
+        raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
+    return tokens(source, need_tokenizer(graph), n, seq_len or min(default, context), seed=seed, split=split)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""HQQ: Half-Quadratic Quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog), without data.
+
+Fits the zero point of each group so that the rounding error is sparse rather than small: minimise ‖W - s·(Q - z)‖_p^p,
+p < 1, by alternating a shrinkage of the error, e = shrink(W - s·(Q - z), β), and z = mean(Q - (W - e) / s), β growing.
+With integer zero points the result is rounded at the end, and rounding the weights once more closes the loop. On a symmetric
+grid, where z is fixed, the scale is fitted instead: s = Σ(W - e)·q / Σq². Letters: N, K, G and g as in `quantize`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..graph import Graph
+from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, targets
+
+P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """Quantizes every linear (the head only if `head`); layer by layer, no data."""
+
+    spec: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
+    head: bool = False
+
+    def __call__(self, graph: Graph) -> Graph:
+        changed = {}
+        for name in tqdm(targets(graph, self.spec, self.head), desc=f"HQQ {self.spec}", unit="linear", delay=2):
+            changed[graph.config.weight_name(name)] = hqq_quantize(graph.linear(name), self.spec, name)
+        return graph.replace(weights=changed, by=self)
+
+
+def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> QuantTensor:
+    """weight float [N, K] to a QuantTensor; of the iterates the one with the smallest ‖error‖_p is kept, group by group."""
+    weight = weight.float()
+    scales, zeros = find_grid(name, weight, QuantSpec(spec.bits, spec.group_size, spec.symmetric, "minmax"))
+    w = weight.reshape(*scales.shape, -1)  # (N, G, g)
+    top = 2**spec.bits - 1
+    s, z = scales[..., None].clone(), torch.full_like(scales, spec.zero)[..., None] if zeros is None else zeros[..., None].float()
+    best_s, best_z, best = s, z, torch.full_like(s, float("inf"))
+    beta = BETA
+    for _ in range(ITERATIONS):
+        kept = z.round().clamp(0, top)
+        q = (w / s + kept).round_().clamp_(0, top)
+        error = w - (q - kept) * s
+        loss = error.abs().pow(P).sum(-1, keepdim=True)
+        better = loss < best
+        best, best_s, best_z = torch.where(better, loss, best), torch.where(better, s, best_s), torch.where(better, kept, best_z)
+        q = (w / s + z).round_().clamp_(0, top)
+        error = w - (q - z) * s
+        magnitude = error.abs()
+        e = error.sign() * (magnitude - magnitude.clamp_min(1e-8).pow(P - 1) / beta).clamp_min(0)
+        if spec.symmetric:
+            centred = q - z
+            s = ((w - e) * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(1e-10)
+            s = torch.where(s.abs() < 1e-10, best_s, s)
+        else:
+            z = (q - (w - e) / s).mean(-1, keepdim=True)
+        beta *= KAPPA
+    scales, zeros = best_s[..., 0].contiguous(), None if spec.symmetric else best_z[..., 0].to(torch.uint8)
+    return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)

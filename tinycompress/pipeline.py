@@ -1,0 +1,134 @@
+"""Run passes in order, with a work folder that remembers: a killed run loses at most the pass in flight.
+
+After each pass the graph is saved as `work/<step>-<pass>-<key>`, a checkpoint folder like any other. Folders appear in
+one step, so one that is there is complete, and its name says what it holds: with k_0 = the fingerprint of the graph,
+
+    k_i = SHA-256(k_{i-1}, pass i)
+
+A rerun takes up behind the last step whose folder is there; a changed pass, or a changed graph, has another key and so
+runs again with all that follows. Old steps stay until you delete them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import InputError
+from .graph import Graph, Pass
+
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+
+
+def run(graph: Graph, passes: Sequence[Pass], work: str | Path | None = None, progress: bool = True) -> Graph:
+    """The graph after all `passes`. With `work`, each step is saved there, and steps that are there already are not run.
+
+    A pass that is not noted in the history by itself is noted here. The saved step, not the one in memory, goes into
+    the next pass: its weights are memory-mapped, and a resumed run computes exactly what an unbroken one does.
+    """
+    key = _root(graph) if work is not None else ""
+    done: Path | None = None  # the last step, if it was found and not read yet
+    bar = tqdm(passes, desc="passes", unit="pass", disable=not progress)
+    for number, step in enumerate(bar, 1):
+        name = pass_name(step)
+        bar.set_postfix_str(name)
+        if work is None:
+            graph = _apply(step, graph)
+            continue
+        next_key = _key(key, step)
+        folder = Path(work) / f"{number:02}-{name}-{(next_key or '')[:16]}"
+        if next_key and folder.is_dir():
+            key, done = next_key, folder
+            continue
+        graph = _apply(step, _load(done, graph))
+        done = None
+        if next_key is None:  # nothing says what this pass does, but its result does: what follows can still be found
+            key = _root(graph)
+        else:
+            key, graph = next_key, _saved(graph, folder)
+    return _load(done, graph)
+
+
+def pass_name(step: Pass) -> str:
+    """A short name that can stand in a file name."""
+    name = getattr(step, "__name__", type(step).__name__)
+    return re.sub(r"\W+", "", name) or "step"
+
+
+def describe(step: Pass) -> str:
+    """What the history says of a pass: its repr; of a function, which has none to speak of, its name."""
+    text = repr(step)
+    return getattr(step, "__qualname__", type(step).__qualname__) if ADDRESS.search(text) else text
+
+
+def _apply(step: Pass, graph: Graph) -> Graph:
+    out = step(graph)
+    if not isinstance(out, Graph):
+        raise InputError(f"pass {describe(step)}", f"a result of type {type(out).__name__}", "a Graph (a pass is a function from Graph to Graph)")
+    if out.history == graph.history:
+        out = dataclasses.replace(out, history=(*graph.history, describe(step)))
+    return out
+
+
+def _saved(graph: Graph, folder: Path) -> Graph:
+    from .checkpoint import save
+
+    save(graph, folder)
+    return _load(folder, graph)
+
+
+def _load(folder: Path | None, graph: Graph) -> Graph:
+    """The graph of a step's folder; without a folder, the one at hand."""
+    if folder is None:
+        return graph
+    from .checkpoint import load
+
+    loaded = load(folder)
+    return loaded if loaded.tokenizer else dataclasses.replace(loaded, tokenizer=graph.tokenizer)
+
+
+def _root(graph: Graph) -> str:
+    return hashlib.sha256(f"{graph.fingerprint()} {graph.history}".encode()).hexdigest()
+
+
+def _key(previous: str, step: Pass) -> str | None:
+    """The key behind `step`; None for a pass that cannot be told from another (a function: the same name and address
+    can belong to other code, or other globals, on the next run), which is therefore run again.
+
+    A repr is not enough for a key: passes keep calibration tokens and teachers out of theirs, and other tokens are
+    another result. So all fields of a dataclass count, tensors by their bytes and graphs by their fingerprint.
+    """
+    digest = hashlib.sha256(previous.encode())
+    return digest.hexdigest() if _update(digest, step) else None
+
+
+def _update(digest: hashlib._Hash, value: object) -> bool:
+    """Feeds a value to the digest; False if it holds something that only its address tells apart."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value).view(np.uint8)), str(value.dtype), value.shape
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return True
+    if isinstance(value, Graph):
+        digest.update(_root(value).encode())
+        return True
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        return _update(digest, [f"{type(value).__module__}.{type(value).__qualname__}", *fields])
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if isinstance(value, list | tuple):
+        digest.update(f"{len(value)} of".encode())
+        return all(_update(digest, item) for item in value)
+    text = repr(value)
+    digest.update(f"{len(text)} {text}".encode())
+    return not ADDRESS.search(text)
