@@ -39,6 +39,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def check_sizes(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """An `InputError` for a file of the manifest that is missing or has another length: cheap, unlike its hash."""
+    for name, known in manifest["files"].items():
+        path, expected = inside(folder, name), known.get("bytes") if isinstance(known, dict) else None
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected or found is None:
+            raise InputError(str(path), "no such file" if found is None else f"{found} bytes", f"{expected} bytes, as exported")
+
+
 def read(folder: str | Path) -> Graph:
     """The exported graph: its fingerprint equals the manifest's unless a file was changed."""
     folder = Path(folder)

@@ -21,7 +21,7 @@ from tinycompress.model import check_ids, end_tokens, sample
 from tinycompress.tokenizer import Tokenizer
 
 from .emit import LEVELS, attention_layers
-from .read import MODEL, load_proto, read_manifest
+from .read import MODEL, check_sizes, load_proto, read_manifest
 
 
 class OrtCache:
@@ -44,7 +44,9 @@ class OrtModel:
         import onnxruntime as ort
 
         self.folder = Path(folder)
-        self.config = Config.from_dict(read_manifest(folder)["config"])
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)  # the runtime's own words for a truncated file do not name it
+        self.config = Config.from_dict(manifest["config"])
         self.tokenizer = Tokenizer.from_folder(folder)
         options = ort.SessionOptions()
         if threads:

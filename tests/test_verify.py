@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from test_export import ids_of, one_thread, quantized, small
-from tinycompress.export import GateError, OrtModel, export, summary, verify
+from test_export import ids_of, one_thread, proto, quantized, small
+from tinycompress.export import GateError, OrtModel, export, read, summary, verify
 from tinycompress.export.read import load_proto
 from tinycompress.export.verify import gate
 
@@ -138,6 +139,60 @@ def test_text(tmp_path):
         verify(tmp_path / "out", tokens=torch.zeros(4, dtype=torch.long))
     with pytest.raises(InputError, match="token ids"):
         verify(tmp_path / "out", tokens=torch.full((1, 4), 256))
+
+
+def corrupt(folder, change) -> None:
+    model = proto(folder)
+    change(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def test_files_that_were_changed(tmp_path):
+    export(quantized(small(), "w4g32"), tmp_path / "good", check=False)
+
+    def copy(name):
+        return shutil.copytree(tmp_path / "good", tmp_path / name)
+
+    def largest(model):
+        return max(model.graph.initializer, key=lambda t: len(t.external_data))
+
+    folder = copy("truncated")
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match="truncated"):
+        read(folder)
+    with pytest.raises(InputError, match=r"model.onnx.data: found 1000 bytes"):
+        OrtModel(folder)
+    (folder / "model.onnx.data").unlink()
+    with pytest.raises(InputError, match=r"model.onnx.data: found no such file"):
+        OrtModel(folder)
+    with pytest.raises(InputError, match="a file inside"):
+        read(folder)
+
+    folder = copy("renamed")
+    corrupt(folder, lambda m: setattr(next(t for t in m.graph.initializer if t.name == "model.norm.weight"), "name", "other"))
+    with pytest.raises(InputError, match="no initializer"):
+        read(folder)
+
+    for name, key, value, match in (
+        ("escaping", 0, "../good/model.onnx.data", "inside the folder"),
+        ("offset", 1, "-4", "bytes -4"),
+        ("word", 1, "x", "integer offset"),
+    ):
+        folder = copy(name)
+        corrupt(folder, lambda m, key=key, value=value: setattr(largest(m).external_data[key], "value", value))
+        with pytest.raises(InputError, match=match):
+            read(folder)
+
+    folder = copy("garbage")
+    (folder / "model.onnx").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match="not an ONNX model"):
+        read(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="format in"):
+        read(folder)
+    with pytest.raises(InputError, match="no such file"):
+        read(tmp_path / "nowhere")
 
 
 @pytest.mark.slow

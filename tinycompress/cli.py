@@ -313,7 +313,7 @@ def runnable(name: str, graph: Graph) -> Any:
 
     if 4 * graph.config.n_params > LARGEST_DENSE:
         return graph.module()
-    packed = {n: w for n, w in graph.weights.items() if isinstance(w, QuantTensor)}
+    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}  # type: ignore[attr-defined]
     return graph.replace(weights={n: w.dequantize() for n, w in packed.items()}).module(dtype=torch.float32)
 
 

@@ -66,11 +66,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     if torch.is_grad_enabled() and x.requires_grad:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    out = torch.empty_like(x)  # keeps x's memory order; two fused passes instead of six
-    torch.mul(a, cos, out=(first := out[..., : a.shape[-1]]))
-    torch.mul(b, cos, out=(second := out[..., a.shape[-1] :]))
-    first.addcmul_(b, sin, value=-1)
-    second.addcmul_(a, sin)
+    out = torch.empty_like(x)  # keeps x's memory order
+    first, second = out.chunk(2, -1)
+    # No fused multiply-add: rounded twice, as transformers does it, logits agree to the last bit.
+    torch.mul(a, cos, out=first).sub_(b * sin)
+    torch.mul(b, cos, out=second).add_(a * sin)
     return out
 
 

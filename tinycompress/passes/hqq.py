@@ -2,8 +2,8 @@
 
 Fits the zero point of each group so that the rounding error is sparse rather than small: minimise ‖W - s·(Q - z)‖_p^p,
 p < 1, by alternating a shrinkage of the error, e = shrink(W - s·(Q - z), β), and z = mean(Q - (W - e) / s), β growing.
-With integer zero points the result is rounded at the end, and rounding the weights once more closes the loop. On a symmetric
-grid, where z is fixed, the scale is fitted instead: s = Σ(W - e)·q / Σq². Letters: N, K, G and g as in `quantize`.
+An integer zero point rarely moves in that scheme, and a symmetric one never, so the scale is fitted in the same sweep:
+s = Σ(W - e)·(Q - z) / Σ(Q - z)². Letters: N, K, G and g as in `quantize`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,11 @@ def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> Quant
         error = w - (q - z) * s
         magnitude = error.abs()
         e = error.sign() * (magnitude - magnitude.clamp_min(1e-8).pow(P - 1) / beta).clamp_min(0)
-        if spec.symmetric:
-            centred = q - z
-            s = ((w - e) * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(1e-10)
-            s = torch.where(s.abs() < 1e-10, best_s, s)
-        else:
+        if not spec.symmetric:
             z = (q - (w - e) / s).mean(-1, keepdim=True)
+        centred = q - z
+        s = ((w - e) * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(1e-10)
+        s = torch.where(s.abs() < 1e-10, best_s, s)
         beta *= KAPPA
     scales, zeros = best_s[..., 0].contiguous(), None if spec.symmetric else best_z[..., 0].to(torch.uint8)
     return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)

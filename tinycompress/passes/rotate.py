@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..graph import Graph, feeds, fold
+from ..graph import Feed, Graph, Weight, feeds
 
 KINDS = ("hadamard", "random")
 
@@ -46,7 +46,7 @@ class Rotate:
             raise InputError(quantized[0], "a quantized weight", "a dense graph (rotate before you quantize)")
         for feed in feeds(config):
             if "norm" in feed.source:
-                graph = graph.replace(weights=fold(graph, feed, graph.weights[f"{feed.source}.weight"].double()))
+                graph = graph.replace(weights=fold_norm(graph, feed))
         if self.residual:
             R = orthogonal(config.hidden_size, self.kind, self.seed)
             changed = {}
@@ -69,6 +69,14 @@ class Rotate:
                     changed[name] = (columns @ R).reshape(weight.shape).to(weight.dtype)
             graph = graph.replace(weights=changed)
         return graph.replace(by=self)
+
+
+def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
+    """The norm's weight multiplied into its readers; ones are left, for dead channels (weight 0) too."""
+    norm = f"{feed.source}.weight"
+    w = graph.weights[norm].double()
+    names = [graph.config.weight_name(reader) for reader in feed.readers]
+    return {n: (graph.weights[n].double() * w).to(graph.weights[n].dtype) for n in names} | {norm: torch.ones_like(graph.weights[norm])}
 
 
 def untie(graph: Graph) -> Graph:
