@@ -70,7 +70,7 @@ def main() -> None:
 
     console.rule("Export, and verify in ONNX Runtime")
     manifest = export(small, args.out / "after", overwrite=True, tokens=evaluation)
-    console.print("\n".join(summary(manifest["verification"])), markup=False, highlight=False)
+    console.print("\n".join(summary(manifest["checks"])), markup=False, highlight=False)
     rows.append(measure("pruned, 16k context, 4 bits", small, args.out / "after", evaluation))
 
     console.rule("A sentence from the exported model")
@@ -81,7 +81,9 @@ def main() -> None:
 
     minutes = (time.perf_counter() - started) / 60
     protocol = f"ONNX Runtime, pydoc test half, {WINDOWS} windows of {SEQ_LEN} tokens; decode of one sequence"
-    write_json(args.out / "demo.json", {"protocol": protocol, "rows": rows, "sentence": PROMPT + text, "minutes": minutes, "environment": environment()})
+    write_json(
+        args.out / "demo.json", {"protocol": protocol, "rows": rows, "sentence": PROMPT + text, "minutes": minutes, "environment": environment()}
+    )
     write_text(args.out / "table.md", markdown(rows))
     plot(rows, args.out / "size_perplexity.png")
     table = Table(*HEADERS, title=f"{args.model}: {protocol}")

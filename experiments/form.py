@@ -24,7 +24,6 @@ from tinycompress.checkpoint import load
 from tinycompress.evaluate import Interval, environment, perplexity
 from tinycompress.files import write_json, write_text
 from tinycompress.graph import Graph
-from tinycompress.quantize import QuantTensor
 
 HERE = Path(__file__).parent
 
@@ -57,8 +56,7 @@ class Bench:
 
     def nll(self, graph: Graph) -> Tensor:
         """Mean NLL of each evaluation window, float64 [windows]; packed weights are unpacked once, not per window."""
-        dense = {n: w.dequantize() for n, w in graph.weights.items() if isinstance(w, QuantTensor)}
-        return perplexity(graph.replace(weights=dense).module(), self.evaluation).nll
+        return perplexity(graph.dense().module(), self.evaluation).nll
 
 
 Experiment = Callable[[Bench], Iterator[Finding]]
@@ -98,7 +96,13 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
 
 def write_readme() -> None:
     """The index: one row a finding, made from the committed results."""
-    lines = ["# Experiments", "", "Each script states a paper's claim and protocol and measures it; this table is made from `results/` by", "the scripts themselves.", ""]
+    lines = [
+        "# Experiments",
+        "",
+        "Each script states a paper's claim and protocol and measures it; this table is made from `results/` by",
+        "the scripts themselves.",
+        "",
+    ]
     lines += ["| experiment | claim | paper | ours, with 95% interval | criterion | verdict |", "|---|---|---|---|---|---|"]
     notes = []
     for file in sorted((HERE / "results").glob("*.json")):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tinycompress.config import layer_prefix
 from tinycompress.errors import InputError
-from tinycompress.graph import Config, Graph, LazyTensor
+from tinycompress.graph import Config, Graph
 from tinycompress.quantize import QuantTensor, pack
 
 from .profiles import Profile
@@ -44,18 +44,11 @@ def prepare(graph: Graph, dtype: str = "auto") -> Graph:
     packed weights into dense ones."""
     if dtype not in DTYPES:
         raise InputError("dtype", repr(dtype), " | ".join(DTYPES))
-    changed: dict[str, Any] = {}
-    for name, entry in graph.weights.entries.items():  # type: ignore[attr-defined]
-        if isinstance(entry, QuantTensor) and dtype == "auto":
-            changed[name] = entry.to(dtype=torch.float32)  # the scales; packed integers are shared
-        elif isinstance(entry, QuantTensor) or entry.dtype != torch.float32:
-            changed[name] = LazyTensor(tuple(entry.shape), torch.float32, partial(_float32, graph, name))
-    return graph.replace(weights=changed) if changed else graph
-
-
-def _float32(graph: Graph, name: str) -> Tensor:
-    weight = graph.weights[name]
-    return weight.dequantize(torch.float32) if isinstance(weight, QuantTensor) else weight.to(torch.float32)
+    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
+    floats = graph.dense(torch.float32)
+    if dtype == "float32" or not packed:
+        return floats
+    return floats.replace(weights={n: w.to(dtype=torch.float32) for n, w in packed.items()})  # the scales; integers are shared
 
 
 def emit(graph: Graph, profile: Profile, dtype: str = "auto", accuracy_level: int = 4) -> ir.Model:
@@ -72,7 +65,7 @@ def emit(graph: Graph, profile: Profile, dtype: str = "auto", accuracy_level: in
 
 def features(graph: Graph, profile: Profile) -> set[str]:
     """What a prepared graph needs of the runtime beyond the base, as keys of `Profile.floors`."""
-    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}  # type: ignore[attr-defined]
+    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
     out = {f"bits_{profile.container(w.spec.bits)}" for w in packed.values()}
     return out | {"gather"} if EMBEDDING in packed else out
 
@@ -216,14 +209,14 @@ class _Emitter:
 
     def entry(self, name: str) -> Any:
         """A parameter's entry: packed, or dense and not yet read."""
-        return self.graph.weights.entries[name]  # type: ignore[attr-defined]
+        return self.graph.weights.entries[name]
 
     def dense(self, name: str, transposed: bool = False) -> ir.Value:
         """A float32 parameter; matrices of linears are stored [K, N]."""
         shape = tuple(self.entry(name).shape)
         if transposed:
-            return self.lazy(name, torch.float32, shape[::-1], lambda: _float32(self.graph, name).T)
-        return self.lazy(name, torch.float32, shape, partial(_float32, self.graph, name))
+            return self.lazy(name, torch.float32, shape[::-1], lambda: self.graph.weights[name].T)
+        return self.lazy(name, torch.float32, shape, partial(self.graph.weights.__getitem__, name))
 
     def packed(self, name: str, flat: bool = False) -> list[ir.Value]:
         """A packed parameter as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales float [N, blocks] and, when

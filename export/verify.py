@@ -67,8 +67,8 @@ def verify(
     *,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
-    windows: int = 4,
-    seq_len: int = 256,
+    windows: int = 8,
+    seq_len: int = 512,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Checks an exported folder against `graph`, or (None) against the graph that the folder itself holds.
@@ -91,8 +91,8 @@ def gate(
     *,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
-    windows: int = 4,
-    seq_len: int = 256,
+    windows: int = 8,
+    seq_len: int = 512,
     progress: bool = True,
     report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def gate(
     if attention_layers(stored.config):
         _record(report, "tables", _tables(folder, stored.config), limit["tables"], f"cos and sin of {stored.config.max_position} positions")
     expected = prepare(graph, manifest.get("dtype", "auto")) if graph else stored
-    torch_model = (prepare(expected, "float32") if 4 * expected.config.n_params <= LARGEST_DENSE else expected).module()
+    torch_model = (expected.dense(torch.float32) if 4 * expected.config.n_params <= LARGEST_DENSE else expected).module()
     ids, report["text"] = _text(stored.config, stored.tokenizer, tokens, windows, seq_len)
 
     bar = tqdm(total=2 + len(_far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
@@ -287,4 +287,4 @@ def _finish(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(figure: float) -> str:
-    return str(figure) if isinstance(figure, int) else f"{figure:.2g}"
+    return str(figure) if isinstance(figure, int) else f"{figure:.3g}"

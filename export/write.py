@@ -129,7 +129,7 @@ def genai_config(config: Config) -> dict[str, Any]:
 
 
 def _manifest(graph: Graph, profile: Profile, dtype: str, accuracy_level: int) -> dict[str, Any]:
-    packed = {n: w.spec for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}  # type: ignore[attr-defined]
+    packed = {n: w.spec for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
     return {
         "format": FORMAT,
         "profile": profile.name,

@@ -7,11 +7,11 @@ import onnx
 import pytest
 import torch
 from conftest import random_graph
-from tinycompress.export import ORT, PROFILES, GateError, OrtModel, emit, export, prepare, read
-from tinycompress.export.read import initializers
 
 from tinycompress.config import Config, Layer
 from tinycompress.errors import InputError
+from tinycompress.export import ORT, PROFILES, GateError, OrtModel, emit, export, prepare, read
+from tinycompress.export.read import initializers
 from tinycompress.graph import Graph, cut, feeds
 from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
 from tinycompress.rope import Rope

@@ -111,7 +111,7 @@ def test_orthogonal_matrices_of_any_order(n):
     for kind in ("hadamard", "random"):
         Q = orthogonal(n, kind, seed=1)
         assert torch.allclose(Q @ Q.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
-        assert torch.equal(Q, orthogonal(n, kind, seed=1)) and not torch.equal(Q, orthogonal(n, kind, seed=2)) or n == 1
+        assert (torch.equal(Q, orthogonal(n, kind, seed=1)) and not torch.equal(Q, orthogonal(n, kind, seed=2))) or n == 1
 
 
 def test_untying_keeps_the_function():
@@ -181,7 +181,7 @@ def test_hqq_on_a_nonuniform_graph(nonuniform):
 
 
 def test_rotation_wants_a_dense_graph(tiny):
-    with pytest.raises(InputError, match="before you quantize"):
+    with pytest.raises(InputError, match="quantize last"):
         Rotate()(RTN(QuantSpec(4, 16))(tiny))
     with pytest.raises(InputError, match="kind"):
         Rotate("spiral")

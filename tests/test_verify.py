@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from test_export import ids_of, one_thread, proto, quantized, small
+
+from tinycompress.errors import InputError
 from tinycompress.export import GateError, OrtModel, export, read, summary, verify
 from tinycompress.export.read import load_proto
 from tinycompress.export.verify import gate
-
-from tinycompress.errors import InputError
 from tinycompress.rope import Rope
 from tinycompress.tokenizer import Tokenizer
 

@@ -1,9 +1,9 @@
 """Prune, quantize, distil, stretch and export Llama-family models on one shared graph.
 
-    from tinycompress import GPTQ, PruneFFN, QuantSpec, load, tokens
-    graph = load("smollm2-135m")
-    text = tokens("pydoc", graph.tokenizer, n=32, seq_len=512)
-    small = GPTQ(text, QuantSpec.parse("w4g64"))(PruneFFN(text, keep=0.75, multiple_of=64)(graph))
+from tinycompress import GPTQ, PruneFFN, QuantSpec, load, tokens
+graph = load("smollm2-135m")
+text = tokens("pydoc", graph.tokenizer, n=32, seq_len=512)
+small = GPTQ(text, QuantSpec.parse("w4g64"))(PruneFFN(text, keep=0.75, multiple_of=64)(graph))
 """
 
 from .calibrate import Inputs, gram, walk
@@ -32,8 +32,8 @@ __all__ = [
     "Config",
     "Feed",
     "Graph",
-    "Inputs",
     "InputError",
+    "Inputs",
     "Layer",
     "Pass",
     "PruneFFN",

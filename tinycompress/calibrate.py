@@ -128,7 +128,7 @@ class _Stream:
 
     def _norm(self, feed: Feed) -> Norm | None:
         if feed.layer is None:
-            return Norm(self.graph.weights["model.norm.weight"].to(self.device, self.dtype), self.graph.config.norm_eps)
+            return Norm(self.graph.tensor("model.norm.weight").to(self.device, self.dtype), self.graph.config.norm_eps)
         return getattr(self.block, feed.source.rsplit(".", 1)[1], None) if "layernorm" in feed.source else None
 
     def advance(self, feed: Feed) -> None:
@@ -136,12 +136,13 @@ class _Stream:
         block = self.block
         assert block is not None
         norm = self._norm(feed)
-        if norm is not None and block.self_attn is not None and norm is getattr(block, "input_layernorm", None):
-            self.piece = [block.self_attn.heads(norm(h), self.tables) for h in self.hidden]
-        elif norm is not None:
-            self.piece = [block.mlp.mid(norm(h)) for h in self.hidden]
+        attention, mlp, reader = block.self_attn, block.mlp, feed.readers[0].rsplit(".", 1)[1]
+        if attention and norm and reader == "q_proj":
+            self.piece = [attention.heads(norm(h), self.tables) for h in self.hidden]
+        elif mlp and norm and reader == "gate_proj":
+            self.piece = [mlp.mid(norm(h)) for h in self.hidden]
         else:
-            out = block.self_attn.o_proj if feed.readers[0].endswith("o_proj") else block.mlp.down_proj
+            out = block.get_submodule(("self_attn." if reader == "o_proj" else "mlp.") + reader)
             self.hidden = [h.add_(out(x)) for h, x in zip(self.hidden, self.piece)]
             self.piece = []
 

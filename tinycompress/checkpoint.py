@@ -76,7 +76,7 @@ def save(graph: Graph, folder: str | Path, *, dense: bool = False, overwrite: bo
     unquantized. `dense` dequantizes. The folder appears complete or not at all; memory needed is that of one weight."""
     folder = Path(folder)
     config = graph.config
-    entries: dict[str, Entry] = dict(graph.weights.entries)  # type: ignore[attr-defined]
+    entries: dict[str, Entry] = dict(graph.weights.entries)
     packed = {} if dense else {name: weight.spec for name, weight in entries.items() if isinstance(weight, QuantTensor)}
     plain = config.uniform and not packed
     dtype = entries["model.norm.weight"].dtype

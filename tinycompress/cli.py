@@ -309,12 +309,9 @@ def runnable(name: str, graph: Graph) -> Any:
         return OrtModel(name)
     import torch
 
-    from .quantize import QuantTensor
-
     if 4 * graph.config.n_params > LARGEST_DENSE:
         return graph.module()
-    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}  # type: ignore[attr-defined]
-    return graph.replace(weights={n: w.dequantize() for n, w in packed.items()}).module(dtype=torch.float32)
+    return graph.dense(torch.float32).module()
 
 
 def need_tokenizer(graph: Graph) -> Any:

@@ -106,7 +106,7 @@ class Config:
             if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
                 raise InputError(f"{cls.__name__} fields", sorted(unknown), sorted(f.name for f in dataclasses.fields(cls)))
         try:
-            rope = {k: tuple(v) if isinstance(v, list) else v for k, v in data["rope"].items()}
+            rope: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["rope"].items()}
             eos = data.get("eos_token_id")
             data.update(
                 rope=Rope(**rope),

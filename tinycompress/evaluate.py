@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -63,6 +63,7 @@ def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexit
 
 def window_nll(model: Model, ids: Tensor) -> Tensor:
     """ids [1, T] to the NLL of tokens 1 … T-1, float32 [T-1]; logits of a Transformer exist only `CHUNK` at a time."""
+    parts: Iterable[tuple[Tensor, Tensor]]
     if isinstance(model, Transformer):
         hidden = model.hidden(ids.to(model.device))[0, :-1]
         parts = ((model.lm_head(h), t) for h, t in zip(hidden.split(CHUNK), ids[0, 1:].to(model.device).split(CHUNK)))

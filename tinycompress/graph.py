@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -148,7 +149,8 @@ class Weights(Mapping[str, "Weight"]):
     """Parameters by Hugging Face name. Memory-mapped tensors cost nothing until touched; lazy ones are read each time."""
 
     def __init__(self, entries: Mapping[str, Weight | LazyTensor]) -> None:
-        self.entries = dict(entries.entries if isinstance(entries, Weights) else entries)
+        known: Mapping[str, Weight | LazyTensor] = entries.entries if isinstance(entries, Weights) else entries
+        self.entries: dict[str, Weight | LazyTensor] = dict(known)
 
     def __getitem__(self, name: str) -> Weight:
         entry = self.entries[name]
@@ -166,7 +168,7 @@ class Graph:
     """A model as a value. `replace` makes a changed copy that shares every weight that was not changed."""
 
     config: Config
-    weights: Mapping[str, Weight]
+    weights: Weights  # any mapping is accepted
     history: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = field(default=None)
 
@@ -190,7 +192,7 @@ class Graph:
     def replace(
         self,
         *,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Mapping[str, Weight | LazyTensor] | None = None,
         config: Config | None = None,
         by: object = None,
         tokenizer: Tokenizer | None = None,
@@ -198,10 +200,17 @@ class Graph:
         """A new graph: `weights` override those of the same name, parameters the (new) config lacks are dropped,
         and `by` (a pass) is added to the history by its repr."""
         config = config or self.config
-        merged = self.weights.entries | dict(weights or {})  # type: ignore[attr-defined]
+        merged = self.weights.entries | dict(weights or {})
         kept = {name: merged[name] for name in shapes(config) if name in merged}
         history = self.history if by is None else (*self.history, repr(by))
         return Graph(config, Weights(kept), history, tokenizer or self.tokenizer)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter that must still be dense; a packed one is an InputError."""
+        weight = self.weights[name]
+        if not isinstance(weight, Tensor):
+            raise InputError(name, f"a weight quantized to {weight.spec}", "a dense one (quantize last)")
+        return weight
 
     def linear(self, name: str) -> Weight:
         """The weight [out, in] of a linear, the tied head included."""
@@ -210,13 +219,13 @@ class Graph:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations have: that of the norms, which are never quantized."""
-        return self.weights.entries["model.norm.weight"].dtype  # type: ignore[attr-defined]
+        return self.weights.entries["model.norm.weight"].dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as stored (packed, for quantized ones)."""
         total = 0
-        for entry in self.weights.entries.values():  # type: ignore[attr-defined]
+        for entry in self.weights.entries.values():
             total += getattr(entry, "nbytes", None) or math.prod(entry.shape) * entry.dtype.itemsize
         return total
 
@@ -230,6 +239,19 @@ class Graph:
                 digest.update(f"{name}{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def dense(self, dtype: torch.dtype | None = None) -> Graph:
+        """The same function with packed weights unpacked (and, given a dtype, all weights converted) when they are read."""
+        changed: dict[str, Weight | LazyTensor] = {}
+        for name, entry in self.weights.entries.items():
+            packed = not isinstance(entry, Tensor | LazyTensor)
+            if packed or (dtype and entry.dtype != dtype):
+                changed[name] = LazyTensor(tuple(entry.shape), dtype or entry.dtype, partial(self._read_dense, name, dtype or entry.dtype))
+        return self.replace(weights=changed) if changed else self
+
+    def _read_dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        weight = self.weights[name]
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
     def module(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Transformer:
         """The graph as a zero-copy nn.Module: called on token ids [B, T] it returns logits [B, T, V]."""
@@ -245,7 +267,7 @@ class Graph:
         for name, shape in shapes(config).items():
             norm = len(shape) == 1 and not name.endswith(".bias")
             weights[name] = torch.ones(shape, dtype=dtype) if norm else torch.empty(shape, dtype=dtype).normal_(0, std, generator=generator)
-        return Graph(config, weights)
+        return Graph(config, Weights(weights))
 
     @staticmethod
     def from_hf(model: Any) -> Graph:
@@ -276,7 +298,8 @@ def cut(graph: Graph, axis: str | Axis, keep: Sequence[int] | Tensor) -> Graph:
     index = _checked(axis, keep)
     if axis.name == "layers":
         return _drop_layers(graph, index)
-    config, changed = _cut_config(graph.config, axis.name, len(index)), {}
+    config = _cut_config(graph.config, axis.name, len(index))
+    changed: dict[str, Weight] = {}
     remaining = shapes(config)
     for name, (dim, stride) in axis.cuts.items():
         if name in remaining:
@@ -286,7 +309,7 @@ def cut(graph: Graph, axis: str | Axis, keep: Sequence[int] | Tensor) -> Graph:
         ratio = axis.size / len(index)
         for name in changed:
             if len(remaining[name]) == 1 and not name.endswith(".bias"):
-                changed[name] = changed[name] * math.sqrt(ratio)
+                changed[name] = graph.tensor(name).index_select(0, index) * math.sqrt(ratio)
     return graph.replace(config=config, weights=changed)
 
 
@@ -320,8 +343,8 @@ def _cut_config(config: Config, axis: str, size: int) -> Config:
 def _drop_layers(graph: Graph, index: Tensor) -> Graph:
     old = graph.config
     config = dataclasses.replace(old, layers=tuple(old.layers[i] for i in index.tolist()))
-    entries = graph.weights.entries  # type: ignore[attr-defined]
-    moved = {}
+    entries = graph.weights.entries
+    moved: dict[str, Weight | LazyTensor] = {}
     for new, i in enumerate(index.tolist()):
         prefix = layer_prefix(i) + "."
         moved |= {layer_prefix(new) + "." + n[len(prefix) :]: w for n, w in entries.items() if n.startswith(prefix)}
@@ -361,9 +384,7 @@ def fold(graph: Graph, feed: Feed, scale: Tensor) -> dict[str, Weight]:
                 changed[name] = (weight.double() / rows.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
             else:
                 changed[name] = weight.divide_rows(rows)
-    for reader in feed.readers:
-        weight = graph.linear(reader)
-        if not isinstance(weight, Tensor):
-            raise InputError(reader, "a quantized weight", "a dense one (fold before you quantize)")
-        changed[graph.config.weight_name(reader)] = (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
+    for reader in map(graph.config.weight_name, feed.readers):
+        weight = graph.tensor(reader)
+        changed[reader] = (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
     return changed

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import InputError
-from .graph import Config, Graph, Layer, shapes
-from .quantize import QuantTensor
+from .graph import Config, Graph, Layer, Weights, shapes
 from .rope import TYPES, Rope
 
 if TYPE_CHECKING:
-    from .graph import Weight
+    pass
 
 MODEL_TYPES = ("llama", "mistral")
 ATTENTION_BIASES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -202,7 +201,7 @@ def graph_from_model(model: Any) -> Graph:
     """The graph of a live transformers Llama; tensors are shared with the model."""
     config = config_from_hf(model.config.to_dict(), "the model's config")
     state = model.state_dict()
-    return Graph(config, {name: state[name].detach() for name in shapes(config) if name in state})
+    return Graph(config, Weights({name: state[name].detach() for name in shapes(config) if name in state}))
 
 
 def model_from_graph(graph: Graph) -> Any:
@@ -210,10 +209,7 @@ def model_from_graph(graph: Graph) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    def dense(weight: Weight) -> torch.Tensor:
-        return weight.dequantize() if isinstance(weight, QuantTensor) else weight
-
-    state = {name: dense(weight) for name, weight in graph.weights.items()}
+    state: dict[str, Any] = dict(graph.dense().weights)
     norm = state["model.norm.weight"]
     state |= {name: norm.new_zeros(shape) for name, shape in missing_biases(graph.config).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])

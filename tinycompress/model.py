@@ -23,6 +23,8 @@ from .graph import Graph
 from .quantize import QuantLinear, QuantTensor
 from .rope import Rope
 
+ROWS = 512  # positions an FFN takes at a time without gradients
+
 
 class KVCache:
     """Keys and values of every layer, preallocated [B, K, max_length, d]; `length` positions are filled.
@@ -154,13 +156,15 @@ class Block(nn.Module):
         config, layer, at = graph.config, graph.config.layers[index], layer_prefix(index)
         self.index = index
 
-        def get(name: str) -> Tensor | QuantTensor:
-            return graph.weights[f"{at}.{name}"].to(device, dtype)
+        def get(name: str) -> Tensor:
+            return graph.tensor(f"{at}.{name}").to(device, dtype)
 
         def linears(block: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
-            return {n: linear(get(f"{block}.{n}.weight"), get(f"{block}.{n}.bias") if n in config.biases else None) for n in names}
+            weights = {n: graph.weights[f"{at}.{block}.{n}.weight"].to(device, dtype) for n in names}
+            return {n: linear(w, get(f"{block}.{n}.bias") if n in config.biases else None) for n, w in weights.items()}
 
-        self.self_attn = self.mlp = None
+        self.self_attn: Attention | None = None
+        self.mlp: MLP | None = None
         if layer.n_heads:
             self.input_layernorm = Norm(get("input_layernorm.weight"), config.norm_eps)
             self.self_attn = Attention(linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), config.head_dim)
@@ -170,11 +174,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
+        if torch.is_grad_enabled():
+            if self.self_attn is not None:
+                x = x + self.self_attn(self.input_layernorm(x), tables, cache, self.index)
+            return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
         if self.self_attn is not None:
-            x = x + self.self_attn(self.input_layernorm(x), tables, cache, self.index)
+            x = self.self_attn(self.input_layernorm(x), tables, cache, self.index).add_(x)
         if self.mlp is not None:
-            x = x + self.mlp(self.post_attention_layernorm(x))
+            for rows in x.view(-1, x.shape[-1]).split(ROWS):  # in place: the intermediates stay small enough to be reused
+                rows.add_(self.mlp(self.post_attention_layernorm(rows)))
         return x
+
+
+class Decoder(nn.Module):
+    """Everything but the head, under Hugging Face's names."""
+
+    def __init__(self, graph: Graph, embedding: Embedding, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(Block(graph, i, device, dtype) for i in range(graph.config.n_layers))
+        self.norm = Norm(graph.tensor("model.norm.weight").to(device, dtype), graph.config.norm_eps)
 
 
 class Transformer(nn.Module):
@@ -184,15 +203,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config = graph.config
         embedding = graph.weights["model.embed_tokens.weight"].to(device, dtype)
-        self.model = nn.Module()
-        self.model.embed_tokens = Embedding(embedding)
-        self.model.layers = nn.ModuleList(Block(graph, i, device, dtype) for i in range(config.n_layers))
-        self.model.norm = Norm(graph.weights["model.norm.weight"].to(device, dtype), config.norm_eps)
+        self.model = Decoder(graph, Embedding(embedding), device, dtype)
         head = embedding if config.tie_embeddings else graph.weights["lm_head.weight"].to(device, dtype)
         self.lm_head = linear(head, None)
         if config.tie_embeddings and isinstance(head, Tensor):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.eval()
+        keep_heap()
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +227,8 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, T] to the normalised last hidden states [B, T, D], from position cache.length (or 0) on."""
+        if cache is None and len(ids) > 1 and not torch.is_grad_enabled() and ids.device.type == "cpu":
+            return torch.cat([self.hidden(row) for row in ids.split(max(1, ROWS // ids.shape[1]))])  # activations fit the processor's cache
         start = cache.length if cache else 0
         x = self.model.embed_tokens(ids)
         tables = self.tables(start, start + ids.shape[1])
@@ -254,6 +273,12 @@ class Transformer(nn.Module):
                 on_token(token)
             step = torch.tensor([[token]], device=self.device)
         return torch.tensor(out, dtype=torch.long)
+
+
+def keep_heap() -> None:
+    """Makes activations reuse the heap. glibc returns freed blocks to the system, to be faulted in again page by page,
+    from a size on that follows the largest mapped block freed so far, up to 32 MB: so one such block is freed."""
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class Embedding(nn.Module):

@@ -255,7 +255,7 @@ def targets(graph: Graph, spec: QuantSpec, head: bool = False) -> list[str]:
     if head and graph.config.tie_embeddings:
         raise InputError("head", "a head tied to the embedding", "head=False (a tied head is quantized with the embedding)")
     for name in names:
-        weight = graph.weights.entries[graph.config.weight_name(name)]  # type: ignore[attr-defined]
+        weight = graph.weights.entries[graph.config.weight_name(name)]
         if isinstance(weight, QuantTensor):
             raise InputError(name, f"a weight that is already {weight.spec}", "a dense weight (quantize once, from the float model)")
         spec.group(name, weight.shape[1])
@@ -268,6 +268,8 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
         super().__init__()
         self.spec, self.shape = weight.spec, weight.shape
+        self.packed: Tensor  # buffers, so that they move with the module
+        self.scales: Tensor
         self.out_features, self.in_features = weight.shape
         for suffix, tensor in weight.tensors().items():
             self.register_buffer(suffix[1:], tensor)

@@ -22,7 +22,7 @@ Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, stored as, bytes
 
 def parameters(graph: Graph) -> Iterator[Entry]:
     """Every parameter, without reading one."""
-    entries = graph.weights.entries  # type: ignore[attr-defined]
+    entries = graph.weights.entries
     for name in shapes(graph.config):
         entry = entries[name]
         stored = str(entry.spec) if isinstance(entry, QuantTensor) else str(entry.dtype).removeprefix("torch.")

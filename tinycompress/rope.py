@@ -63,6 +63,13 @@ class Rope:
         """Frequencies depend on the length in use, so cached keys must be kept un-rotated."""
         return self.type in ("dynamic", "longrope")
 
+    @property
+    def trained(self) -> int:
+        """original_max_position, where there must be one."""
+        if not self.original_max_position:
+            raise InputError("rope.original_max_position", self.original_max_position, "a positive length")
+        return self.original_max_position
+
     def attention_scale(self) -> float:
         """The factor on cos and sin (so attention logits are scaled by its square)."""
         if self.attention_factor is not None:
@@ -73,7 +80,7 @@ class Rope:
                 return _mscale(s, self.mscale) / _mscale(s, self.mscale_all_dim)
             return _mscale(s, 1.0)
         if self.type == "longrope" and s > 1:
-            return math.sqrt(1 + math.log(s) / math.log(self.original_max_position))
+            return math.sqrt(1 + math.log(s) / math.log(self.trained))
         return 1.0
 
     def inv_freq(self, head_dim: int, length: int = 0) -> Tensor:
@@ -111,7 +118,7 @@ class Rope:
         """YaRN's ramp ends (low, high) in channels: c(r) = d·ln(L / 2πr) / (2·ln theta), r = beta_fast, beta_slow."""
 
         def channel(rotations: float) -> float:
-            return head_dim * math.log(self.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+            return head_dim * math.log(self.trained / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = channel(self.beta_fast), channel(self.beta_slow)
         if self.truncate:

@@ -47,7 +47,8 @@ class AWQ:
                 return None
             hessian = gram(feed, inputs)
             magnitude = mean_magnitude(inputs, feed.repeat, graph.config.head_dim)
-            weights = [current.linear(name).to(hessian.device).float() for name in feed.readers]
+            keys = [graph.config.weight_name(name) for name in feed.readers]
+            weights = [current.tensor(key).to(hessian.device).float() for key in keys]
             scale = awq_scale(weights, hessian, magnitude, self.spec, ", ".join(feed.readers))
             changed = fold(current, feed, scale)
             current = current.replace(weights=changed)
@@ -55,11 +56,10 @@ class AWQ:
                 return None  # nothing that the walk computes has changed
             s = scale.double()
             out: dict[str, Weight] = {}
-            for name in feed.readers:
-                key = graph.config.weight_name(name)
-                out[key] = _round(name, changed[key].float(), (hessian.diagonal() / s.square()).float(), self.spec)
+            for key in keys:
+                out[key] = _round(key, current.tensor(key).float(), (hessian.diagonal() / s.square()).float(), self.spec)
             current = current.replace(weights=out)
-            return {key: w.dequantize() * (1 / scale) for key, w in out.items()}  # what the unfolded inputs need
+            return {key: current.linear(key.removesuffix(".weight")).dequantize() / scale for key in out}  # what the unfolded inputs need
 
         walk(graph, self.tokens, visit, progress=f"AWQ {self.spec}")
         return current.replace(by=self)
@@ -67,12 +67,8 @@ class AWQ:
 
 def mean_magnitude(inputs: Inputs, repeat: int = 1, head_dim: int = 1) -> Tensor:
     """mean|x_j| over all positions, float32 [K]; for a v_proj feed averaged over the query heads of each KV channel."""
-    total, count = None, 0
-    for batch in inputs:
-        x = batch.flatten(0, -2).float()
-        total = x.abs().sum(0) if total is None else total + x.abs().sum(0)
-        count += len(x)
-    mean = total / count  # type: ignore[operator]
+    sums = [(x.abs().sum(0), len(x)) for x in (batch.flatten(0, -2).float() for batch in inputs)]
+    mean = torch.stack([s for s, _ in sums]).sum(0) / sum(n for _, n in sums)
     if repeat == 1:
         return mean
     heads = mean.reshape(-1, repeat, head_dim)  # query head h reads KV head h // repeat

@@ -48,10 +48,11 @@ class GPTQ:
             if not todo.issuperset(feed.readers):
                 return None
             hessian = gram(feed, inputs)
-            rows = [graph.linear(name).to(hessian.device) for name in feed.readers]
+            rows = [graph.tensor(graph.config.weight_name(name)).to(hessian.device) for name in feed.readers]
             joined = torch.cat(rows)  # the readers share H, hence U and every step but their own rounding
             quantized = gptq_quantize(joined, hessian, self.spec, act_order=self.act_order, damping=self.damping, name=", ".join(feed.readers))
-            out, start = {}, 0
+            out: dict[str, Weight] = {}
+            start = 0
             for name, weight in zip(feed.readers, rows):
                 out[graph.config.weight_name(name)] = quantized.rows(start, start + len(weight))
                 start += len(weight)

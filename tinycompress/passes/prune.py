@@ -48,9 +48,7 @@ class PruneFFN:
             if feed.layer is None or not feed.readers[0].endswith("down_proj"):
                 return None
             name = feed.readers[0]
-            weight = graph.linear(name)
-            if not isinstance(weight, Tensor):
-                raise InputError(name, "a quantized weight", "a dense one (prune before you quantize)")
+            weight = graph.tensor(f"{name}.weight")
             width = widths[feed.layer]
             if width == weight.shape[1]:
                 return None

@@ -41,17 +41,14 @@ class Rotate:
     def __call__(self, graph: Graph) -> Graph:
         graph = untie(graph)
         config = graph.config
-        quantized = [n for n, w in graph.weights.entries.items() if not isinstance(w, Tensor) and hasattr(w, "spec")]  # type: ignore[attr-defined]
-        if quantized:
-            raise InputError(quantized[0], "a quantized weight", "a dense graph (rotate before you quantize)")
         for feed in feeds(config):
             if "norm" in feed.source:
                 graph = graph.replace(weights=fold_norm(graph, feed))
         if self.residual:
             R = orthogonal(config.hidden_size, self.kind, self.seed)
-            changed = {}
-            for name, weight in graph.weights.items():
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            changed: dict[str, Weight] = {}
+            for name in graph.weights:
+                weight, writes = graph.tensor(name), name.endswith(("o_proj.weight", "down_proj.weight"))
                 if name.endswith(("o_proj.bias", "down_proj.bias")):
                     changed[name] = (weight.double() @ R).to(weight.dtype)
                 elif weight.dim() == 2:
@@ -60,7 +57,8 @@ class Rotate:
         if self.heads:
             R, d = orthogonal(config.head_dim, self.kind, self.seed + 1), config.head_dim
             changed = {}
-            for name, weight in graph.weights.items():
+            for name in graph.weights:
+                weight = graph.tensor(name)
                 if name.endswith("v_proj.weight") or name.endswith("v_proj.bias"):
                     rows = weight.double().reshape(-1, d, *weight.shape[1:])
                     changed[name] = torch.einsum("de,hd...->he...", R, rows).reshape(weight.shape).to(weight.dtype)
@@ -74,9 +72,11 @@ class Rotate:
 def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
     """The norm's weight multiplied into its readers; ones are left, for dead channels (weight 0) too."""
     norm = f"{feed.source}.weight"
-    w = graph.weights[norm].double()
-    names = [graph.config.weight_name(reader) for reader in feed.readers]
-    return {n: (graph.weights[n].double() * w).to(graph.weights[n].dtype) for n in names} | {norm: torch.ones_like(graph.weights[norm])}
+    w = graph.tensor(norm).double()
+    changed: dict[str, Weight] = {norm: torch.ones_like(graph.tensor(norm))}
+    for name in map(graph.config.weight_name, feed.readers):
+        changed[name] = (graph.tensor(name).double() * w).to(graph.dtype)
+    return changed
 
 
 def untie(graph: Graph) -> Graph:

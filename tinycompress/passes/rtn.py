@@ -21,7 +21,7 @@ class RTN:
     def __call__(self, graph: Graph) -> Graph:
         changed = {}
         for name in tqdm(targets(graph, self.spec, self.head), desc=f"RTN {self.spec}", unit="linear", delay=2):
-            changed[graph.config.weight_name(name)] = rtn_quantize(graph.linear(name), self.spec, name)
+            changed[graph.config.weight_name(name)] = rtn_quantize(graph.tensor(graph.config.weight_name(name)), self.spec, name)
         return graph.replace(weights=changed, by=self)
 
 
