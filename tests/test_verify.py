@@ -45,7 +45,7 @@ def test_report(graph, tmp_path):
     report = verify(tmp_path / "out")
     assert report["passed"] and list(checks(report)) == ALL
     assert manifest["checks"]["checks"] == report["checks"][1:]  # the same figures, and export need not hash what it wrote
-    assert report["text"] == "4 × 64 tokens, random ids: no tokenizer"
+    assert report["text"] == "8 × 64 tokens, random ids: no tokenizer"
     assert report["perplexity"]["torch"] > 1 and "onnxruntime" in report["versions"]
     lines = summary(report)
     assert len(lines) == len(ALL) + 2 and lines[-1] == "passed" and "prefill" in lines[4]
@@ -129,7 +129,7 @@ def test_text(tmp_path):
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     graph = small(vocab_size=256).replace(tokenizer=Tokenizer(backend))
     manifest = export(graph, tmp_path / "out")
-    assert manifest["checks"]["text"] == "4 × 64 tokens, pydoc (test)" and "tokenizer.json" in manifest["files"]
+    assert manifest["checks"]["text"] == "8 × 64 tokens, pydoc (test)" and "tokenizer.json" in manifest["files"]
     tokenizer = OrtModel(tmp_path / "out").tokenizer
     assert tokenizer is not None and tokenizer.decode(tokenizer.encode("So long, and thanks.")) == "So long, and thanks."
     report = verify(tmp_path / "out", tokens=ids_of(graph, 20, B=2))

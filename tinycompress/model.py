@@ -227,8 +227,9 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, T] to the normalised last hidden states [B, T, D], from position cache.length (or 0) on."""
-        if cache is None and len(ids) > 1 and not torch.is_grad_enabled() and ids.device.type == "cpu":
-            return torch.cat([self.hidden(row) for row in ids.split(max(1, ROWS // ids.shape[1]))])  # activations fit the processor's cache
+        together = max(1, ROWS // ids.shape[1])  # sequences whose activations fit the processor's cache
+        if cache is None and len(ids) > together and not torch.is_grad_enabled() and ids.device.type == "cpu":
+            return torch.cat([self.hidden(some) for some in ids.split(together)])
         start = cache.length if cache else 0
         x = self.model.embed_tokens(ids)
         tables = self.tables(start, start + ids.shape[1])
