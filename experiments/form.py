@@ -69,7 +69,9 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     parser.add_argument("--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)")
     parser.add_argument("--calibration", default="pydoc", help="calibration text: a path or a data set's name (default: pydoc)")
     parser.add_argument("--evaluation", default="pydoc", help="evaluation text, its test split (default: pydoc)")
-    parser.add_argument("--windows", type=int, default=50, help="evaluation windows of 1024 tokens (default: 50)")
+    parser.add_argument(
+        "--windows", type=int, default=36, help="evaluation windows of 1024 tokens (default: 36, about all that pydoc has; 50 or more for a verdict)"
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens (default: 32)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, little data, nothing written")
@@ -80,18 +82,17 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     graph = load(args.model, dtype=torch.float32)
     evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test")
     bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick)
-    findings = []
+    # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
+    protocol = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items()} | {"seq_len": evaluation.shape[1]}
+    findings: list[Finding] = []
     for finding in experiment(bench):
         findings.append(finding)
         print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}", flush=True)
-    if args.quick:
-        return
-    # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
-    protocol = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items()} | {"seq_len": evaluation.shape[1]}
-    minutes = round((time.perf_counter() - started) / 60, 1)
-    result = {"title": (doc or "").splitlines()[0], "protocol": protocol, "findings": [asdict(f) for f in findings]}
-    write_json(HERE / "results" / f"{path.stem}.json", result | {"minutes": minutes, "environment": environment()})
-    write_readme()
+        if not args.quick:  # after every finding, so that a killed run keeps what it found
+            minutes = round((time.perf_counter() - started) / 60, 1)
+            result = {"title": (doc or "").splitlines()[0], "protocol": protocol, "findings": [asdict(f) for f in findings]}
+            write_json(HERE / "results" / f"{path.stem}.json", result | {"minutes": minutes, "environment": environment()})
+            write_readme()
 
 
 def write_readme() -> None:

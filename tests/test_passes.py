@@ -6,7 +6,7 @@ import torch
 from tinycompress.calibrate import gram, walk
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph, feeds
-from tinycompress.passes.gptq import GPTQ, gptq_quantize, inverse_factor
+from tinycompress.passes.gptq import GPTQ, gptq_quantize, inverse_factor, propagate_error
 from tinycompress.passes.prune import PruneFFN, channel_scores, refit_columns
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
@@ -168,11 +168,35 @@ def test_damping_escalates_and_then_says_which_hessian():
 
 def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
     out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
-    assert out.history == ("GPTQ(spec=QuantSpec(bits=3, group_size=16, symmetric=True, scale='auto'), act_order=True, damping=0.01, head=False)",)
+    assert out.history == ("GPTQ(spec=QuantSpec(bits=3, group_size=16, symmetric=True, scale='auto'), act_order=True, damping=0.01, propagate=0.0, head=False)",)
     reference = nonuniform.module()(tokens)
     error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
     assert error(out) < 0.8 * error(RTN(QuantSpec(3, 16))(nonuniform))
     assert all(isinstance(w, torch.Tensor) for w in nonuniform.weights.values())  # the old graph is untouched
+
+
+def test_propagated_errors_move_the_target_exactly():
+    """QEP's identity: at α = 1 and λ = 0, ‖QX̂ - WX‖² and ‖(Q - W*)X̂‖² differ by a constant, whatever Q."""
+    g = torch.Generator().manual_seed(0)
+    x = correlated(300, 24).double()
+    seen = x + 0.1 * torch.randn(300, 24, generator=g, dtype=torch.float64)
+    W = torch.randn(8, 24, generator=g, dtype=torch.float64)
+    target = propagate_error(W, seen.T @ seen, x.T @ seen, alpha=1.0, damping=0.0)
+    constants = []
+    for _ in range(3):
+        Q = W + torch.randn(8, 24, generator=g, dtype=torch.float64)
+        constants.append((seen @ Q.T - x @ W.T).square().sum() - (seen @ (Q - target).T).square().sum())
+    assert torch.allclose(constants[0], constants[1], rtol=1e-6) and torch.allclose(constants[0], constants[2], rtol=1e-6)
+    assert torch.equal(propagate_error(W, seen.T @ seen, x.T @ seen, alpha=0.0), W)
+
+
+def test_propagation_comes_closer_to_the_float_model(nonuniform, tokens):
+    reference = nonuniform.module()(tokens)
+    spec = QuantSpec(3, 16)
+    error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
+    assert error(GPTQ(tokens, spec, propagate=0.5)(nonuniform)) < error(GPTQ(tokens, spec)(nonuniform))
+    with pytest.raises(InputError, match="propagate"):
+        GPTQ(tokens, spec, propagate=2.0)
 
 
 # PruneFFN

@@ -147,6 +147,13 @@ class _Stream:
             self.piece = []
 
 
+def cross_gram(inputs: Inputs) -> Tensor:
+    """Σ x xᵣᵀ transposed: float64 [K, K] with the reference's inputs as rows and the present ones as columns."""
+    if inputs.reference is None:
+        raise InputError("inputs", "no reference", "walk(..., reference=True)")
+    return torch.stack([(r.flatten(0, -2).float().T @ x.flatten(0, -2).float()).double() for x, r in zip(inputs, inputs.reference)]).sum(0)
+
+
 def gram(feed: Feed, inputs: Inputs) -> Tensor:
     """Σ x xᵀ over all positions, float64 [K, K]; an InputError naming the readers if an activation is not finite.
 

@@ -7,7 +7,12 @@ Rounds the columns of W one after the other and lets the columns not yet rounded
 
 applied lazily by blocks of columns. Grids are fixed first, for whole groups of the original order ("static groups"),
 so that columns can be visited by falling H_jj ("act-order") and the result still loads anywhere, without a g_idx.
-Scales are searched with the error weighted by E[x²] = diag(H). Letters: N out_features, K in_features.
+Scales are searched with the error weighted by E[x²] = diag(H).
+
+Error propagation, QEP (arXiv:2504.09629): the inputs X̂ of a linear already differ from the float model's X, so the
+target WX is approached from a corrected weight, W* = W + α·W·(X - X̂)X̂ᵀ(X̂X̂ᵀ + λI)⁻¹. For α = 1, λ = 0 that is exact:
+‖QX̂ - WX‖² = ‖(Q - W*)X̂‖² + a constant. It takes a second, float stream through the walk.
+Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..calibrate import Inputs, gram, walk
+from ..calibrate import Inputs, cross_gram, gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
 from ..quantize import QuantSpec, QuantTensor, find_grid, targets
@@ -29,17 +34,21 @@ DAMPING_TRIES = 6
 @dataclass(frozen=True)
 class GPTQ:
     """Quantizes every linear (the head only if `head`) on calibration `tokens` [windows, seq_len], true-sequentially:
-    each piece of each block sees the inputs that the already quantized prefix produces."""
+    each piece of each block sees the inputs that the already quantized prefix produces. `propagate` is QEP's α (0: off,
+    0.5 in the paper)."""
 
     tokens: Tensor = field(repr=False, compare=False)
     spec: QuantSpec = field(default_factory=QuantSpec)
     act_order: bool = True
     damping: float = 0.01
+    propagate: float = 0.0
     head: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
             raise InputError("GPTQ.damping", self.damping, "a fraction of the mean of diag(H), between 0 and 1")
+        if not 0 <= self.propagate <= 1:
+            raise InputError("GPTQ.propagate", self.propagate, "a number between 0 (off) and 1")
 
     def __call__(self, graph: Graph) -> Graph:
         todo = set(targets(graph, self.spec, self.head))
@@ -50,6 +59,8 @@ class GPTQ:
             hessian = gram(feed, inputs)
             rows = [graph.tensor(graph.config.weight_name(name)).to(hessian.device) for name in feed.readers]
             joined = torch.cat(rows)  # the readers share H, hence U and every step but their own rounding
+            if self.propagate:
+                joined = propagate_error(joined, hessian, cross_gram(inputs), self.propagate, self.damping)
             quantized = gptq_quantize(joined, hessian, self.spec, act_order=self.act_order, damping=self.damping, name=", ".join(feed.readers))
             out: dict[str, Weight] = {}
             start = 0
@@ -58,7 +69,7 @@ class GPTQ:
                 start += len(weight)
             return out
 
-        return walk(graph, self.tokens, visit, progress=f"GPTQ {self.spec}").replace(by=self)
+        return walk(graph, self.tokens, visit, reference=self.propagate > 0, progress=f"GPTQ {self.spec}").replace(by=self)
 
 
 def gptq_quantize(
@@ -103,6 +114,14 @@ def gptq_quantize(
     ints = torch.empty_like(Q)
     ints[order] = Q
     return QuantTensor.from_ints(ints.T.contiguous(), scales, zeros, spec)
+
+
+def propagate_error(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float = 0.01) -> Tensor:
+    """QEP's W* [N, K] from weight [N, K], hessian X̂X̂ᵀ and cross XX̂ᵀ [K, K] (both over the same positions)."""
+    H = hessian.double().clone()
+    H.diagonal().add_((damping * H.diagonal().mean()).clamp_min(1e-12))
+    correction = torch.linalg.solve(H, ((cross - hessian).double().T @ weight.double().T)).T
+    return (weight.double() + alpha * correction).to(weight.dtype)
 
 
 def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:
