@@ -217,7 +217,8 @@ def model_from_graph(graph: Graph) -> Any:
     with torch.device("meta"):  # no memory for weights that are replaced at once
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=norm.device)  # its buffers are not in the state
+    with norm.device:  # the buffers are not in the state; transformers 5 takes no device here
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
     model.tie_weights()
     return model.eval()
 
