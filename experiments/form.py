@@ -109,9 +109,8 @@ def write_readme() -> None:
     for file in sorted((HERE / "results").glob("*.json")):
         result = json.loads(file.read_text())
         for f in result["findings"]:
-            lines.append(
-                f"| [`{file.stem}`]({file.stem}.py) | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |"
-            )
+            name = f"[`{file.stem}`]({file.stem}.py)"
+            lines.append(f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |")
         p, machine = result["protocol"], result["environment"]["machine"]
         notes.append(
             f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "

@@ -78,7 +78,7 @@ def test_frequencies_equal_transformers(case, share):
 def test_scaling_is_a_pass(tiny):
     out = ScaleRope(context=4 * tiny.config.max_position, method="linear")(tiny)
     assert (out.config.rope.type, out.config.rope.factor, out.config.max_position) == ("linear", 4.0, 4 * tiny.config.max_position)
-    assert out.history == ("ScaleRope(context=%d, method='linear')" % out.config.max_position,)
+    assert out.history == (f"ScaleRope(context={out.config.max_position}, method='linear')",)
     again = ScaleRope(context=8 * tiny.config.max_position, method="linear")(out)
     assert again.config.rope.factor == 8.0 and again.config.rope.original_max_position == tiny.config.max_position
 
