@@ -114,8 +114,8 @@ def write_readme() -> None:
         p, machine = result["protocol"], result["environment"]["machine"]
         notes.append(
             f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "
-            f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py`, "
-            f"{result['minutes']} minutes."
+            f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py "
+            f"--calibration {p['calibration']} --evaluation {p['evaluation']} --windows {p['windows']}`, {result['minutes']} minutes."
         )
     write_text(HERE / "README.md", "\n".join([*lines, "", *notes, "", "A new claim is a copy of one file.", ""]))
 
