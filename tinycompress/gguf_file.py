@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import LINEARS, Config, Layer, shapes
 from .errors import InputError
-from .graph import LINEARS, Config, Graph, Layer, LazyTensor, Weights, shapes
+from .graph import Graph, LazyTensor, Weights
 from .hf import integer, number, token_id
 from .rope import Rope
 from .tokenizer import Tokenizer
