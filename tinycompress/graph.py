@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, layer_prefix, shapes
+from .config import LINEARS, LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, layer_prefix, shapes
 from .errors import InputError
 from .rope import Rope
 from .topology import Axis, Feed, axes, feeds
@@ -36,6 +36,7 @@ Weight: TypeAlias = "Tensor | QuantTensor"
 Pass = Callable[["Graph"], "Graph"]  # a pass is any such callable: no base class, no registry
 
 __all__ = [  # the config's names belong to the graph's vocabulary
+    "LINEARS",
     "LLAMA_2_7B",
     "SMOLLM2_135M",
     "TINYLLAMA_1_1B",
