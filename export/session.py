@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinycompress.config import Config
 from tinycompress.errors import InputError
-from tinycompress.model import check_ids, end_tokens, sample
+from tinycompress.model import check_ids, decode, decode_room, end_tokens
 from tinycompress.tokenizer import Tokenizer
 
 from .emit import LEVELS, attention_layers
@@ -104,22 +104,10 @@ class OrtModel:
     ) -> Tensor:
         """As `Transformer.generate`: continues ids [1, T] (or [T]) and returns the new ids [n]."""
         ids = torch.as_tensor(ids).reshape(1, -1)
-        check_ids(ids, self.config.vocab_size)
+        room = decode_room(self.config, ids, max_new_tokens)
+        cache = self.new_cache(1, ids.shape[1] + max(room - 1, 0))
         stop = end_tokens(self.config) if stop is None else stop
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        room = min(max_new_tokens, self.config.max_position - ids.shape[1] + 1)  # the last token is not fed back
-        cache = self.new_cache(1, max(ids.shape[1] + room - 1, ids.shape[1]))
-        out: list[int] = []
-        step = ids
-        for _ in range(room):
-            token = sample(self.step(step, cache)[0, -1], temperature, top_k, top_p, generator)
-            if token in stop:
-                break
-            out.append(token)
-            if on_token:
-                on_token(token)
-            step = torch.tensor([[token]])
-        return torch.tensor(out, dtype=torch.long)
+        return decode(lambda new: self.step(new, cache)[0, -1], ids, room, temperature, top_k, top_p, seed, stop, on_token)
 
     def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
         """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not count."""

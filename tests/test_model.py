@@ -148,6 +148,13 @@ def test_ids_outside_the_vocabulary_are_refused(tiny):
         tiny.module().generate(torch.empty(1, 0, dtype=torch.long))
 
 
+def test_generation_ends_with_the_context(tiny):
+    full = torch.arange(tiny.config.max_position)[None]
+    assert len(tiny.module().generate(full[:, :-2], 10, stop=())) == 3  # the last one is not fed back
+    with pytest.raises(InputError, match="context"):
+        tiny.module().generate(torch.zeros(1, tiny.config.max_position + 1, dtype=torch.long))
+
+
 def test_stories260k_equals_transformers(shared):
     transformers = pytest.importorskip("transformers")
     from tinycompress.checkpoint import load

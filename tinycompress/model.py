@@ -258,22 +258,47 @@ class Transformer(nn.Module):
         """Continues ids [1, T] (or [T]); returns the new ids [n]. temperature 0 is greedy. Ends after max_new_tokens or
         at a token of `stop` (the config's end-of-text tokens by default), which is not returned."""
         ids = torch.as_tensor(ids, device=self.device).reshape(1, -1)
-        check_ids(ids, self.config.vocab_size)
+        room = decode_room(self.config, ids, max_new_tokens)
+        cache = self.new_cache(1, ids.shape[1] + room)
+
+        def step(new: Tensor) -> Tensor:
+            return self.lm_head(self.hidden(new, cache)[0, -1])
+
         stop = end_tokens(self.config) if stop is None else stop
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        cache = self.new_cache(1, ids.shape[1] + max_new_tokens)
-        out: list[int] = []
-        step = ids
-        for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(step, cache)[0, -1])
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if token in stop:
-                break
-            out.append(token)
-            if on_token:
-                on_token(token)
-            step = torch.tensor([[token]], device=self.device)
-        return torch.tensor(out, dtype=torch.long)
+        return decode(step, ids, room, temperature, top_k, top_p, seed, stop, on_token)
+
+
+def decode_room(config: Config, ids: Tensor, max_new_tokens: int) -> int:
+    """How many tokens can follow the prompt ids [1, T] within the context (the last one is not fed back)."""
+    check_ids(ids, config.vocab_size)
+    if ids.shape[1] > config.max_position:
+        raise InputError("prompt", f"{ids.shape[1]} tokens", f"at most the model's context, {config.max_position}")
+    return min(max_new_tokens, config.max_position - ids.shape[1] + 1)
+
+
+def decode(
+    step: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    room: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: tuple[int, ...],
+    on_token: Callable[[int], None] | None,
+) -> Tensor:
+    """The loop of every engine's `generate`: `step` maps new ids [1, t] to the last position's logits [V]."""
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    out: list[int] = []
+    for _ in range(room):
+        token = sample(step(ids), temperature, top_k, top_p, generator)
+        if token in stop:
+            break
+        out.append(token)
+        if on_token:
+            on_token(token)
+        ids = ids.new_tensor([[token]])
+    return torch.tensor(out, dtype=torch.long)
 
 
 def keep_heap() -> None:
