@@ -8,7 +8,7 @@ import torch
 
 from tinycompress.graph import Config, Graph, Layer, shapes
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def random_graph(config: Config, seed: int = 0) -> Graph:

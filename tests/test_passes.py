@@ -6,10 +6,10 @@ import torch
 from tinycompress.calibrate import gram, walk
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph, feeds
-from tinycompress.passes.gptq import GPTQ, gptq_quantize, inverse_factor, propagate_error
+from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.prune import PruneFFN, channel_scores, refit_columns
 from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec
 
 SPEC = QuantSpec(4, 16)
 
@@ -90,113 +90,6 @@ def test_non_finite_activations_name_the_linears(nonuniform, tokens):
     broken = nonuniform.replace(weights={name: torch.full_like(nonuniform.weights[name], 1e38)})
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj.*NaN or infinite"):
         GPTQ(tokens, SPEC)(broken)
-
-
-# GPTQ
-
-
-def naive_gptq(W, H, spec, scales, zeros, order, damping):
-    """Algorithm 1 of the paper, column by column on the whole remainder, with an explicit inverse."""
-    W, K = W.double().clone(), W.shape[1]
-    g = K // scales.shape[1]
-    H = H.double()[order][:, order]
-    H.diagonal().add_(damping * H.diagonal().mean())
-    U = torch.linalg.cholesky(torch.linalg.inv(H)).T
-    W = W[:, order]
-    Q = torch.zeros_like(W)
-    for j in range(K):
-        column = order[j] // g
-        s = scales[:, column].double()
-        z = spec.zero if zeros is None else zeros[:, column].double()
-        Q[:, j] = ((W[:, j] / s).round() + z).clamp(0, 2**spec.bits - 1)
-        e = (W[:, j] - (Q[:, j] - z) * s) / U[j, j]
-        W[:, j:] -= e[:, None] * U[j, j:]
-    out = torch.zeros_like(Q)
-    out[:, order] = Q
-    return out
-
-
-@pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(3, None), QuantSpec(2, 32, False)])
-@pytest.mark.parametrize("block", [8, 128])
-def test_gptq_equals_the_naive_loop(act_order, spec, block):
-    x = correlated(400, 96)
-    W = torch.randn(24, 96, generator=torch.Generator().manual_seed(1))
-    H = x.T.double() @ x.double()
-    q = gptq_quantize(W, H, spec, act_order=act_order, block=block)
-    scales, zeros = find_grid("w", W, spec, H.diagonal().float())
-    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(96)
-    same = q.ints() == naive_gptq(W, H, spec, scales, zeros, order, 0.01)
-    assert same.float().mean() > 0.995  # float32 against float64 may round a tie the other way, and then differ behind it
-
-
-def test_gptq_with_an_identity_hessian_is_rtn():
-    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    q = gptq_quantize(W, torch.eye(64), SPEC)
-    scales, zeros = find_grid("w", W, SPEC, torch.ones(64))
-    assert torch.equal(q.ints(), round_to_grid(W, scales, zeros, SPEC))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gptq_has_a_smaller_output_error_than_rounding(bits):
-    spec, x = QuantSpec(bits, 32), correlated(1000, 128)
-    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    q = gptq_quantize(W, x.T @ x, spec)
-    scales, zeros = find_grid("w", W, spec, x.square().mean(0))
-    rtn = QuantTensor.from_ints(round_to_grid(W, scales, zeros, spec), scales, zeros, spec)
-    error = [((t.dequantize() - W) @ x.T).square().sum().item() for t in (q, rtn)]
-    assert error[0] < 0.7 * error[1]
-
-
-def test_dead_channels_do_not_matter():
-    x = correlated(300, 64)
-    x[:, ::5] = 0
-    W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    q = gptq_quantize(W, x.T @ x, SPEC)
-    assert torch.isfinite(q.dequantize()).all()
-
-
-def test_damping_escalates_and_then_says_which_hessian():
-    rank_one = torch.ones(16, 16, dtype=torch.float64)
-    U = inverse_factor(rank_one, 1e-12, "here")
-    assert torch.isfinite(U).all()
-    indefinite = torch.eye(8, dtype=torch.float64)
-    indefinite[0, 1] = indefinite[1, 0] = 1e9
-    with pytest.raises(InputError, match="here"):
-        inverse_factor(indefinite, 0.01, "here")
-
-
-def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
-    out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
-    assert out.history == (f"GPTQ(spec={QuantSpec(3, 16)!r}, act_order=True, damping=0.01, propagate=0.0, head=False)",)
-    reference = nonuniform.module()(tokens)
-    error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
-    assert error(out) < 0.8 * error(RTN(QuantSpec(3, 16))(nonuniform))
-    assert all(isinstance(w, torch.Tensor) for w in nonuniform.weights.values())  # the old graph is untouched
-
-
-def test_propagated_errors_move_the_target_exactly():
-    """QEP's identity: at α = 1 and λ = 0, ‖QX̂ - WX‖² and ‖(Q - W*)X̂‖² differ by a constant, whatever Q."""
-    g = torch.Generator().manual_seed(0)
-    x = correlated(300, 24).double()
-    seen = x + 0.1 * torch.randn(300, 24, generator=g, dtype=torch.float64)
-    W = torch.randn(8, 24, generator=g, dtype=torch.float64)
-    target = propagate_error(W, seen.T @ seen, x.T @ seen, alpha=1.0, damping=0.0)
-    constants = []
-    for _ in range(3):
-        Q = W + torch.randn(8, 24, generator=g, dtype=torch.float64)
-        constants.append((seen @ Q.T - x @ W.T).square().sum() - (seen @ (Q - target).T).square().sum())
-    assert torch.allclose(constants[0], constants[1], rtol=1e-6) and torch.allclose(constants[0], constants[2], rtol=1e-6)
-    assert torch.equal(propagate_error(W, seen.T @ seen, x.T @ seen, alpha=0.0), W)
-
-
-def test_propagation_comes_closer_to_the_float_model(nonuniform, tokens):
-    reference = nonuniform.module()(tokens)
-    spec = QuantSpec(3, 16)
-    error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
-    assert error(GPTQ(tokens, spec, propagate=0.5)(nonuniform)) < error(GPTQ(tokens, spec)(nonuniform))
-    with pytest.raises(InputError, match="propagate"):
-        GPTQ(tokens, spec, propagate=2.0)
 
 
 # PruneFFN

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .graph import Feed, Graph, Weight, feeds
-from .model import Block, Embedding, Norm, RotaryTables, check_ids, linear
+from .model import Block, Embedding, Norm, RotaryTables, check_ids, keep_heap, linear
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory
 
@@ -47,6 +47,7 @@ def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = Fals
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
+    keep_heap()
     device = tokens.device
     dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
     stream = _Stream(graph, tokens, device, dtype)

@@ -6,12 +6,17 @@ Rounds the columns of W one after the other and lets the columns not yet rounded
     q_j = Q(w_j),   e = (w_j - q_j) / U_jj,   W[:, j:] -= e ⊗ U[j, j:]
 
 applied lazily by blocks of columns. Grids are fixed first, for whole groups of the original order ("static groups"),
-so that columns can be visited by falling H_jj ("act-order") and the result still loads anywhere, without a g_idx.
-Scales are searched with the error weighted by E[x²] = diag(H).
+so that columns can be visited in any order (`ORDERS`) and the result still loads anywhere, without a g_idx. Scales are
+searched with the error weighted by E[x²] = diag(H), and refined with the integers afterwards (`refine`).
 
-Error propagation, QEP (arXiv:2504.09629): the inputs X̂ of a linear already differ from the float model's X, so the
-target WX is approached from a corrected weight, W* = W + α·W·(X - X̂)X̂ᵀ(X̂X̂ᵀ + λI)⁻¹. For α = 1, λ = 0 that is exact:
-‖QX̂ - WX‖² = ‖(Q - W*)X̂‖² + a constant. It takes a second, float stream through the walk.
+Error propagation: the inputs X̂ of a linear already differ from the float model's X, so the target is WX, not WX̂. It
+takes a second, float stream through the walk. `CORRECTIONS`, each scaled by `propagate` = α:
+
+    qep     arXiv:2504.09629   W* = W + α·W·(X - X̂)X̂ᵀ(X̂X̂ᵀ + λI)⁻¹, then GPTQ on W*; for α = 1, λ = 0 exact:
+                               ‖QX̂ - WX‖² = ‖(Q - W*)X̂‖² + a constant
+    qronos  arXiv:2505.11695   as QEP, but the first column is rounded given the others' float weights
+    gptaq   arXiv:2504.02692   in the loop: W[:, j:] += w_j ⊗ P[j, j:], P = α·triu((X - X̂)X̂ᵀUᵀ, 1)·U
+
 Letters: N out_features, K in_features.
 """
 
@@ -27,28 +32,39 @@ from ..calibrate import Inputs, cross_gram, gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
 from ..quantize import QuantSpec, QuantTensor, find_grid, targets
+from ..refine import refine as refine_rounding
 
 DAMPING_TRIES = 6
+ORDERS = ("act", "gar", "natural")  # by falling H_jj; within groups, then groups (arXiv:2505.14638); as they stand
+CORRECTIONS = ("qep", "qronos", "gptaq")
 
 
 @dataclass(frozen=True)
 class GPTQ:
     """Quantizes every linear (the head only if `head`) on calibration `tokens` [windows, seq_len], true-sequentially:
-    each piece of each block sees the inputs that the already quantized prefix produces. `propagate` is QEP's α (0: off,
-    0.5 in the paper)."""
+    each piece of each block sees the inputs that the already quantized prefix produces. `propagate` is the α of the
+    `correction` for what that prefix lost (0: off); `refine` counts rounds of scale and integer refinement."""
 
     tokens: Tensor = field(repr=False, compare=False)
     spec: QuantSpec = field(default_factory=QuantSpec)
-    act_order: bool = True
+    order: str = "act"
     damping: float = 0.01
     propagate: float = 0.0
+    correction: str = "qep"
+    refine: int = 0
     head: bool = False
 
     def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise InputError("GPTQ.order", repr(self.order), " | ".join(ORDERS))
         if not 0 < self.damping < 1:
             raise InputError("GPTQ.damping", self.damping, "a fraction of the mean of diag(H), between 0 and 1")
         if not 0 <= self.propagate <= 1:
             raise InputError("GPTQ.propagate", self.propagate, "a number between 0 (off) and 1")
+        if self.correction not in CORRECTIONS:
+            raise InputError("GPTQ.correction", repr(self.correction), " | ".join(CORRECTIONS))
+        if self.refine < 0:
+            raise InputError("GPTQ.refine", self.refine, "a number of rounds, 0 or more")
 
     def __call__(self, graph: Graph) -> Graph:
         todo = set(targets(graph, self.spec, self.head))
@@ -58,10 +74,18 @@ class GPTQ:
                 return None
             hessian = gram(feed, inputs)
             rows = [graph.tensor(graph.config.weight_name(name)).to(hessian.device) for name in feed.readers]
-            joined = torch.cat(rows)  # the readers share H, hence U and every step but their own rounding
-            if self.propagate:
-                joined = propagate_error(joined, hessian, cross_gram(inputs), self.propagate, self.damping)
-            quantized = gptq_quantize(joined, hessian, self.spec, act_order=self.act_order, damping=self.damping, name=", ".join(feed.readers))
+            quantized = gptq_quantize(
+                torch.cat(rows),  # the readers share H, hence U and every step but their own rounding
+                hessian,
+                self.spec,
+                order=self.order,
+                damping=self.damping,
+                cross=cross_gram(inputs) if self.propagate else None,
+                propagate=self.propagate,
+                correction=self.correction,
+                refine=self.refine,
+                name=", ".join(feed.readers),
+            )
             out: dict[str, Weight] = {}
             start = 0
             for name, weight in zip(feed.readers, rows):
@@ -77,26 +101,51 @@ def gptq_quantize(
     hessian: Tensor,
     spec: QuantSpec,
     *,
-    act_order: bool = True,
+    order: str = "act",
     damping: float = 0.01,
+    cross: Tensor | None = None,
+    propagate: float = 1.0,
+    correction: str = "qep",
+    refine: int = 0,
     block: int = 128,
     name: str = "weight",
 ) -> QuantTensor:
-    """weight float [N, K], hessian Σ x xᵀ [K, K] (any positive scale) to a QuantTensor on the grid of `spec`."""
-    N, K = weight.shape
-    W = weight.float()
+    """weight float [N, K], hessian Σ x̂ x̂ᵀ [K, K] (any positive scale) to a QuantTensor on the grid of `spec`.
+
+    cross: Σ x x̂ᵀ [K, K] over the same positions, x the float model's inputs, at the same scale; it turns the
+    `correction` on. An InputError for weights or a Hessian that cannot be used names `name`.
+    """
+    K = weight.shape[1]
     H = hessian.double()
-    importance = H.diagonal().float()
-    scales, zeros = find_grid(name, W, spec, importance)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(K, device=W.device)
-    dead = H.diagonal()[order] <= 0
-    U = inverse_factor(H[order][:, order], damping, name).float()
+    dead = H.diagonal() <= 0
+    H, U, perm = damped_factor(H, spec.group(name, K), order, damping, name)
+    original = W = weight.float().masked_fill(dead, 0)
+    if cross is not None and correction != "gptaq":
+        W = W + propagate_error(W, H, cross - hessian, propagate)
+    scales, zeros = find_grid(name, W, spec, hessian.diagonal().float())
+    first = skew = None
+    if cross is not None and correction == "qronos":
+        j = perm[0]  # (X̂ⱼᵀXw - X̂ⱼᵀX̂w) / H_jj + w_j: the others stay at their float weights
+        first = original[:, j] + propagate * (original.double() @ (cross - hessian)[:, j].double() / H[j, j]).float()
+    if cross is not None and correction == "gptaq":
+        skew = propagate * torch.triu((cross - hessian).double()[perm][:, perm] @ U.T, 1) @ U
+    ints = _round_columns(W, U.float(), perm, scales, zeros, spec, block, first, None if skew is None else skew.float())
+    if refine:
+        offsets = torch.full((1, 1), float(spec.zero), device=W.device) if zeros is None else zeros.float()
+        ints, scales = refine_rounding(W, H, ints, scales, offsets, 2**spec.bits - 1, refine)
+    return QuantTensor.from_ints(ints, scales, zeros, spec)
+
+
+def _round_columns(
+    W: Tensor, U: Tensor, perm: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, block: int, first: Tensor | None, skew: Tensor | None
+) -> Tensor:
+    """The loop over the columns of W [N, K] in the order `perm`, which is also U's: integers [N, K]."""
+    N, K = W.shape
     group = torch.arange(K, device=W.device) // (K // scales.shape[1])
     # Columns become rows, so that each step of the loop reads and writes contiguous memory.
-    Wt = W.T[order].contiguous()  # (K, N)
-    Wt[dead] = 0
-    St = scales.T[group[order]]
-    Zt = torch.full_like(St, spec.zero) if zeros is None else zeros.T[group[order]].to(St.dtype)
+    Wt = W.T[perm].contiguous()  # (K, N)
+    St = scales.T[group[perm]]
+    Zt = torch.full_like(St, spec.zero) if zeros is None else zeros.T[group[perm]].to(St.dtype)
     Q = torch.empty(K, N, dtype=torch.uint8, device=W.device)
     top = 2**spec.bits - 1
     for i in range(0, K, block):
@@ -104,43 +153,59 @@ def gptq_quantize(
         w, u, errors = Wt[i:j], U[i:j, i:j], torch.empty(j - i, N, device=W.device)
         for c in range(j - i):
             s, z = St[i + c], Zt[i + c]
-            q = (w[c] / s).round_().add_(z).clamp_(0, top)
+            value = first if first is not None and i + c == 0 else w[c]
+            q = (value / s).round_().add_(z).clamp_(0, top)
             Q[i + c] = q
             torch.sub(w[c], q.sub_(z).mul_(s), out=errors[c]).div_(u[c, c])
             if c + 1 < j - i:
                 w[c + 1 :].addr_(u[c, c + 1 :], errors[c], alpha=-1)
+                if skew is not None:
+                    w[c + 1 :].addr_(skew[i + c, i + c + 1 : j], w[c])
         if j < K:
             Wt[j:].addmm_(U[i:j, j:].T, errors, alpha=-1)
+            if skew is not None:
+                Wt[j:].addmm_(skew[i:j, j:].T, w)
     ints = torch.empty_like(Q)
-    ints[order] = Q
-    return QuantTensor.from_ints(ints.T.contiguous(), scales, zeros, spec)
+    ints[perm] = Q
+    return ints.T.contiguous()
 
 
-def propagate_error(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float = 0.01) -> Tensor:
-    """QEP's W* [N, K] from weight [N, K], hessian X̂X̂ᵀ and cross XX̂ᵀ [K, K] (both over the same positions)."""
-    H = hessian.double().clone()
-    H.diagonal().add_((damping * H.diagonal().mean()).clamp_min(1e-12))
-    correction = torch.linalg.solve(H, ((cross - hessian).double().T @ weight.double().T)).T
-    return (weight.double() + alpha * correction).to(weight.dtype)
+def propagate_error(weight: Tensor, hessian: Tensor, shift: Tensor, alpha: float = 1.0) -> Tensor:
+    """QEP's W* - W [N, K], from weight [N, K], the damped hessian X̂X̂ᵀ + λI and shift (X - X̂)X̂ᵀ, both [K, K]."""
+    return (alpha * torch.linalg.solve(hessian.double(), shift.double().T @ weight.double().T).T).to(weight.dtype)
 
 
-def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:
-    """The upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, float64; λ = damping · mean(diag H), ×10 until it succeeds.
+def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
+    """The columns [K] in the order they are rounded, by diag(H) [K]."""
+    if order == "natural":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if order == "act":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    groups = diagonal.view(-1, group)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    whole = torch.argsort(groups.amax(1), descending=True, stable=True)
+    return (inside + torch.arange(0, len(diagonal), group, device=diagonal.device)[:, None])[whole].flatten()
 
-    Dead channels (H_jj = 0) get H_jj = 1: nothing is known of them and nothing depends on them.
+
+def damped_factor(H: Tensor, group: int, order: str, damping: float, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """H + λI [K, K], the upper Cholesky factor U of its inverse = UᵀU in the order `perm` [K], and `perm`; float64.
+
+    λ = damping · mean(diag H), ×10 until the factorization succeeds. Dead channels (H_jj = 0) get H_jj = 1: nothing is
+    known of them and nothing depends on them.
     """
     H = H.clone()
     diagonal = H.diagonal()
+    perm = column_order(diagonal, group, order)
     diagonal[diagonal <= 0] = 1
     mean = diagonal.mean()
     for attempt in range(DAMPING_TRIES):
         damped = H.clone()
         damped.diagonal().add_(damping * 10**attempt * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
+        L, info = torch.linalg.cholesky_ex(damped[perm][:, perm])
         if info == 0:
             U, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
             if info == 0:
-                return U
+                return damped, U, perm
     raise InputError(
         f"Hessian of {name}",
         f"not positive definite, even damped by {damping * 10 ** (DAMPING_TRIES - 1):g} of its diagonal",

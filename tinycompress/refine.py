@@ -1,0 +1,75 @@
+"""Refining a rounded weight against its Hessian: the best scales for the integers, the best integers for the scales.
+
+GPTQ rounds each column once and never looks back. With H = Σ x xᵀ and the float weight W, the error of Q = (q - z)·s is
+
+    E = tr((Q - W) H (Q - W)ᵀ)
+
+a quadratic in the scales of a row (q fixed): they are solved jointly over its groups, G equations in G unknowns; and in
+one integer (all else fixed): q_j moves to the grid point nearest to Q_j - ((Q - W) H)_j / H_jj (cyclic coordinate
+descent, as in QuantEase, arXiv:2309.01885). Neither step can raise E, so alternating them cannot either.
+Letters: N out_features, K in_features, g group_size, G = K / g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # columns whose updates of the others are gathered into one product
+
+
+def refine(weight: Tensor, hessian: Tensor, ints: Tensor, scales: Tensor, zeros: Tensor, top: int, rounds: int) -> tuple[Tensor, Tensor]:
+    """`rounds` times: scales for the integers, then integers for the scales; ends with scales.
+
+    weight float [N, K], hessian [K, K] positive definite, ints [N, K] in 0 … top, scales [N, G], zeros [N, G] or [1, 1].
+    Returns (ints uint8 [N, K], scales [N, G]).
+    """
+    H = hessian.to(weight.dtype)
+    target = weight @ H  # (N, K)
+    for _ in range(rounds):
+        scales = refit_scales(ints, H, target, scales, zeros)
+        ints = descend(ints, H, target, scales, zeros, top)
+    return ints, refit_scales(ints, H, target, scales, zeros) if rounds else scales
+
+
+def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The scales [N, G] that minimise E for these integers; target = W·H [N, K]. A group of zeros keeps its scale."""
+    N, G = scales.shape
+    D = (ints.to(H.dtype).view(N, G, -1) - zeros.to(H.dtype)[..., None]).view(N, -1)  # (N, K), in steps of the grid
+    g = D.shape[1] // G
+    A = torch.empty(N, G, G, dtype=torch.float64, device=D.device)
+    for i in range(G):
+        A[:, i] = ((D[:, i * g : (i + 1) * g] @ H[i * g : (i + 1) * g]) * D).view(N, G, g).sum(-1)
+    b = (D * target).view(N, G, g).sum(-1).double()
+    # The ridge pulls towards the present scales, so directions the data does not determine stay put.
+    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-30)  # (N, 1)
+    residual = b - (A @ scales.double()[..., None])[..., 0]
+    A.diagonal(dim1=1, dim2=2).add_(ridge)
+    new = scales + torch.linalg.solve(A, residual).to(scales.dtype)
+    return torch.where(new.abs() > 1e-10, new, scales)
+
+
+def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
+    """One sweep of coordinate descent over the columns; target = W·H [N, K]. Returns uint8 [N, K]."""
+    N, G = scales.shape
+    K = ints.shape[1]
+    group = torch.arange(K, device=H.device) // (K // G)
+    S = scales.T.contiguous()  # columns become rows: contiguous steps
+    Z = zeros.to(H.dtype).expand(N, G).T.contiguous()
+    q = ints.T.to(H.dtype).contiguous()  # (K, N)
+    Q = (q - Z[group]).mul_(S[group])
+    R = H @ Q - target.T  # (K, N): half the gradient
+    for i in range(0, K, BLOCK):
+        j = min(i + BLOCK, K)
+        h, r = H[i:j, i:j], R[i:j]
+        moved = torch.zeros(j - i, N, dtype=H.dtype, device=H.device)
+        for c in range(j - i):
+            s, z = S[group[i + c]], Z[group[i + c]]
+            value = Q[i + c] - r[c] / h[c, c]
+            new = (value / s).round_().add_(z).clamp_(0, top)
+            q[i + c] = new
+            moved[c] = (new - z).mul_(s) - Q[i + c]
+            if c + 1 < j - i:
+                r[c + 1 :].addr_(h[c + 1 :, c], moved[c])
+        R[j:].addmm_(H[j:, i:j], moved)  # this block is done; only later ones still read their gradient
+    return q.T.to(torch.uint8).contiguous()
