@@ -13,9 +13,10 @@ from tinycompress.graph import Config, Graph, Layer, feeds, fold, shapes
 from tinycompress.passes.awq import AWQ, awq_scale, mean_magnitude
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.hqq import HQQ, hqq_quantize
-from tinycompress.passes.rotate import Rotate, hadamard, orthogonal, untie
+from tinycompress.passes.rotate import Rotate, hadamard, orthogonal
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import QuantSpec, QuantTensor
+from tinycompress.residual import untie
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
 

@@ -7,7 +7,7 @@ from tinycompress.calibrate import gram, walk
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph, feeds
 from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.prune import PruneFFN, channel_scores, refit_columns
+from tinycompress.passes.prune_ffn import PruneFFN, channel_scores, refit_columns
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
 

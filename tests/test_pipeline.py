@@ -16,7 +16,7 @@ from tinycompress import pipeline
 from tinycompress.errors import InputError
 from tinycompress.graph import Config, Graph, Layer
 from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.prune import PruneFFN
+from tinycompress.passes.prune_ffn import PruneFFN
 from tinycompress.passes.rope import ScaleRope
 from tinycompress.quantize import QuantSpec, QuantTensor
 

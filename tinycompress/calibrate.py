@@ -9,7 +9,7 @@ Letters: N windows, T window length, b windows a batch, K width of a feed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .errors import InputError
 from .graph import Feed, Graph, Weight, feeds
 from .model import Block, Embedding, Norm, RotaryTables, check_ids, keep_heap, linear
+from .product import outer, product
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory
 
@@ -26,13 +27,27 @@ BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for act
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of one feed: iterate (as often as needed) over batches [b, T, K]. `reference` holds the same
-    positions' inputs in the untouched graph, when the walk was asked for them."""
+    positions' inputs in the untouched graph, when the walk was asked for them. `residual` are the batches [b, T, D] of
+    the residual stream that the readers' sublayer will add to."""
 
     make: Callable[[], Iterator[Tensor]]
     reference: Inputs | None = None
+    residual: Sequence[Tensor] = ()
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.make()
+
+    def balanced(self, weight: Tensor) -> Inputs:
+        """The inputs of a writer of the residual stream (`weight` [D, K]), each position divided by the root mean square
+        of the stream after it, in both graphs. What reads the stream divides by that as well, so squared errors count
+        as they are read, and the few positions with massive activations do not drown the others."""
+        by = [(h + product(x, weight.to(x.dtype))).square().mean(-1, keepdim=True).rsqrt() for x, h in zip(self, self.residual)]
+
+        def scaled(inputs: Inputs) -> Inputs:
+            residual = [h * r for h, r in zip(inputs.residual, by)]
+            return Inputs(lambda: (x * r for x, r in zip(inputs, by)), inputs.reference and scaled(inputs.reference), residual)
+
+        return scaled(self)
 
 
 Visitor = Callable[[Feed, Inputs], Mapping[str, Weight] | None]
@@ -73,6 +88,32 @@ def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = Fals
     return graph.replace(weights=changed)
 
 
+BlockVisitor = Callable[[int, list[Tensor], list[Tensor], RotaryTables], Mapping[str, Weight] | None]
+
+
+@torch.no_grad()
+def walk_blocks(graph: Graph, reference: Graph, tokens: Tensor, visit: BlockVisitor, *, progress: str | None = None) -> Graph:
+    """Calls `visit(layer, inputs, targets, tables)` for every block in order; the parameters it returns replace the graph's.
+
+    inputs: batches [b, T, D] of what reaches the block in `graph`, with the blocks before it already replaced; targets:
+    what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.
+    """
+    tokens = check_calibration(graph, tokens)
+    keep_heap()
+    if (reference.config.n_layers, reference.config.hidden_size) != (graph.config.n_layers, graph.config.hidden_size):
+        raise InputError("reference", reference, f"a graph of {graph.config.n_layers} layers and hidden size {graph.config.hidden_size}")
+    device = tokens.device
+    dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
+    here, there = (_Stream(g, tokens, device, dtype) for g in (graph, reference))
+    changed: dict[str, Weight] = {}
+    for layer in tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None):
+        there.step(Block(reference, layer, device, dtype))
+        new = visit(layer, here.hidden, there.hidden, here.tables) or {}
+        changed |= new
+        here.step(Block(graph.replace(weights=new).dense(dtype), layer, device, dtype))
+    return graph.replace(weights=changed)
+
+
 def check_calibration(graph: Graph, tokens: Tensor) -> Tensor:
     """tokens as [N, T] of ids in the vocabulary and windows within the context; else an InputError."""
     if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
@@ -97,6 +138,10 @@ class _Stream:
         self.piece: list[Tensor] = []  # what the sublayer in progress handed to o_proj or down_proj
         self.block: Block | None = None
 
+    def step(self, block: Block) -> None:
+        """Runs a whole block."""
+        self.hidden = [block(h, self.tables) for h in self.hidden]
+
     def enter(self, layer: int) -> None:
         self.block = Block(self.graph, layer, self.device, self.dtype)
 
@@ -118,7 +163,7 @@ class _Stream:
                 setattr(getattr(parent, path[-1]), what, nn.Parameter(dense, requires_grad=False))
 
     def inputs(self, feed: Feed, other: _Stream | None) -> Inputs:
-        return Inputs(lambda: self._batches(feed), None if other is None else other.inputs(feed, None))
+        return Inputs(lambda: self._batches(feed), None if other is None else other.inputs(feed, None), self.hidden)
 
     def _batches(self, feed: Feed) -> Iterator[Tensor]:
         norm = self._norm(feed)
@@ -152,7 +197,24 @@ def cross_gram(inputs: Inputs) -> Tensor:
     """Σ x xᵣᵀ transposed: float64 [K, K] with the reference's inputs as rows and the present ones as columns."""
     if inputs.reference is None:
         raise InputError("inputs", "no reference", "walk(..., reference=True)")
-    return torch.stack([(r.flatten(0, -2).float().T @ x.flatten(0, -2).float()).double() for x, r in zip(inputs, inputs.reference)]).sum(0)
+    total: Tensor | None = None
+    for x, r in zip(inputs, inputs.reference):
+        part = outer(r.flatten(0, -2).float(), x.flatten(0, -2).float()).double()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def stream_gram(inputs: Inputs, weight: Tensor) -> Tensor:
+    """Σ (W xᵣ + hᵣ - h) xᵀ, float64 [D, K]: by the present inputs x, what the reference's residual stream is behind a linear
+    W [D, K] that writes to it, less the present stream h in front of it."""
+    if inputs.reference is None:
+        raise InputError("inputs", "no reference", "walk(..., reference=True)")
+    total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+    for x, r, h, hr in zip(inputs, inputs.reference, inputs.residual, inputs.reference.residual):
+        y = product(r, weight.to(r.dtype)).add_(hr).sub_(h)
+        total += outer(y.flatten(0, 1).float(), x.flatten(0, 1).float())
+    return total
 
 
 def gram(feed: Feed, inputs: Inputs) -> Tensor:
@@ -168,9 +230,9 @@ def gram(feed: Feed, inputs: Inputs) -> Tensor:
         K = x.shape[1]
         if total is None:
             total = torch.zeros(K, K, dtype=torch.float64, device=x.device)
-        step = max(128, -(-K // 4))
+        step, columns = max(128, -(-K // 4)), x.T.contiguous()
         for i in range(0, K, step):
-            total[i:, i : i + step] += x[:, i:].T @ x[:, i : i + step]
+            total[i:, i : i + step] += product(columns[i:], columns[i : i + step], min_rows=1)
     assert total is not None
     diagonal = total.diagonal().clone()
     if not torch.isfinite(diagonal).all():

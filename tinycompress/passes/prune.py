@@ -1,100 +1,350 @@
-"""Structured pruning of FFN channels, with the survivors refitted.
+"""Structured pruning of FFN channels, query heads, KV groups and whole sublayers under one budget, with the survivors refitted.
 
-Score of channel j (Wanda, arXiv:2306.11695, summed over a column): ‖W_down[:, j]‖² · Σ_t x_j², the energy the channel
-adds to the output. After the cut, down_proj is refitted in closed form to give the output it gave with all channels
-(OSSCAR, arXiv:2403.12983; ZipLM, arXiv:2302.04089): with H = Σ x xᵀ over the inputs of down_proj and K the kept set,
+Three steps. On a few windows (`probe`) the graph is measured: what each axis of each layer carries, and what an error
+there costs in nats (importance.py). Then sizes are chosen within the budget (allocate.py). Then one walk over all tokens
+cuts layer by layer on the activations that the already pruned layers produce, and refits down_proj and o_proj in closed
+form (compensate.py), towards the float model's residual stream (`refit="reference"`) or to what the linear gave before
+(True).
 
-    W_K = W · H_{:,K} · (H_KK + λI)⁻¹
-
-Each layer is scored and refitted on the activations that the already pruned layers before it produce.
-Letters: D hidden, F ffn, K kept channels.
+The result is a plain graph whose shapes are smaller: nothing is masked and nothing is left to do at run time.
+Letters: D hidden, F ffn, K inputs of a linear, n units of an axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..calibrate import Inputs, gram, walk
+from ..allocate import ALLOCATIONS, AXES, Item, Target, apply, by_threshold, check_budget, fixed_price, items, optimal, uniform
+from ..calibrate import Inputs, check_calibration, gram, stream_gram, walk
+from ..compensate import bias_for, keep_best, plain_curve, refit_columns, refit_curve, wanted_output
+from ..config import Config
 from ..errors import InputError
-from ..graph import Feed, Graph, Weight, cut
+from ..graph import Feed, Graph, LazyTensor, Weight, cut
+from ..importance import (
+    CRITERIA,
+    Criterion,
+    Sensitivity,
+    Statistics,
+    block_influence,
+    hidden_importance,
+    measure,
+    reads,
+    sensitivities,
+    statistics,
+)
+from ..topology import axes, feeds
+
+REFITS = (True, False, "reference", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Sizes chosen for the axes of a graph with this config. `losses`: for each axis the expected loss in nats a token at
+    each of `sizes_of[axis]`, where the allocation measured it."""
+
+    config: Config
+    sizes: Mapping[str, int]
+    sizes_of: Mapping[str, Sequence[int]]
+    losses: Mapping[str, Sequence[float]]
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def pruned(self) -> Config:
+        return apply(self.config, self.sizes)
+
+    def draw(self, path: str | Path) -> None:
+        """A PNG: widths of every layer before and after, and the loss of every axis against its size."""
+        from ..picture import draw_widths
+
+        draw_widths(path, self.config, self.pruned, {a: (self.sizes_of[a], self.losses[a]) for a in self.losses})
 
 
 @dataclass(frozen=True)
-class PruneFFN:
-    """Keeps a share `keep` of each FFN's channels (one number, or one a layer), rounded to `multiple_of`."""
+class Prune:
+    """Cuts a graph to `target` ("params=0.8", "bytes=300MB", "flops=0.8"), taken from `axes` together, or to `keep`, one
+    budget an axis: {"ffn": 0.75} a share of all channels, {"ffn": 1024} that many in each layer; also "layers" and
+    "hidden", cut first.
+
+    tokens: calibration ids [windows, seq_len]. criterion: a name of `importance.CRITERIA`, or a function of `Statistics`.
+    allocation: "optimal" | "global" | "uniform". refit: "reference" | True | False | "bias" (FLAP's, which gives o_proj and
+    down_proj a bias). sublayers: whole sublayers may go. floors: what every layer keeps of an axis, a share or a count.
+    uneven_kv: KV heads may differ between layers. probe: windows that the measuring ahead takes. propagate: how far the
+    refit to the reference goes, from 0 (what the linear gave before) to 1 (the float model's residual stream).
+    """
 
     tokens: Tensor = field(repr=False, compare=False)
-    keep: float | tuple[float, ...] = 0.75
-    multiple_of: int = 1
-    refit: bool = True
+    target: str | None = None
+    keep: Mapping[str, float] | None = None
+    axes: tuple[str, ...] = ("ffn", "heads")
+    criterion: str | Criterion = "obs"
+    allocation: str = "optimal"
+    refit: bool | str = "reference"
+    multiple_of: int = 64
+    floors: Mapping[str, float] | None = None
+    sublayers: bool = False
+    uneven_kv: bool = False
+    probe: int = 8
     damping: float = 0.01
+    propagate: float = 0.5
+    gradients: bool = False
 
     def __post_init__(self) -> None:
-        shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        if not all(0 < share <= 1 for share in shares):
-            raise InputError("PruneFFN.keep", self.keep, "shares above 0 and at most 1")
-        if self.multiple_of < 1:
-            raise InputError("PruneFFN.multiple_of", self.multiple_of, "a positive number of channels")
+        if (self.target is None) == (self.keep is None):
+            raise InputError("Prune", "both target and keep" if self.target else "neither target nor keep", "one of the two")
+        if self.target is not None:
+            Target.parse(self.target, "Prune.target")
+        for name, known in (("keep", (*AXES, "layers", "hidden")), ("floors", AXES)):
+            if unknown := [key for key in getattr(self, name) or {} if key not in known]:
+                raise InputError(f"Prune.{name}", unknown, " | ".join(known))
+        for key, value in (self.keep or {}).items():
+            if not (0 <= value <= 1 if isinstance(value, float) else isinstance(value, int) and value >= 0):
+                raise InputError(f"Prune.keep[{key!r}]", value, "a share (a float up to 1.0) or a count (an integer)")
+        cuts = self.budgeted
+        if unknown := [name for name in cuts if name not in AXES]:
+            raise InputError("Prune.axes", unknown, " | ".join(AXES))
+        if {"heads", "kv_heads"} <= set(cuts):
+            raise InputError("Prune", "heads and kv_heads in one pass", "one of them a pass: each changes what the other may be")
+        if self.target and "kv_heads" in cuts and not self.uneven_kv:
+            raise InputError("Prune.axes", "kv_heads under one target", 'keep={"kv_heads": n}, the same in every layer, or uneven_kv=True')
+        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
+            raise InputError("Prune.criterion", repr(self.criterion), " | ".join(CRITERIA) + " | a function of Statistics")
+        if self.allocation not in ALLOCATIONS:
+            raise InputError("Prune.allocation", repr(self.allocation), " | ".join(ALLOCATIONS))
+        if self.refit not in REFITS:
+            raise InputError("Prune.refit", repr(self.refit), "True | False | 'reference' | 'bias'")
+        for name in ("multiple_of", "probe"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise InputError(f"Prune.{name}", value, "a positive integer")
+        if not 0 < self.damping < 1:
+            raise InputError("Prune.damping", self.damping, "a fraction of the mean of diag(H), between 0 and 1")
+        if not 0 <= self.propagate <= 1:
+            raise InputError("Prune.propagate", self.propagate, "a number from 0 (what each linear gave) to 1 (the float model's stream)")
+
+    @property
+    def budgeted(self) -> tuple[str, ...]:
+        """The axes of layers that are cut."""
+        return self.axes if self.keep is None else tuple(key for key in self.keep if key in AXES)
 
     def __call__(self, graph: Graph) -> Graph:
-        widths = self.widths(graph)
-        kept: dict[int, Tensor] = {}
+        self.check(graph)
+        check_calibration(graph, self.tokens)
+        if self.uneven_kv and "kv_heads" in self.budgeted:
+            warnings.warn(
+                "KV heads that differ between layers: runtimes with one cache shape for all layers (onnxruntime-genai, transformers.js) "
+                "will not take the model; transformers loads it through tinycompress only",
+                stacklevel=2,
+            )
+        graph = self.reshape(graph)
+        return self.apply(graph, self.plan(graph)).replace(by=self)
 
-        def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
-            if feed.layer is None or not feed.readers[0].endswith("down_proj"):
-                return None
-            name = feed.readers[0]
-            weight = graph.tensor(f"{name}.weight")
-            width = widths[feed.layer]
-            if width == weight.shape[1]:
-                return None
-            hessian = gram(feed, inputs)
-            W = weight.to(hessian.device)
-            kept[feed.layer] = keep = torch.topk(channel_scores(W, hessian), width).indices.sort().values
-            masked = torch.zeros_like(W)  # a zeroed column computes what a cut one does; shapes change once, at the end
-            masked[:, keep] = refit_columns(W, hessian, keep, self.damping).to(W.dtype) if self.refit else W[:, keep]
-            return {f"{name}.weight": masked.to(weight.device)}
+    def check(self, graph: Graph) -> None:
+        """An InputError for whatever could not work, from the config alone."""
+        for name, entry in graph.weights.entries.items():
+            if not isinstance(entry, Tensor | LazyTensor):
+                raise InputError(name, f"a weight quantized to {entry.spec}", "a dense one (quantize last)")
+        self.budgets(self._reshaped(graph.config), graph.dtype.itemsize)
 
-        out = walk(graph, self.tokens, visit, progress="PruneFFN")
-        for layer, keep in kept.items():
-            out = cut(out, f"layers.{layer}.ffn", keep)
-        return out.replace(by=self)
+    def _reshaped(self, config: Config) -> Config:
+        """The config after `reshape`; of unequal layers, as if the last ones went."""
+        config = dataclasses.replace(config, layers=config.layers[: self._kept("layers", config.n_layers, 1)])
+        return dataclasses.replace(config, hidden_size=self._kept("hidden", config.hidden_size, self.multiple_of))
 
-    def widths(self, graph: Graph) -> list[int]:
-        """Kept channels of each layer; needs no data."""
-        layers = graph.config.layers
-        shares = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(layers)
-        if len(shares) != len(layers):
-            raise InputError("PruneFFN.keep", f"{len(shares)} shares", f"one number, or one for each of the {len(layers)} layers")
-        m = self.multiple_of
-        out = [min(layer.ffn_dim, round(layer.ffn_dim * share / m) * m) for layer, share in zip(layers, shares)]
-        for i, (width, layer) in enumerate(zip(out, layers)):
-            if layer.ffn_dim and width == 0:
-                raise InputError(
-                    "PruneFFN.keep", f"{shares[i]} of {layer.ffn_dim} channels in layer {i}, rounded to 0", f"a share that leaves at least {m}"
-                )
+    def _kept(self, key: str, size: int, multiple: int) -> int:
+        """How many layers or hidden channels stay."""
+        if not self.keep or key not in self.keep:
+            return size
+        count = _count(self.keep[key], size, multiple)
+        if not 0 < count <= size:
+            raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"1 … {size}, or a share of them")
+        return count
+
+    def budgets(self, config: Config, itemsize: int) -> list[tuple[list[Item], int]]:
+        """The items of each budget with what they may cost; an InputError for one that cannot be met."""
+        if self.target is not None:
+            target = Target.parse(self.target, "Prune.target")
+            choices = items(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
+            fixed = fixed_price(config, choices, target, itemsize)
+            least = sum(item.prices[0] for item in choices)
+            limit = target.limit(config, itemsize) - fixed
+            check_budget(choices, limit, self.target, target.nearest(fixed + least, config, itemsize))
+            return [(choices, limit)]
+        out = []
+        for key in self.budgeted:
+            choices = [dataclasses.replace(item, prices=item.sizes) for item in self._items_of(key, config, itemsize)]
+            wanted = (self.keep or {})[key]
+            if isinstance(wanted, int) or (key == "kv_heads" and not self.uneven_kv):
+                choices = [self._fixed(item, key, wanted) for item in choices]
+                out.append((choices, sum(item.sizes[-1] for item in choices)))
+                continue
+            total = sum(item.now for item in choices)
+            least = sum(item.sizes[0] for item in choices)
+            if wanted * total < least:
+                raise InputError(f"Prune.keep[{key!r}]", wanted, f"{-(-1000 * least // max(total, 1)) / 1000} or more, by the floors and multiples")
+            out.append((choices, int(wanted * total + 1e-6)))
         return out
 
+    def _items_of(self, key: str, config: Config, itemsize: int) -> list[Item]:
+        found = items(config, (key,), Target("params", 1.0), self.multiple_of, self.floors, self.sublayers, itemsize)
+        if not found:
+            raise InputError("Prune.keep", key, "an axis that the model has: " + ", ".join(sorted({a.rsplit(".", 1)[-1] for a in axes(config)})))
+        return found
 
-def channel_scores(weight: Tensor, hessian: Tensor) -> Tensor:
-    """down_proj weight [D, F] and Σ x xᵀ [F, F] to the energy of each input channel, float64 [F]."""
-    return weight.double().square().sum(0) * hessian.diagonal()
+    def _fixed(self, item: Item, key: str, wanted: float) -> Item:
+        """The item with one size only, the count that was asked for."""
+        size = min(_count(wanted, item.now, 1), item.now)
+        if size not in item.sizes:
+            raise InputError(f"Prune.keep[{key!r}]", wanted, f"for {item.axis} one of {list(item.sizes)}" + ("" if size else ", or sublayers=True"))
+        return dataclasses.replace(item, sizes=(size,), prices=(size,))
+
+    def reshape(self, graph: Graph) -> Graph:
+        """Whole layers by block influence, then hidden channels by Minitron's sum, where `keep` names them."""
+        layers = self._kept("layers", graph.config.n_layers, 1)
+        if layers < graph.config.n_layers:
+            graph = cut(graph, "layers", keep_best(block_influence(graph, self.tokens), layers))
+        hidden = self._kept("hidden", graph.config.hidden_size, self.multiple_of)
+        if hidden < graph.config.hidden_size:
+            graph = cut(graph, "hidden", keep_best(hidden_importance(graph, self.tokens), hidden))
+        return graph
+
+    def expected(self, graph: Graph) -> Config:
+        """A config like the one that the pass will arrive at, without data: the same budgets shared out uniformly."""
+        self.check(graph)
+        config = self._reshaped(graph.config)
+        sizes: dict[str, int] = {}
+        for some, limit in self.budgets(config, graph.dtype.itemsize):
+            sizes |= {item.axis: size for item, size in zip(some, uniform(some, limit))}
+        return apply(config, sizes)
+
+    def plan(self, graph: Graph) -> Plan:
+        """The sizes, from `probe` windows where the allocation measures."""
+        budgets = self.budgets(graph.config, graph.dtype.itemsize)
+        choices = [item for some, _ in budgets for item in some]
+        measured = self.allocation != "uniform" and any(len(item.sizes) > 1 for item in choices)
+        sensitivity = None
+        first_order = self.allocation == "global" and isinstance(self.criterion, str) and self.criterion != "obs"
+        if choices and (self._gradients or (measured and not first_order)):
+            sensitivity = sensitivities(graph, self.tokens[: max(1, self.probe // 4)], self._gradients)
+        sizes_of = {item.axis: item.sizes for item in choices}
+        losses: dict[str, list[float]] = {}
+        scores: dict[str, Tensor] = {}
+        if measured and self.allocation == "optimal":
+            losses = measure(graph, self.tokens[: self.probe], sizes_of, lambda s: self.curve(s, sizes_of[s.axis.name]), sensitivity)
+        elif measured:
+            scores = measure(graph, self.tokens[: self.probe], sizes_of, self.scores, sensitivity)
+        sizes: dict[str, int] = {}
+        for some, limit in budgets:
+            if losses:
+                chosen = optimal(some, [losses[item.axis] for item in some], limit)
+            elif scores:
+                chosen = by_threshold(some, [scores[item.axis] for item in some], limit)
+            else:
+                chosen = uniform(some, limit)
+            sizes |= {item.axis: size for item, size in zip(some, chosen)}
+        return Plan(graph.config, sizes, sizes_of, losses, sensitivity)
+
+    @property
+    def _gradients(self) -> bool:
+        return self.gradients or self.criterion == "taylor" or self.criterion is CRITERIA["taylor"]
+
+    def scores(self, stats: Statistics) -> Tensor:
+        criterion = CRITERIA[self.criterion] if isinstance(self.criterion, str) else self.criterion
+        scores = criterion(stats)
+        if scores.shape != (stats.axis.size,) or not torch.isfinite(scores).all():
+            raise InputError("Prune.criterion", f"{tuple(scores.shape)} scores for {stats.axis.name}", f"{stats.axis.size} finite ones")
+        return scores
+
+    def curve(self, stats: Statistics, sizes: Sequence[int]) -> list[float]:
+        """The expected loss in nats a token at each size."""
+        order = self.scores(stats).argsort()
+        if stats.axis.groups > 1:  # one of each group in turn
+            order = order[torch.argsort(_rank_in_group(order, stats.axis.groups), stable=True)]
+        H = stats.gram / stats.positions
+        refitted = self.refit in (True, "reference")
+        curve = (
+            refit_curve(stats.seen_weight, H, order, stats.width, self.damping) if refitted else plain_curve(stats.seen_weight, H, order, stats.width)
+        )
+        return [float(curve[stats.axis.size - size]) for size in sizes]
+
+    def apply(self, graph: Graph, plan: Plan) -> Graph:
+        """The walk that cuts `graph` to the sizes of a plan made for it."""
+        if plan.config != graph.config:
+            raise InputError("plan", "sizes chosen for another graph", "a plan of the graph that is cut")
+        known = axes(graph.config)
+        todo = {axis: size for axis, size in plan.sizes.items() if size < known[axis].size}
+        if not todo:
+            return graph
+        graph = with_biases(graph) if self.refit == "bias" else graph
+        kept: dict[str, Tensor] = {}
+
+        def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
+            axis = next((a for a in reads(feed) if a in todo), None)
+            if axis is None and not (self.refit == "reference" and kept and reads(feed)):
+                return None
+            name = feed.readers[0]
+            weight, hessian = graph.tensor(f"{name}.weight"), gram(feed, inputs)
+            channels = torch.arange(weight.shape[1], device=hessian.device)
+            changed: dict[str, Weight] = {}
+            if axis is not None:
+                stats = statistics(graph, known[axis], feed, inputs, hessian, plan.sensitivity)
+                kept[axis] = units = keep_best(self.scores(stats), todo[axis], known[axis].groups if todo[axis] else 1)
+                channels = channels.view(-1, stats.width)[units].flatten()
+                changed = self._biases(graph, name, stats, channels)
+            # a zeroed column computes what a cut one does; shapes change once, at the end
+            masked = torch.zeros_like(weight, device=hessian.device)
+            if len(channels):
+                masked[:, channels] = self._refitted(weight.to(hessian.device), hessian, channels, inputs).to(weight.dtype)
+            return changed | {f"{name}.weight": masked.to(weight.device)}
+
+        out = walk(graph, self.tokens, visit, reference=self.refit == "reference", progress="Prune")
+        for axis, units in kept.items():
+            out = cut(out, axis, units)
+        return out
+
+    def _refitted(self, weight: Tensor, hessian: Tensor, channels: Tensor, inputs: Inputs) -> Tensor:
+        if self.refit in (False, "bias"):
+            return weight[:, channels]
+        wanted = None
+        if self.refit == "reference":
+            wanted = wanted_output(weight, hessian, stream_gram(inputs, weight), self.propagate)
+        return refit_columns(weight, hessian, channels, self.damping, wanted)
+
+    def _biases(self, graph: Graph, name: str, stats: Statistics, channels: Tensor) -> dict[str, Weight]:
+        """The bias of a linear whose inputs are cut, where it changes: FLAP's compensation, or none of a sublayer that goes."""
+        bias = f"{name}.bias"
+        if bias not in graph.weights:
+            return {}
+        old = graph.tensor(bias)
+        if not len(channels):
+            return {bias: torch.zeros_like(old)}
+        if self.refit != "bias":
+            return {}
+        removed = torch.ones(len(stats.mean), dtype=torch.bool, device=channels.device)
+        removed[channels] = False
+        return {bias: (old.double() + bias_for(stats.weight, stats.mean, removed).to(old.device)).to(old.dtype)}
 
 
-def refit_columns(weight: Tensor, hessian: Tensor, keep: Tensor, damping: float = 0.01) -> Tensor:
-    """The least-squares weight [D, K] on the kept inputs for the output of `weight` [D, F] on all; float64.
+def with_biases(graph: Graph) -> Graph:
+    """The same function with a bias (zero, where there was none) at every o_proj and down_proj."""
+    config = dataclasses.replace(graph.config, biases=graph.config.biases | {"o_proj", "down_proj"})
+    owners = [feed.readers[0] for feed in feeds(config) if reads(feed)]
+    new = {f"{o}.bias": torch.zeros(config.hidden_size, dtype=graph.dtype) for o in owners if f"{o}.bias" not in graph.weights}
+    return graph.replace(config=config, weights=new)
 
-    The ridge λ = damping · mean(diag H_KK) pulls towards the unchanged columns, not towards zero, so removing nothing
-    changes nothing: W_K + W_R · H_RK · (H_KK + λI)⁻¹ with R the removed channels.
-    """
-    W, H = weight.double(), hessian.double()
-    removed = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-    removed[keep] = False
-    HKK = H[keep][:, keep]
-    HKK.diagonal().add_((damping * HKK.diagonal().mean()).clamp_min(1e-12))
-    lost = W[:, removed] @ H[removed][:, keep]  # (D, K)
-    return W[:, keep] + torch.linalg.solve(HKK, lost.T).T
+
+def _count(wanted: float, size: int, multiple: int) -> int:
+    """A share (float) of `size`, rounded to the multiple, or a count (int) as it is."""
+    return wanted if isinstance(wanted, int) else round(wanted * size / multiple) * multiple
+
+
+def _rank_in_group(order: Tensor, groups: int) -> Tensor:
+    """For units in order of removal: how many of its own group went before each."""
+    group = order // (len(order) // groups)
+    earlier = torch.tril(group[:, None] == group[None, :], -1)
+    return earlier.sum(1)

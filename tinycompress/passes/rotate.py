@@ -13,14 +13,14 @@ Hadamard matrices exist for many orders that are not powers of two: H_{mn} = H_m
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..graph import Feed, Graph, Weight, feeds
+from ..graph import Graph, Weight
+from ..residual import fold_norms, turn
 
 KINDS = ("hadamard", "random")
 
@@ -39,24 +39,13 @@ class Rotate:
             raise InputError("Rotate.kind", repr(self.kind), " | ".join(KINDS))
 
     def __call__(self, graph: Graph) -> Graph:
-        graph = untie(graph)
+        graph = fold_norms(graph)
         config = graph.config
-        for feed in feeds(config):
-            if "norm" in feed.source:
-                graph = graph.replace(weights=fold_norm(graph, feed))
         if self.residual:
-            R = orthogonal(config.hidden_size, self.kind, self.seed)
-            changed: dict[str, Weight] = {}
-            for name in graph.weights:
-                weight, writes = graph.tensor(name), name.endswith(("o_proj.weight", "down_proj.weight"))
-                if name.endswith(("o_proj.bias", "down_proj.bias")):
-                    changed[name] = (weight.double() @ R).to(weight.dtype)
-                elif weight.dim() == 2:
-                    changed[name] = (R.T @ weight.double() if writes else weight.double() @ R).to(weight.dtype)
-            graph = graph.replace(weights=changed)
+            graph = turn(graph, orthogonal(config.hidden_size, self.kind, self.seed))
         if self.heads:
             R, d = orthogonal(config.head_dim, self.kind, self.seed + 1), config.head_dim
-            changed = {}
+            changed: dict[str, Weight] = {}
             for name in graph.weights:
                 weight = graph.tensor(name)
                 if name.endswith("v_proj.weight") or name.endswith("v_proj.bias"):
@@ -67,24 +56,6 @@ class Rotate:
                     changed[name] = (columns @ R).reshape(weight.shape).to(weight.dtype)
             graph = graph.replace(weights=changed)
         return graph.replace(by=self)
-
-
-def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
-    """The norm's weight multiplied into its readers; ones are left, for dead channels (weight 0) too."""
-    norm = f"{feed.source}.weight"
-    w = graph.tensor(norm).double()
-    changed: dict[str, Weight] = {norm: torch.ones_like(graph.tensor(norm))}
-    for name in map(graph.config.weight_name, feed.readers):
-        changed[name] = (graph.tensor(name).double() * w).to(graph.dtype)
-    return changed
-
-
-def untie(graph: Graph) -> Graph:
-    """A graph whose head is a parameter of its own; the same function."""
-    if not graph.config.tie_embeddings:
-        return graph
-    config = dataclasses.replace(graph.config, tie_embeddings=False)
-    return graph.replace(config=config, weights={"lm_head.weight": graph.linear("lm_head")})
 
 
 def orthogonal(n: int, kind: str = "hadamard", seed: int = 0) -> Tensor:

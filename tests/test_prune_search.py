@@ -1,0 +1,36 @@
+"""The search heals before it chooses."""
+
+import pytest
+import torch
+from conftest import random_graph
+
+from tinycompress.errors import InputError
+from tinycompress.evaluate import perplexity
+from tinycompress.graph import Config, Layer, cut
+from tinycompress.search import search
+
+GRAPH = random_graph(Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=64))
+IDS = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def narrow(graph):
+    return cut(graph, "layers.0.ffn", range(8))
+
+
+def shallow(graph):
+    return cut(graph, "layers", [0])
+
+
+def test_the_best_after_healing_comes_first():
+    flat = {"lm_head.weight": torch.zeros_like(GRAPH.weights["lm_head.weight"])}  # uniform: far better than random weights
+
+    def heals_what_is_narrow(graph):
+        return graph.replace(weights=flat) if graph.config.n_layers == 2 else graph
+
+    seen = []
+    trials = search(GRAPH, [shallow, narrow], heals_what_is_narrow, IDS, seen.append)
+    assert len(seen) == 2 and trials[0].pruned.config.layers[0].ffn_dim == 8
+    assert trials[0].after == pytest.approx(128) and trials[0].after < trials[1].after
+    assert trials[0].before == perplexity(narrow(GRAPH).module(), IDS).value
+    with pytest.raises(InputError, match="at least one pass"):
+        search(GRAPH, [], lambda g: g, IDS)
