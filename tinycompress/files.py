@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,18 @@ def check_free(target: str | Path, overwrite: bool = False) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Replaces a file in one step."""
+    write_bytes(path, [text.encode()])
+
+
+def write_bytes(path: str | Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Replaces a file, by the `parts` one after the other, in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
@@ -105,3 +111,30 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def new_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that becomes the file `target` when the block ends well, and vanishes when it does not."""
+    target = Path(target).absolute()
+    check_free_file(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        _flush(Path(name))
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+        _flush(target.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def check_free_file(target: str | Path, overwrite: bool = False) -> None:
+    """An `InputError` if `target` cannot become an output file."""
+    target = Path(target)
+    if target.is_dir():
+        raise InputError("output file", f"{target}, a folder", "a file name")
+    if target.exists() and not overwrite:
+        raise InputError("output file", f"{target}, which exists", "a new name, or overwriting (--overwrite)")
