@@ -109,12 +109,12 @@ def test_prune_stretch_quantize_in_this_order(made: Path, tmp_path: Path) -> Non
     flags = ("--prune", "ffn=0.75", "--context", "128", "--quantize", "w4g32", *CALIBRATE)
     out = run("compress", made / "uniform", *flags, "-o", tmp_path / "out")
     graph = checkpoint.load(tmp_path / "out")
-    assert [step.split("(")[0] for step in graph.history] == ["PruneFFN", "ScaleRope", "GPTQ"]
-    assert graph.config.layers == (Layer(4, 2, 96),) * 2
+    assert [step.split("(")[0] for step in graph.history] == ["Prune", "ScaleRope", "GPTQ"]
+    assert sum(layer.ffn_dim for layer in graph.config.layers) == 2 * 96 and all(layer.ffn_dim % 32 == 0 for layer in graph.config.layers)
     assert graph.config.max_position == 128 and graph.config.rope.type == "yarn"
     assert isinstance(graph.weights["model.layers.0.mlp.down_proj.weight"], QuantTensor)
     assert graph.tokenizer is not None
-    for word in (f"{UNIFORM.n_params:,}", f"{graph.config.n_params:,}", "PruneFFN(keep=0.75", "GPTQ("):
+    for word in (f"{UNIFORM.n_params:,}", f"{graph.config.n_params:,}", "Prune(", "'ffn': 0.75", "GPTQ("):
         assert word in out
 
 
@@ -122,8 +122,8 @@ def test_prune_stretch_quantize_in_this_order(made: Path, tmp_path: Path) -> Non
 def test_params_counts_non_embedding_parameters(made: Path, tmp_path: Path, share: float) -> None:
     run("compress", made / "mixed", "--prune", f"params={share}", *CALIBRATE, "-o", tmp_path / "out")
     config = checkpoint.load(tmp_path / "out").config
-    assert abs(config.n_body_params / MIXED.n_body_params - share) < 0.005
-    assert config.layers[0].ffn_dim == pytest.approx(2 * config.layers[2].ffn_dim, abs=1)
+    assert share - 0.15 < config.n_body_params / MIXED.n_body_params <= share  # steps of 64 channels are coarse here
+    assert {layer.ffn_dim for layer in config.layers} <= {64, 128}
 
 
 def test_dense_is_what_transformers_opens(made: Path, tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_a_work_folder_is_taken_up(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prune", "heads=0.5"], ["--prune", "heads=0.5", "params=SHARE"]),
+        (["--prune", "depth=0.5"], ["--prune", "depth=0.5", "params=SHARE"]),
         (["--prune", "ffn=1.5"], ["--prune", "at most 1"]),
-        (["--prune", "ffn"], ["--prune", "ffn=SHARE"]),
+        (["--prune", "ffn"], ["--prune", "ffn=", "params=0.8"]),
         (["--prune", "params=0.1"], ["params=0.1", "or more"]),
         (["--prune", "ffn=0.001"], ["keep", "0.001"]),
         (["--quantize", "int4"], ["'int4'", "w4g64"]),
@@ -166,7 +166,7 @@ def test_a_work_folder_is_taken_up(made: Path, tmp_path: Path) -> None:
         (["--quantize", "w4g32", "--quantize-method", "magic"], ["--quantize-method", "'magic'", "gptq | rtn"]),
         (["--quantize", "w4g8", "--export", "ort"], ["group_size", "8", "multiple of 16"]),
         (["--context", "32"], ["context", "32", "64"]),
-        (["--context", "128", "--rope-method", "magic"], ["'magic'", "linear | ntk | yarn"]),
+        (["--context", "128", "--rope-method", "magic"], ["'magic'", "auto | linear | ntk | ntk-by-parts | dynamic | yarn | llama3"]),
         (["--export", "toaster"], ["'toaster'", "ort"]),
         (["--export", "ort", "--format", "dense"], ["--format"]),
         (["--prune", "ffn=0.5", "--seq-len", "65"], ["--seq-len", "65", "64"]),

@@ -3,7 +3,8 @@
   config.json            Hugging Face's Llama, where it can say it (uniform, unquantized); else model_type "tinycompress",
                          so that transformers refuses the folder instead of misreading it
   tinycompress.json      {"format": 1, "config", "history", "quantized"}; where present it is the authority
-  model*.safetensors     weights by Hugging Face name; a quantized one as <name>.packed, .scales and .zeros
+  model*.safetensors     weights by Hugging Face name; a quantized one as <name>.packed, .scales and .zeros, or in the
+                         layout of another tool (formats/), which config.json's quantization_config then names
   tokenizer*.json        and generation_config.json
 
 Loading reads no weight: each is a view of the file's memory map, made when asked for, so a 7B checkpoint opens in
@@ -17,24 +18,19 @@ import dataclasses
 import errno
 import functools
 import importlib.util
-import json
-import math
-import os
 import re
-import shutil
-import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from . import files, gguf_file, hf
+from . import files, formats, gguf_file, hf
 from .errors import InputError
 from .graph import Config, Graph, LazyTensor, Weights, shapes
 from .quantize import QuantSpec, QuantTensor
+from .safetensors_file import DTYPES, INTEGERS, check_space, cut_shards, write_shards
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,8 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 SMOLLM2 = "smollm2-135m"
 ACCEPTED = f"a Hugging Face folder, a .gguf file, {SMOLLM2}, or a hub name such as HuggingFaceTB/SmolLM2-135M"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -71,31 +65,54 @@ def load(path_or_name: str | Path, dtype: torch.dtype | None = None, revision: s
     raise InputError("model", f"the file {path}", ACCEPTED)
 
 
-def save(graph: Graph, folder: str | Path, *, dense: bool = False, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> Path:
+def save(
+    graph: Graph,
+    folder: str | Path,
+    *,
+    dense: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    format: str = "native",
+) -> Path:
     """Writes a folder that `load` opens again with the same weights, and transformers too when the graph is uniform and
-    unquantized. `dense` dequantizes. The folder appears complete or not at all; memory needed is that of one weight."""
+    unquantized. `dense` dequantizes. The folder appears complete or not at all; memory needed is that of one weight.
+
+    `format` "gptq", "awq" and "compressed-tensors" write quantized weights as those tools do (scales in float16 in the
+    first two; without the history), "gguf" writes one file for llama.cpp. What a format cannot carry is an `InputError`.
+    """
     folder = Path(folder)
+    if format != "native" and dense:
+        raise InputError("format", f"{format} together with dense", "one of the two")
+    if format == "gguf":
+        from .formats.gguf_out import write_gguf
+
+        return write_gguf(graph, folder, overwrite=overwrite)
+    layout = None if format == "native" else formats.layout_of(graph, format)
     config = graph.config
     entries: dict[str, Entry] = dict(graph.weights.entries)
     packed = {} if dense else {name: weight.spec for name, weight in entries.items() if isinstance(weight, QuantTensor)}
-    plain = config.uniform and not packed
+    plain = config.uniform and (not packed or layout is not None)
     dtype = entries["model.norm.weight"].dtype
     if plain:  # transformers wants every bias of a group
         entries |= {name: torch.zeros(shape, dtype=dtype) for name, shape in hf.missing_biases(config).items()}
-    shards = _shards(entries, dense, max_shard_bytes)
-    _check_space(folder, total := sum(part.nbytes for shard in shards for part in shard))
+    shards = cut_shards(entries, dense, max_shard_bytes, layout)
+    check_space(folder, total := sum(part.nbytes for shard in shards for part in shard))
     with files.new_folder(folder, overwrite) as work:
         try:
-            _write_weights(shards, work, total)
+            write_shards(shards, work, total)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise InputError("output folder", f"{folder}: the disk is full", f"{total:,} bytes of free space") from error
             raise
         own = {"model_type": "tinycompress", "vocab_size": config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
-        files.write_json(work / "config.json", hf.config_to_hf(config, dtype) if plain else own)
-        quantized = {name: dataclasses.asdict(spec) for name, spec in packed.items()}
-        about = {"format": FORMAT, "config": config.to_dict(), "history": list(graph.history), "quantized": quantized}
-        files.write_json(work / "tinycompress.json", about)
+        about_quantized = {"quantization_config": layout.settings} if layout else {}
+        files.write_json(work / "config.json", hf.config_to_hf(config, dtype) | about_quantized if plain else own)
+        if layout and layout.beside:
+            files.write_json(work / layout.beside, layout.settings)
+        if not layout:
+            quantized = {name: dataclasses.asdict(spec) for name, spec in packed.items()}
+            about = {"format": FORMAT, "config": config.to_dict(), "history": list(graph.history), "quantized": quantized}
+            files.write_json(work / "tinycompress.json", about)
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         files.write_json(work / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         if graph.tokenizer:
@@ -124,13 +141,21 @@ def _download(name: str, revision: str | None) -> Path:
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
     own = folder / "tinycompress.json"
     about = _read_about(own) if own.exists() else {}
+    foreign: Any = None  # another tool's quantization_config
+    path = folder / "config.json"
     if about:
         config: Config = about["config"]
     else:
-        path = folder / "config.json"
-        config = hf.config_from_hf(files.read_json(path), str(path))
-    stored = _open_weights(folder)
+        data = files.read_json(path)
+        foreign = data.pop("quantization_config", None)
+        config = hf.config_from_hf(data, str(path))
+    stored = _open_weights(folder, DTYPES if foreign is None else DTYPES | INTEGERS)
     entries: dict[str, Entry] = {}
+    if foreign is not None:
+        if not isinstance(foreign, dict):
+            raise InputError(f"quantization_config in {path}", repr(foreign)[:80], "an object")
+        packed = formats.read_packed(stored, foreign, config, str(folder))
+        entries |= {name: weight if dtype is None else weight.to(dtype=dtype) for name, weight in packed.items()}
     for name, spec in about.get("quantized", {}).items():
         suffixes = (".packed", ".scales") if spec.symmetric else (".packed", ".scales", ".zeros")
         if lacking := [name + s for s in suffixes if name + s not in stored]:
@@ -200,7 +225,7 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
     raise InputError(str(folder), "no model.safetensors and no model.safetensors.index.json", "a Hugging Face folder with safetensors weights")
 
 
-def _open_weights(folder: Path) -> dict[str, LazyTensor]:
+def _open_weights(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, LazyTensor]:
     """Every stored tensor by name. A read gives a view of the memory map; none is read here, because safetensors asks the
     system to fetch what it hands out, and a large checkpoint should not be fetched whole to be opened."""
     from safetensors import SafetensorError, safe_open
@@ -214,9 +239,9 @@ def _open_weights(folder: Path) -> dict[str, LazyTensor]:
                 raise InputError(str(path), f"no tensor {min(lacking)}", "the tensors that the index says it has")
             for name in names or handle.keys():
                 about = handle.get_slice(name)
-                if (kind := about.get_dtype()) not in DTYPES:
-                    raise InputError(f"dtype of {name} in {path}", kind, " | ".join(DTYPES))
-                out[name] = LazyTensor(tuple(about.get_shape()), DTYPES[kind], functools.partial(handle.get_tensor, name))
+                if (kind := about.get_dtype()) not in dtypes:
+                    raise InputError(f"dtype of {name} in {path}", kind, " | ".join(dtypes))
+                out[name] = LazyTensor(tuple(about.get_shape()), dtypes[kind], functools.partial(handle.get_tensor, name))
         except (SafetensorError, OSError) as error:
             raise InputError(str(path), f"{error} ({path.stat().st_size:,} bytes)", "a complete safetensors file") from error
     return out
@@ -243,90 +268,3 @@ def _floats(folder: Path, stored: Mapping[str, LazyTensor], dtype: torch.dtype |
 
 def _converted(entry: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(entry.shape, dtype, lambda: entry.read().to(dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A tensor of a safetensors file to come; `weight` is the graph's entry that it is read from."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    weight: Entry
-    suffix: str = ""  # of a quantized weight: which of its tensors
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        weight = self.weight.read() if isinstance(self.weight, LazyTensor) else self.weight
-        if isinstance(weight, QuantTensor):
-            weight = weight.tensors()[self.suffix] if self.suffix else weight.dequantize()
-        return weight.detach().cpu().contiguous()
-
-
-def _parts(name: str, weight: Entry, dense: bool) -> Iterator[_Part]:
-    if isinstance(weight, QuantTensor) and not dense:
-        for suffix, tensor in weight.tensors().items():
-            yield _Part(name + suffix, tuple(tensor.shape), tensor.dtype, weight, suffix)
-    else:
-        yield _Part(name, tuple(weight.shape), weight.dtype, weight)
-
-
-def _shards(entries: Mapping[str, Entry], dense: bool, max_bytes: int) -> list[list[_Part]]:
-    """Parts in checkpoint order, cut into files of at most `max_bytes` (or one part)."""
-    shards: list[list[_Part]] = [[]]
-    size = 0
-    for part in (part for name, weight in entries.items() for part in _parts(name, weight, dense)):
-        if shards[-1] and size + part.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(part)
-        size += part.nbytes
-    return shards
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    place = folder.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise InputError("output folder", f"{folder}, on a disk with {free:,} bytes free", f"at least {needed:,} bytes")
-
-
-def _write_weights(shards: list[list[_Part]], folder: Path, total: int) -> None:
-    from tqdm import tqdm
-
-    weight_map: dict[str, str] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=2, leave=False) as bar:
-        for i, shard in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= {part.name: file for part in shard}
-            _write_safetensors(folder / file, shard, bar)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        files.write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_safetensors(path: Path, parts: list[_Part], bar: Any) -> None:
-    """The format itself (eight bytes of header length, a JSON header, the tensors), because safetensors' own writer
-    wants all tensors of a file in memory at once, and a 7B model should not need 28 GB to be saved."""
-    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # so that each tensor lies aligned; stable otherwise
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for part in parts:
-        header[part.name] = {"dtype": NAMES[part.dtype], "shape": part.shape, "data_offsets": (offset, offset + part.nbytes)}
-        offset += part.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for part in parts:
-            tensor = part.read()
-            if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
-                raise InputError(part.name, f"{tensor.dtype} {tuple(tensor.shape)}", f"{part.dtype} {part.shape}, as announced")
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            bar.update(part.nbytes)
-        if file.tell() != 8 + len(text) + offset:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import cli_distill
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 class Format(StrEnum):
     native = "native"
     dense = "dense"
+    gptq = "gptq"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder (checkpoint or export), a .gguf file, a hub name, or smollm2-135m.")]
@@ -103,18 +108,26 @@ def compress(
     model: Model,
     output: Out,
     prune: Annotated[
-        str | None, typer.Option(metavar="params=SHARE|ffn=SHARE", help="Share of the non-embedding parameters, or of each FFN, to keep.")
+        str | None, typer.Option(metavar="params=SHARE", help="What to keep: params=0.8, bytes=300MB, flops=0.8, ffn=0.75, heads=6, layers=20.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Stretch the context to this many positions.")] = None,
-    rope_method: Annotated[str, typer.Option(help="How to stretch it: yarn, linear or ntk.")] = "yarn",
+    rope_method: Annotated[
+        str, typer.Option(help="How to stretch it: yarn, ntk, ntk-by-parts, linear, dynamic, llama3; auto measures on a window of that length.")
+    ] = "yarn",
     quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
     quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
+    quantize_embedding: Annotated[
+        str | None, typer.Option(metavar="w8g64", help="Bits and group size of the embedding and the head (tied: one table).")
+    ] = None,
     calibration: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help="Calibration text: pydoc, wikitext2, a hub name or a file.")] = "pydoc",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 1024, or the context if that is shorter]")] = None,
     seed: Annotated[int, typer.Option(help="Which windows.")] = 0,
     export: Annotated[str | None, typer.Option(metavar="PROFILE", help="Write an exported, verified model instead of a checkpoint: ort.")] = None,
-    format: Annotated[Format, typer.Option(help="native, or dense: quantized weights are saved dequantized.")] = Format.native,
+    format: Annotated[
+        Format,
+        typer.Option(help="native; dense: quantized weights are saved dequantized; gptq, awq, compressed-tensors: as those tools; gguf: a file."),
+    ] = Format.native,
     overwrite: Overwrite = False,
     work: Annotated[Path | None, typer.Option(help="Keep every step here; a rerun takes up where the last one ended.")] = None,
 ) -> None:
@@ -123,36 +136,54 @@ def compress(
     \b
     Examples:
       tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
-      tinycompress compress smollm2-135m --context 16384 -o long
+      tinycompress compress smollm2-135m --context 16384 --rope-method auto -o long
       tinycompress compress model.gguf -o copy
       tinycompress compress smollm2-135m --quantize w4g64 --export ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
+      tinycompress compress smollm2-135m --quantize w4g64 --format gptq -o small-gptq
+      tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
     """
     from .files import check_free
     from .quantize import QuantSpec
     from .recipe import Recipe
 
-    check_free(output, overwrite)
-    if export and format is Format.dense:
-        raise InputError("--format", "dense together with --export", "one of the two (an export has a format of its own)")
+    if export and format is not Format.native:
+        raise InputError("--format", f"{format} together with --export", "one of the two (an export has a format of its own)")
+    if format is Format.gguf:
+        from .formats.gguf_out import check_file
+
+        check_file(output, overwrite)
+    else:
+        check_free(output, overwrite)
     spec = QuantSpec.parse(quantize) if quantize else None
-    recipe = Recipe(prune, context, rope_method, spec, quantize_method)
+    tables = QuantSpec.parse(quantize_embedding) if quantize_embedding else None
+    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables)
     before = open_model(model)
     config = recipe.check(before)
     if export:
         check_export(config, spec, export)
+    if format not in (Format.native, Format.dense):
+        from .formats.plan import check_plan
+
+        check_plan(format.value, before, config, spec, tables)
 
     from . import pipeline, report
     from .checkpoint import save
 
     tokens = read_tokens(before, calibration, samples, seq_len, 1024, "train", seed) if recipe.calibrates else None
-    after = pipeline.run(before, recipe.passes(before, tokens), work)
+    long_tokens = None
+    if context is not None and recipe.measures_context:
+        from .data import tokens as read
+
+        long_tokens = read(calibration, need_tokenizer(before), 1, context, seed=seed, split="train")
+    after = pipeline.run(before, recipe.passes(before, tokens, long_tokens), work)
     if export:
         from .export import export as write
 
         write(after, output, profile=export, overwrite=overwrite)
     else:
-        save(after, output, dense=format is Format.dense, overwrite=overwrite)
+        layout = "native" if format is Format.dense else format.value
+        save(after, output, dense=format is Format.dense, overwrite=overwrite, format=layout)
     report.print_comparison(before, after, report.folder_bytes(output))
 
 
@@ -226,11 +257,17 @@ def generate(
 def export_command(
     model: Model,
     output: Out,
-    profile: Annotated[str, typer.Option(help="The runtime to write for: ort.")] = "ort",
+    profile: Annotated[str, typer.Option(help="What to write for: ort, web, std, openvino-npu, qnn, static.")] = "ort",
     dtype: Annotated[str, typer.Option(help="auto, or float32: no quantized weights.")] = "auto",
+    scales: Annotated[str, typer.Option(help="Scales of quantized weights: float32, or float16 (rounded, half the bytes).")] = "float32",
     accuracy_level: Annotated[int, typer.Option(help="Of quantized matrix products: 0 computes in float32, 4 in int8.")] = 4,
     overwrite: Overwrite = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity gate.")] = False,
+    mobile: Annotated[bool, typer.Option("--mobile", help="ort, web: add model.ort and the operator list of a reduced mobile build.")] = False,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Run the parity gate, or skip it.")] = True,
+    context: Annotated[int | None, typer.Option(min=2, help="qnn, static: slots of the cache.  [default: the model's, at most 2048]")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="PATH-OR-NAME", help="qnn: text for activation ranges.  [default: pydoc]")] = None,
+    ranges: Annotated[str, typer.Option(help="qnn: minmax, percentile or mse.")] = "minmax",
+    epcontext: Annotated[str | None, typer.Option(metavar="ARCH", help="qnn: compile for HTP 73, 75, 79 or 81 too.")] = None,
 ) -> None:
     """Write a model for a runtime. It must pass the parity gate against torch, or OUT does not appear.
 
@@ -238,35 +275,60 @@ def export_command(
     Examples:
       tinycompress export small --profile ort -o small-onnx
       tinycompress export smollm2-135m --dtype float32 -o reference-onnx
+      tinycompress export small --profile openvino-npu --verify -o small-npu
+      tinycompress export smollm2-135m --profile qnn --context 1024 --calibration wikitext2 -o small-qnn
     """
     from . import report
-    from .export import export, summary
+    from .export import StaticChoices, export, summary
     from .files import check_free
 
     check_free(output, overwrite)
     graph = open_model(model)
-    manifest = export(graph, output, profile=profile, dtype=dtype, accuracy_level=accuracy_level, check=not no_verify, overwrite=overwrite)
+    text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
+    static = StaticChoices(context, text, ranges, epcontext)
+    options: dict[str, Any] = {"dtype": dtype, "scales": scales, "accuracy_level": accuracy_level, "check": check, "static": static, "mobile": mobile}
+    manifest = export(graph, output, profile=profile, overwrite=overwrite, **options)
     if manifest["checks"]:
         print("\n".join(summary(manifest["checks"])))
     print(f"{output}: {report.human(report.folder_bytes(output))}, for onnxruntime >= {manifest['minimum_onnxruntime']}")
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(metavar="OUT", help="An exported folder.")], as_json: AsJson = False) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An exported folder.")],
+    runtime: Annotated[str | None, typer.Option(metavar="NAME", help="A runtime of export/runtimes (make runtime NAME=...) instead.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Run the parity gate on an exported folder again: its runtime against the torch graph. Exit code 1 if it fails.
 
     \b
     Examples:
       tinycompress verify small-onnx
       tinycompress verify small-onnx --json
+      tinycompress verify small-onnx --runtime onnxruntime-genai
     """
     from .export import GateError, summary
     from .export import verify as check
 
+    if runtime:
+        return verify_in(folder, runtime, as_json)
     result = check(folder)
     print(json.dumps(result, indent=2) if as_json else "\n".join(summary(result)))
     if not result["passed"]:
         raise GateError(result)
+
+
+def verify_in(folder: Path, name: str, as_json: bool) -> None:
+    """The check of another runtime, in its own environment; exit code 1 if it fails."""
+    from .export import read, run_check
+    from .export.read import read_manifest
+
+    result = run_check(name, folder, read(folder), read_manifest(folder)["profile"])
+    figures = "\n".join(f"  {key:24} {value if isinstance(value, str) else format(value, '.3g')}" for key, value in result["figures"].items())
+    words = "passed" if result["passed"] else "failed: " + "; ".join(result["failures"])
+    print(json.dumps(result, indent=2) if as_json else f"{name} {result.get('versions', {})}\n{figures}\n{words}")
+    if not result["passed"]:
+        raise typer.Exit(1)
 
 
 def open_model(name: str) -> Graph:
@@ -284,29 +346,31 @@ def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
     """What the export would refuse, before the work of compressing: emits a graph of the final shapes without weights."""
     import torch
 
-    from .export import PROFILES, emit
+    from .export import PROFILES, check_static, emit
     from .graph import Graph, LazyTensor, Weights, shapes
     from .recipe import linear_inputs
 
     if name not in PROFILES:
         raise InputError("--export", repr(name), " | ".join(PROFILES))
     profile = PROFILES[name]
+    if profile.form == "static":
+        return check_static(config, profile, spec, linear_inputs(config))
     emit(Graph(config, Weights({n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()})), profile)
     for linear, width in linear_inputs(config).items() if spec else ():
         profile.block(linear, spec.group(linear, width), width)  # type: ignore[union-attr]
 
 
 def is_export(name: str) -> bool:
-    return (Path(name) / "manifest.json").is_file() and (Path(name) / "model.onnx").is_file()
+    return (Path(name) / "manifest.json").is_file() and any((Path(name) / model).exists() for model in ("model.onnx", "onnx", "prefill.onnx"))
 
 
 def runnable(name: str, graph: Graph) -> Any:
     """What computes logits and generates: the runtime for an exported folder, else torch. Where memory allows, torch
     gets packed weights unpacked, which gives the same numbers many times as fast, and everything in float32."""
     if is_export(name):
-        from .export import OrtModel
+        from .export import OrtModel, StaticModel
 
-        return OrtModel(name)
+        return StaticModel(name) if (Path(name) / "prefill.onnx").is_file() else OrtModel(name)
     import torch
 
     if 4 * graph.config.n_params > LARGEST_DENSE:
@@ -328,6 +392,9 @@ def read_tokens(graph: Graph, source: str, n: int, seq_len: int | None, default:
     if seq_len and seq_len > context:
         raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
     return tokens(source, need_tokenizer(graph), n, seq_len or min(default, context), seed=seed, split=split)
+
+
+cli_distill.register(app)
 
 
 def main() -> None:

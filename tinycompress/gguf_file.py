@@ -49,7 +49,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> Graph:
             raise InputError(str(path), f"no tensor {source}", f"the tensors of {config.n_layers} Llama layers")
         if tensor.tensor_type.name not in TYPES:
             raise InputError(f"type of {source} in {path}", tensor.tensor_type.name, " | ".join(TYPES))
-        heads = _permuted_heads(name, config)
+        heads = permuted_heads(name, config)
         read = partial(_read, tensor.data, tensor.tensor_type, heads, dtype)
         entries[name] = LazyTensor(tuple(int(n) for n in reversed(tensor.shape)), dtype, read)
         used.add(tensor.name)
@@ -180,7 +180,7 @@ def _metadata(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
         raise InputError(str(path), f"corrupt metadata ({error})", "a complete GGUF file") from error
 
 
-def _permuted_heads(name: str, config: Config) -> int:
+def permuted_heads(name: str, config: Config) -> int:
     """How many heads a parameter's rows are reordered in: q and k only, else 0."""
     if ".self_attn.q_proj." not in name and ".self_attn.k_proj." not in name:
         return 0

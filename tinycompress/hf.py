@@ -117,7 +117,13 @@ def rope_from_hf(data: Mapping[str, Any], head_dim: int, where: str) -> tuple[Ro
         raise InputError(f"rope_type in {at}", repr(type_), " | ".join(TYPES))
     key = "original_max_position_embeddings"
     beside_original = integer(data, key, where, 0)  # longrope in 4.x
+    if type_ == "dynamic" and values.get(key) not in (None, length):
+        found = f"{values[key]} with max_position_embeddings {length}"
+        raise InputError(f"{key} in {at}", found, "for dynamic, max_position_embeddings is the original length: leave the other out")
     original = length if type_ == "dynamic" else integer(values, key, at, beside_original or (None if type_ == "llama3" else length))
+    if original > length and type_ != "linear":
+        found = f"{original} with max_position_embeddings {length}"
+        raise InputError(f"{key} in {where}", found, "at most max_position_embeddings, the stretched length")
     ratio = max(1.0, length / original)
     factor = number(values, "factor", at, ratio if type_ == "longrope" else None)
     scale = number(values, "attention_factor", at, 0.0) or None

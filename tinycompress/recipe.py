@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .config import Config, ffn_shapes, shapes
+from .allocate import AXES, KINDS, Target
+from .config import Config, shapes
 from .errors import InputError
 from .graph import Graph, Pass, feeds
+from .passes.embedding import QuantizeEmbedding
 from .passes.gptq import GPTQ
-from .passes.prune import PruneFFN
-from .passes.rope import ScaleRope
+from .passes.prune import Prune
+from .passes.rope import METHODS as ROPE_METHODS
+from .passes.rope import ChooseRope, ScaleRope
 from .passes.rtn import RTN
 from .quantize import QuantSpec, targets
 
 METHODS = ("gptq", "rtn")
+AUTO = "auto"  # the context scaling that a window of the new length speaks for
+WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for another group: NPUs want it
 
 
 @dataclass(frozen=True)
@@ -30,42 +34,64 @@ class Recipe:
     rope_method: str = "yarn"
     quantize: QuantSpec | None = None
     quantize_method: str = "gptq"
+    quantize_embedding: QuantSpec | None = None
 
     def __post_init__(self) -> None:
         if self.quantize_method not in METHODS:
             raise InputError("--quantize-method", repr(self.quantize_method), " | ".join(METHODS))
+        if self.rope_method not in (AUTO, *ROPE_METHODS):
+            raise InputError("--rope-method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
 
     @property
     def calibrates(self) -> bool:
         return self.prune is not None or (self.quantize is not None and self.quantize_method == "gptq")
 
-    def passes(self, graph: Graph, tokens: Tensor | None = None) -> list[Pass]:
-        """The passes for `graph`; those that calibrate do so on `tokens`, and refuse to run without."""
+    @property
+    def measures_context(self) -> bool:
+        return self.context is not None and self.rope_method == AUTO
+
+    def passes(self, graph: Graph, tokens: Tensor | None = None, long_tokens: Tensor | None = None) -> list[Pass]:
+        """The passes for `graph`; those that calibrate do so on `tokens`, and refuse to run without. `long_tokens`
+        [windows, context] are what the scaling of the context is chosen on, where it is."""
         tokens = torch.empty(0, 0, dtype=torch.long) if tokens is None else tokens
         out: list[Pass] = []
         if self.prune:
-            multiple = self.quantize.group_size if self.quantize and self.quantize.group_size else 1
-            out.append(PruneFFN(tokens, keep=ffn_share(graph.config, self.prune, multiple), multiple_of=multiple))
-        if self.context is not None:
+            out.append(prune_pass(tokens, self.prune, (self.quantize and self.quantize.group_size) or WIDTHS))
+        if self.context is not None and self.measures_context:
+            out.append(ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens))
+        elif self.context is not None:
             out.append(ScaleRope(context=self.context, method=self.rope_method))
         if self.quantize:
-            out.append(RTN(self.quantize) if self.quantize_method == "rtn" else GPTQ(tokens, self.quantize))
+            out.append(RTN(self.quantize) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
+        if self.quantize_embedding:
+            out.append(QuantizeEmbedding(self.quantize_embedding))
         return out
 
     def check(self, graph: Graph) -> Config:
         """The config that `passes` will arrive at; an InputError for what could not work, without reading a weight."""
         config = graph.config
         for step in self.passes(graph):
-            if isinstance(step, PruneFFN):
-                layers = (dataclasses.replace(layer, ffn_dim=width) for layer, width in zip(config.layers, step.widths(graph)))
-                config = dataclasses.replace(config, layers=tuple(layers))
-            elif isinstance(step, ScaleRope):
-                config = dataclasses.replace(step(graph).config, layers=config.layers)
+            if isinstance(step, Prune):
+                try:
+                    config = step.expected(graph)
+                except InputError as error:
+                    raise InputError("--prune", f"{self.prune} ({error.field}: {error.found})", error.accepted) from None
+            elif isinstance(step, ScaleRope | ChooseRope):
+                scale = step if isinstance(step, ScaleRope) else ScaleRope(step.tokens.shape[1])  # any method, for the context
+                config = dataclasses.replace(scale(graph).config, layers=config.layers)
+            elif isinstance(step, QuantizeEmbedding):
+                dataclasses.replace(step, spec=dataclasses.replace(step.spec, group_size=None)).tables(graph)  # still dense?
+                step.spec.group("model.embed_tokens.weight", config.hidden_size)
         if self.quantize:
             targets(graph, dataclasses.replace(self.quantize, group_size=None))  # still dense?
             for name, width in linear_inputs(config).items():
                 self.quantize.group(name, width)
         return config
+
+
+def best_gptq(tokens: Tensor, spec: QuantSpec) -> GPTQ:
+    """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md."""
+    return GPTQ(tokens, spec, propagate=0.5, refine=2)
 
 
 def linear_inputs(config: Config) -> dict[str, int]:
@@ -74,36 +100,18 @@ def linear_inputs(config: Config) -> dict[str, int]:
     return {name: sizes[f"{name}.weight"][1] for feed in feeds(config) if feed.layer is not None for name in feed.readers}
 
 
-def ffn_share(config: Config, text: str, multiple_of: int = 1) -> float:
-    """The share of every FFN that `ffn=SHARE` or `params=SHARE` keeps.
-
-    `params` counts the non-embedding parameters; all of the cut falls on the FFNs, so what they must keep is
-    (SHARE · all - the rest) / FFN, and a share that would leave less than `multiple_of` channels is out of reach.
-    """
+def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
+    """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (a budget for everything together), or for one axis: a share
+    `ffn=0.75`, or a count `layers=20`."""
     key, _, number = text.partition("=")
+    if key in KINDS:
+        Target.parse(text, "--prune")
+        return Prune(tokens, text, multiple_of=multiple_of)
+    accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
     try:
-        share = float(number)
+        amount = float(number) if "." in number else int(number)
     except ValueError:
-        share = -1.0
-    if key not in ("params", "ffn") or not 0 < share <= 1:
-        raise InputError("--prune", repr(text), "params=SHARE or ffn=SHARE, SHARE above 0 and at most 1, such as params=0.8")
-    widest = max((layer.ffn_dim for layer in config.layers), default=0)
-    if not widest:
-        raise InputError("--prune", f"{text} for a model without FFNs", "a model with FFNs")
-    if key == "ffn":
-        return share
-    ffn = sum(_ffn_params(config, layer.ffn_dim) for layer in config.layers)
-    rest = config.n_body_params - ffn
-    keep = min(1.0, (share * config.n_body_params - rest) / ffn)
-    narrowest = min(layer.ffn_dim for layer in config.layers if layer.ffn_dim)
-    if round(keep * narrowest / multiple_of) < 1:
-        least = sum(_ffn_params(config, -(-layer.ffn_dim * multiple_of // narrowest)) for layer in config.layers)
-        reachable = math.ceil(100 * (rest + least) / config.n_body_params) / 100
-        raise InputError("--prune", text, f"params={reachable:.2f} or more: all of the cut falls on the FFNs, the rest stays")
-    return round(keep, 6)
-
-
-def _ffn_params(config: Config, width: int) -> int:
-    """Parameters of one FFN that a cut of its width can save: the three matrices and the biases of gate and up."""
-    columns = sum(shape[0] * shape[1] for shape in ffn_shapes(config, dataclasses.replace(config.layers[0], ffn_dim=1)).values())
-    return width * (columns + len(config.biases & {"gate_proj", "up_proj"}))
+        amount = -1
+    if key not in (*AXES, "layers", "hidden") or amount <= 0 or (isinstance(amount, float) and not amount <= 1):
+        raise InputError("--prune", repr(text), f"{accepted}, such as params=0.8")
+    return Prune(tokens, keep={key: amount}, multiple_of=multiple_of)

@@ -1,0 +1,31 @@
+"""Run in the venv of README.md: FOLDER IDS.json OUT.safetensors → the logits that the format's own library computes.
+
+compressed-tensors and GPTQ folders are opened by transformers (the latter with GPTQModel's plain torch kernel: its fused
+one for CPUs ignores zero points), AWQ folders by GPTQModel, because AutoAWQ's last version does not import beside
+transformers 4.57. Prints which module stands in the place of a linear.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.cpu_count = lambda: 8  # gptqmodel 5.6.0 does not import where there are fewer than four
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModelForCausalLM, GPTQConfig  # noqa: E402
+
+folder, ids, out = sys.argv[1:]
+about = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+if about["quant_method"] == "awq":
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(folder, backend=BACKEND.TORCH_AWQ, device="cpu", dtype=torch.float16).model
+else:
+    gptq = about["quant_method"] == "gptq"
+    backend = {"quantization_config": GPTQConfig(bits=about["bits"], backend="torch")} if gptq else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **backend)
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+with torch.no_grad():
+    logits = model.eval()(torch.tensor(json.loads(Path(ids).read_text()))).logits
+save_file({"logits": logits.float().contiguous()}, out)
