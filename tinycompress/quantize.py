@@ -11,7 +11,8 @@ Letters: N out_features, K in_features, g group_size, G = K / g groups.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,19 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .graph import Graph, feeds
+from .lpbq import snap_scales
+from .product import product
 
 BITS = (2, 3, 4, 8)
-SCALES = ("auto", "minmax", "mse", "weighted")
+SCALES = ("auto", "minmax", "mse", "weighted", "lpbq")
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """A weight grid. `group_size` None is one group a row (per-channel). `scale` says how scales are searched:
     "minmax" covers the range, "mse" minimises the squared error, "weighted" the squared error weighted by E[x²] of
-    each input channel, "auto" is weighted where activation statistics are at hand and minmax otherwise."""
+    each input channel, "auto" is weighted where activation statistics are at hand and minmax otherwise; "lpbq" searches
+    positive scales of the form that Qualcomm's HTP stores (lpbq.py)."""
 
     bits: int = 4
     group_size: int | None = 64
@@ -43,17 +47,20 @@ class QuantSpec:
             raise InputError("QuantSpec.group_size", self.group_size, "a multiple of 8, or None for per-channel")
         if self.scale not in SCALES:
             raise InputError("QuantSpec.scale", repr(self.scale), " | ".join(SCALES))
+        if self.scale == "lpbq" and not self.symmetric:
+            raise InputError("QuantSpec.scale", "'lpbq' with zero points", "symmetric=True")
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """`w4g64` (symmetric, groups of 64), `w4` (per-channel), `w4g64-asym` (integer zero points)."""
-        match = re.fullmatch(r"w(\d)(?:g(\d+))?(-asym)?", text)
+        """`w4g64` (symmetric, groups of 64), `w4` (per-channel), `w4g64-asym` (integer zero points), `w4g64-lpbq` (scales for Qualcomm's HTP)."""
+        match = re.fullmatch(r"w(\d)(?:g(\d+))?(?:(-asym)|(-lpbq))?", text)
         if not match:
-            raise InputError("quantization", repr(text), "w<bits>[g<group>][-asym], such as w4g64, w3g64, w8 or w4g32-asym")
-        return QuantSpec(int(match[1]), int(match[2]) if match[2] else None, match[3] is None)
+            raise InputError("quantization", repr(text), "w<bits>[g<group>][-asym|-lpbq], such as w4g64, w3g64, w8 or w4g32-asym")
+        return QuantSpec(int(match[1]), int(match[2]) if match[2] else None, match[3] is None, "lpbq" if match[4] else "auto")
 
     def __str__(self) -> str:
-        return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "") + ("" if self.symmetric else "-asym")
+        suffix = "-asym" if not self.symmetric else "-lpbq" if self.scale == "lpbq" else ""
+        return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "") + suffix
 
     def group(self, name: str, in_features: int) -> int:
         """The group length for a linear; an `InputError` when it does not divide."""
@@ -192,7 +199,10 @@ def find_grid(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | N
     g = spec.group(name, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise InputError(name, "NaN or infinite weights", "finite weights")
-    how = spec.scale if spec.scale != "auto" else ("minmax" if importance is None else "weighted")
+    if spec.scale == "lpbq":
+        how = "mse" if importance is None else "weighted"
+    else:
+        how = spec.scale if spec.scale != "auto" else ("minmax" if importance is None else "weighted")
     if how == "weighted" and importance is None:
         raise InputError("QuantSpec.scale", "'weighted' without activation statistics", "'minmax' or 'mse', or a pass that calibrates")
     h = None
@@ -206,6 +216,8 @@ def find_grid(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | N
         s, z = (_symmetric if spec.symmetric else _asymmetric)(w, h, spec.bits, search=how != "minmax")
         scales.append(s)
         zeros.append(z)
+    if spec.scale == "lpbq":
+        return snap_scales(weight, torch.cat(scales), spec.bits, importance), None
     return torch.cat(scales), None if spec.symmetric else torch.cat(zeros)  # type: ignore[arg-type]
 
 
@@ -248,18 +260,56 @@ def _asymmetric(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[T
     return scale, zero.to(torch.uint8)
 
 
-def targets(graph: Graph, spec: QuantSpec, head: bool = False) -> list[str]:
-    """The linears a quantization pass works on, in model order (the head only if `head`), after checking that each is
-    still dense and that the groups divide its inputs: before any work is done."""
-    names = [name for feed in feeds(graph.config) for name in feed.readers if head or name != "lm_head"]
-    if head and graph.config.tie_embeddings:
+class LinearSpecs(Mapping[str, QuantSpec]):
+    """A grid for each linear by name. Its repr counts them, so that a history of hundreds of linears can be read."""
+
+    def __init__(self, specs: Mapping[str, QuantSpec]) -> None:
+        self._specs = dict(specs)
+
+    def __getitem__(self, name: str) -> QuantSpec:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __repr__(self) -> str:
+        counts = Counter(map(str, self._specs.values()))
+        return f"{{{', '.join(f'{count} × {spec}' for spec, count in sorted(counts.items()))}}}"
+
+
+def named_specs(spec: QuantSpec | Mapping[str, QuantSpec]) -> QuantSpec | LinearSpecs:
+    """`spec` as a pass keeps it: one grid for all linears, or one for each that is named."""
+    if isinstance(spec, QuantSpec | LinearSpecs):
+        return spec
+    if not isinstance(spec, Mapping) or not all(isinstance(value, QuantSpec) for value in spec.values()):
+        raise InputError("spec", repr(spec)[:80], "a QuantSpec, or QuantSpecs by the name of a linear")
+    return LinearSpecs(spec)
+
+
+def targets(graph: Graph, spec: QuantSpec | Mapping[str, QuantSpec], head: bool = False) -> dict[str, QuantSpec]:
+    """The linears a quantization pass works on and their grids, in model order, after checking that each is still dense
+    and that the groups divide its inputs: before any work is done. One spec is for every linear (the head only if
+    `head`); a mapping is for those that it names, and the others stay float."""
+    names = [name for feed in feeds(graph.config) for name in feed.readers]
+    if isinstance(spec, QuantSpec):
+        specs = {name: spec for name in names if head or name != "lm_head"}
+    else:
+        if unknown := [name for name in spec if name not in names]:
+            raise InputError("spec", f"{unknown[0]!r}, which is no linear of this graph", f"names such as {names[0]}")
+        if head and "lm_head" not in spec:
+            raise InputError("head", "True, with specs that do not name lm_head", "a spec for lm_head")
+        specs = {name: spec[name] for name in names if name in spec}
+    if "lm_head" in specs and graph.config.tie_embeddings:
         raise InputError("head", "a head tied to the embedding", "head=False (a tied head is quantized with the embedding)")
-    for name in names:
+    for name, own in specs.items():
         weight = graph.weights.entries[graph.config.weight_name(name)]
         if isinstance(weight, QuantTensor):
             raise InputError(name, f"a weight that is already {weight.spec}", "a dense weight (quantize once, from the float model)")
-        spec.group(name, weight.shape[1])
-    return names
+        own.group(name, weight.shape[1])
+    return specs
 
 
 class QuantLinear(nn.Module):
@@ -282,6 +332,6 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = max(64, (1 << 20) // self.in_features)  # a million weights at a time
         weight = self.weight
-        parts = [F.linear(x, weight.rows(i, i + rows).dequantize(x.dtype)) for i in range(0, self.out_features, rows)]
+        parts = [product(x, weight.rows(i, i + rows).dequantize(x.dtype)) for i in range(0, self.out_features, rows)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias

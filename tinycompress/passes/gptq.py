@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..calibrate import Inputs, cross_gram, gram, walk
+from ..calibrate import Inputs, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
-from ..quantize import QuantSpec, QuantTensor, find_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, targets
 from ..refine import refine as refine_rounding
 
 DAMPING_TRIES = 6
@@ -42,19 +42,25 @@ CORRECTIONS = ("qep", "qronos", "gptaq")
 @dataclass(frozen=True)
 class GPTQ:
     """Quantizes every linear (the head only if `head`) on calibration `tokens` [windows, seq_len], true-sequentially:
-    each piece of each block sees the inputs that the already quantized prefix produces. `propagate` is the α of the
-    `correction` for what that prefix lost (0: off); `refine` counts rounds of scale and integer refinement."""
+    each piece of each block sees the inputs that the already quantized prefix produces.
+
+    `propagate` is the α of the `correction` for what that prefix lost (0: off), and with `stream` what writes the
+    residual stream also corrects what the stream itself has lost. `refine` counts rounds of scale and integer refinement.
+    `balance` weighs the positions of what writes the residual stream by the stream's size (`Inputs.balanced`)."""
 
     tokens: Tensor = field(repr=False, compare=False)
-    spec: QuantSpec = field(default_factory=QuantSpec)
+    spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
     order: str = "act"
     damping: float = 0.01
     propagate: float = 0.0
     correction: str = "qep"
+    stream: bool = False
     refine: int = 0
+    balance: bool = False
     head: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", named_specs(self.spec))
         if self.order not in ORDERS:
             raise InputError("GPTQ.order", repr(self.order), " | ".join(ORDERS))
         if not 0 < self.damping < 1:
@@ -63,34 +69,47 @@ class GPTQ:
             raise InputError("GPTQ.propagate", self.propagate, "a number between 0 (off) and 1")
         if self.correction not in CORRECTIONS:
             raise InputError("GPTQ.correction", repr(self.correction), " | ".join(CORRECTIONS))
+        if self.stream and (not self.propagate or self.correction == "gptaq"):
+            raise InputError("GPTQ.stream", "True without a target to correct", "propagate above 0 with correction qep or qronos")
         if self.refine < 0:
             raise InputError("GPTQ.refine", self.refine, "a number of rounds, 0 or more")
 
     def __call__(self, graph: Graph) -> Graph:
-        todo = set(targets(graph, self.spec, self.head))
+        todo = targets(graph, self.spec, self.head)
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
-            if not todo.issuperset(feed.readers):
+            rows = {name: graph.tensor(graph.config.weight_name(name)).to(self.tokens.device) for name in feed.readers if name in todo}
+            if not rows:
                 return None
+            writes = "norm" not in feed.source  # its reader adds to the residual stream
+            if self.balance and writes:
+                inputs = inputs.balanced(next(iter(rows.values())))
             hessian = gram(feed, inputs)
-            rows = [graph.tensor(graph.config.weight_name(name)).to(hessian.device) for name in feed.readers]
-            quantized = gptq_quantize(
-                torch.cat(rows),  # the readers share H, hence U and every step but their own rounding
-                hessian,
-                self.spec,
-                order=self.order,
-                damping=self.damping,
-                cross=cross_gram(inputs) if self.propagate else None,
-                propagate=self.propagate,
-                correction=self.correction,
-                refine=self.refine,
-                name=", ".join(feed.readers),
-            )
+            cross = cross_gram(inputs) if self.propagate else None
+            gap = None
+            if cross is not None and self.stream and writes:
+                weight = next(iter(rows.values()))
+                gap = stream_gram(inputs, weight) - weight.double() @ cross
             out: dict[str, Weight] = {}
-            start = 0
-            for name, weight in zip(feed.readers, rows):
-                out[graph.config.weight_name(name)] = quantized.rows(start, start + len(weight))
-                start += len(weight)
+            for spec in dict.fromkeys(todo[name] for name in rows):
+                together = [name for name in rows if todo[name] == spec]  # they share H, hence U and every step but their own rounding
+                quantized = gptq_quantize(
+                    torch.cat([rows[name] for name in together]),
+                    hessian,
+                    spec,
+                    order=self.order,
+                    damping=self.damping,
+                    cross=cross,
+                    gap=gap,
+                    propagate=self.propagate,
+                    correction=self.correction,
+                    refine=self.refine,
+                    name=", ".join(together),
+                )
+                start = 0
+                for name in together:
+                    out[graph.config.weight_name(name)] = quantized.rows(start, start + len(rows[name]))
+                    start += len(rows[name])
             return out
 
         return walk(graph, self.tokens, visit, reference=self.propagate > 0, progress=f"GPTQ {self.spec}").replace(by=self)
@@ -104,6 +123,7 @@ def gptq_quantize(
     order: str = "act",
     damping: float = 0.01,
     cross: Tensor | None = None,
+    gap: Tensor | None = None,
     propagate: float = 1.0,
     correction: str = "qep",
     refine: int = 0,
@@ -113,20 +133,23 @@ def gptq_quantize(
     """weight float [N, K], hessian Σ x̂ x̂ᵀ [K, K] (any positive scale) to a QuantTensor on the grid of `spec`.
 
     cross: Σ x x̂ᵀ [K, K] over the same positions, x the float model's inputs, at the same scale; it turns the
-    `correction` on. An InputError for weights or a Hessian that cannot be used names `name`.
+    `correction` on. gap: Σ d x̂ᵀ [N, K], d what else the output should gain. An InputError for weights or a Hessian that cannot be used names `name`.
     """
     K = weight.shape[1]
     H = hessian.double()
     dead = H.diagonal() <= 0
     H, U, perm = damped_factor(H, spec.group(name, K), order, damping, name)
     original = W = weight.float().masked_fill(dead, 0)
+    lost = torch.zeros_like(W, dtype=torch.float64)  # what the prefix takes from the output, by inputs: (Y - WX̂)X̂ᵀ
+    if cross is not None:
+        lost = propagate * (W.double() @ (cross - hessian).double() + (0 if gap is None else gap))
     if cross is not None and correction != "gptaq":
-        W = W + propagate_error(W, H, cross - hessian, propagate)
+        W = W + propagate_error(H, lost)
     scales, zeros = find_grid(name, W, spec, hessian.diagonal().float())
     first = skew = None
     if cross is not None and correction == "qronos":
-        j = perm[0]  # (X̂ⱼᵀXw - X̂ⱼᵀX̂w) / H_jj + w_j: the others stay at their float weights
-        first = original[:, j] + propagate * (original.double() @ (cross - hessian)[:, j].double() / H[j, j]).float()
+        j = perm[0]
+        first = original[:, j] + (lost[:, j] / H[j, j]).float()  # the others stay at their float weights
     if cross is not None and correction == "gptaq":
         skew = propagate * torch.triu((cross - hessian).double()[perm][:, perm] @ U.T, 1) @ U
     ints = _round_columns(W, U.float(), perm, scales, zeros, spec, block, first, None if skew is None else skew.float())
@@ -170,9 +193,9 @@ def _round_columns(
     return ints.T.contiguous()
 
 
-def propagate_error(weight: Tensor, hessian: Tensor, shift: Tensor, alpha: float = 1.0) -> Tensor:
-    """QEP's W* - W [N, K], from weight [N, K], the damped hessian X̂X̂ᵀ + λI and shift (X - X̂)X̂ᵀ, both [K, K]."""
-    return (alpha * torch.linalg.solve(hessian.double(), shift.double().T @ weight.double().T).T).to(weight.dtype)
+def propagate_error(hessian: Tensor, lost: Tensor) -> Tensor:
+    """QEP's W* - W, float32 [N, K], from the damped hessian X̂X̂ᵀ + λI [K, K] and α·W(X - X̂)X̂ᵀ [N, K], float64."""
+    return torch.linalg.solve(hessian, lost.T).T.float()
 
 
 def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:

@@ -1,0 +1,97 @@
+"""Seconds and peak memory of quantizing a model of a given shape with random weights, on this machine.
+
+    python benchmarks/memory.py [--shape tinyllama-1.1b] [--method gptq] [--spec w4g128] [--samples 16] [--seq-len 2048] [--layers N]
+
+A bfloat16 folder of random weights is written to a temporary place; a process of its own then opens it, quantizes it and
+(rtn, hqq) saves it. Its peak memory is the largest resident set, mapped files included. Results go to
+results/memory.json, one row a configuration; `--layers` cuts the model to its first layers for a smoke test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tinycompress.checkpoint import load, save
+from tinycompress.config import LLAMA_2_7B, TINYLLAMA_1_1B
+from tinycompress.evaluate import environment
+from tinycompress.files import write_json
+from tinycompress.graph import Graph, LazyTensor, Weights, shapes
+from tinycompress.passes.gptq import GPTQ
+from tinycompress.passes.hqq import HQQ
+from tinycompress.passes.rtn import RTN
+from tinycompress.quantize import QuantSpec
+
+SHAPES = {"tinyllama-1.1b": TINYLLAMA_1_1B, "llama-2-7b": LLAMA_2_7B}
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+
+
+def random_folder(shape: str, layers: int | None, folder: Path) -> None:
+    """The shape with N(0, 0.02) weights in bfloat16, made one at a time while it is saved."""
+    config = SHAPES[shape]
+    config = dataclasses.replace(config, layers=config.layers[:layers])
+
+    def weight(name: str, size: tuple[int, ...]) -> LazyTensor:
+        def read() -> torch.Tensor:
+            generator = torch.Generator().manual_seed(len(name))
+            return torch.ones(size, dtype=torch.bfloat16) if len(size) == 1 else (torch.randn(size, generator=generator) * 0.02).bfloat16()
+
+        return LazyTensor(size, torch.bfloat16, read)
+
+    save(Graph(config, Weights({name: weight(name, size) for name, size in shapes(config).items()})), folder)
+
+
+def work(args: argparse.Namespace) -> dict[str, float]:
+    """Quantizes the folder in this process."""
+    start = time.perf_counter()
+    graph = load(args.worker)
+    spec = QuantSpec.parse(args.spec)
+    if args.method == "gptq":
+        tokens = torch.randint(graph.config.vocab_size, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
+        GPTQ(tokens.to(args.device), spec)(graph)
+    else:
+        save({"rtn": RTN, "hqq": HQQ}[args.method](spec)(graph), Path(args.worker).parent / "quantized")
+    row = {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    if args.device == "cuda":
+        row["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama-1.1b")
+    parser.add_argument("--method", choices=["gptq", "rtn", "hqq"], default="gptq")
+    parser.add_argument("--spec", default="w4g128")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: where the calibration runs")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(work(args)))
+        return
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if v is not None and k != "worker"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        random_folder(args.shape, args.layers, folder)
+        out = subprocess.run([sys.executable, __file__, "--worker", str(folder), *options], stdout=subprocess.PIPE, text=True, check=True)
+    row = json.loads(out.stdout.splitlines()[-1])
+    print(row)
+    if args.layers is None:
+        key = f"{args.shape} {args.method} {args.spec} {args.device}" + (f" {args.samples}x{args.seq_len}" if args.method == "gptq" else "")
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        write_json(RESULTS, known | {key: row | {"environment": environment()}})
+
+
+if __name__ == "__main__":
+    main()

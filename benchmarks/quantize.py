@@ -1,0 +1,170 @@
+"""What each step of the quantization recipe gives at equal bits, and what it costs.
+
+    python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
+        [--rows NAME …] [--again] [--quick]
+
+Protocol: every linear but the head, on calibration windows of 1024 tokens taken from the start of the text; perplexity
+over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in a process of its own, so that its peak
+memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of one float forward over the
+calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are kept: a killed run goes on where it was.
+Differences are paired: mean NLL a token against the row named in the table, with a 95% bootstrap over windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tinycompress import data
+from tinycompress.checkpoint import load
+from tinycompress.evaluate import Interval, environment, paired_difference, perplexity
+from tinycompress.files import write_json, write_text
+from tinycompress.graph import Graph
+from tinycompress.passes.autoround import AutoRound
+from tinycompress.passes.awq import AWQ
+from tinycompress.passes.gptq import GPTQ
+from tinycompress.passes.hqq import HQQ
+from tinycompress.passes.rotate import Rotate
+from tinycompress.passes.rtn import RTN
+from tinycompress.quantize import QuantSpec
+from tinycompress.recipe import best_gptq
+
+RESULTS = Path(__file__).parent / "results"
+Make = Callable[[Graph, Tensor, QuantSpec], Graph]
+
+
+def minmax(spec: QuantSpec) -> QuantSpec:
+    return QuantSpec(spec.bits, spec.group_size, spec.symmetric, "minmax")
+
+
+BEST = "gptq + refine + qep"  # the default of `compress --quantize`
+
+ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared with, what it does)
+    "float": (None, lambda g, t, s: g),
+    "rtn": ("float", lambda g, t, s: RTN(s)(g)),
+    "hqq": ("rtn", lambda g, t, s: HQQ(s)(g)),
+    "awq": ("rtn", lambda g, t, s: AWQ(t, s)(g)),
+    "gptq, natural order, min-max grid": ("rtn", lambda g, t, s: GPTQ(t, minmax(s), order="natural")(g)),
+    "gptq, min-max grid": ("gptq, natural order, min-max grid", lambda g, t, s: GPTQ(t, minmax(s))(g)),
+    "gptq": ("gptq, min-max grid", lambda g, t, s: GPTQ(t, s)(g)),
+    "gptq, gar order": ("gptq", lambda g, t, s: GPTQ(t, s, order="gar")(g)),
+    "gptq + refine": ("gptq", lambda g, t, s: GPTQ(t, s, refine=2)(g)),
+    BEST: ("gptq + refine", lambda g, t, s: best_gptq(t, s)(g)),
+    "gptq + refine + qronos": (BEST, lambda g, t, s: GPTQ(t, s, refine=2, propagate=0.5, correction="qronos")(g)),
+    "gptq + gptaq": ("gptq", lambda g, t, s: GPTQ(t, s, propagate=0.25, correction="gptaq")(g)),
+    "gptq + refine + balance": ("gptq + refine", lambda g, t, s: GPTQ(t, s, refine=2, balance=True)(g)),
+    "gptq + refine + qep + balance": (BEST, lambda g, t, s: GPTQ(t, s, refine=2, propagate=0.5, balance=True)(g)),
+    "gptq + refine + qep + stream": (BEST, lambda g, t, s: GPTQ(t, s, refine=2, propagate=0.5, stream=True)(g)),
+    "awq fold, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(AWQ(t, s, quantize=False)(g))),
+    "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
+    "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
+}
+
+
+TIMED = ("gptq",)
+
+
+def seconds_of_forward(graph: Graph, tokens: Tensor) -> float:
+    """One float forward over the calibration tokens, without the head."""
+    module = graph.module()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for window in tqdm(tokens, desc="forward", delay=2):
+            module.hidden(window[None])
+    return round(time.perf_counter() - start, 1)
+
+
+def one(args: argparse.Namespace) -> dict[str, object]:
+    """One row, measured in this process."""
+    graph = load(args.model, dtype=torch.float32)
+    tokens = data.tokens(args.calibration, graph.tokenizer, args.samples, 1024)
+    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, 2048, split="test")
+    forward = seconds_of_forward(graph, tokens) if args.worker in TIMED else None
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    out = ROWS[args.worker][1](graph, tokens, QuantSpec.parse(args.spec[0]))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    p = perplexity(out.dense().module(), evaluation)
+    return {
+        "perplexity": p.value,
+        "nll": p.nll.tolist(),
+        "seconds": round(seconds, 1),
+        "forward_seconds": forward,
+        "peak_mb": round(peak),
+        "peak_before_mb": round(base),
+        "history": list(out.history[len(graph.history) :]),
+    }
+
+
+def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, object], machine: str) -> str:
+    """Markdown of the rows found, for each spec."""
+    lines = ["# Quantization, step by step", "", f"{protocol}, {machine}; made by `benchmarks/quantize.py`.", ""]
+    for spec, rows in found.items():
+        lines += [f"## {spec}", "", "| | perplexity | ΔNLL a token | against | seconds (one forward) | peak MB |", "|---|---|---|---|---|---|"]
+        for name in ROWS:
+            row = rows.get(name)
+            if row is None:
+                continue
+            other = ROWS[name][0]
+            delta = "" if other is None or other not in rows else str(_difference(row, rows[other]))
+            cost = f"{row['seconds']:.0f}" + (f" ({row['forward_seconds']:.0f})" if row["forward_seconds"] else "") if name != "float" else ""
+            lines.append(f"| {name} | {row['perplexity']:.2f} | {delta} | {other if delta else ''} | {cost} | {row['peak_mb']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _difference(a: dict[str, object], b: dict[str, object]) -> Interval:
+    return paired_difference(torch.tensor(a["nll"]).double(), torch.tensor(b["nll"]).double())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", default="pydoc")
+    parser.add_argument("--evaluation", default="pydoc")
+    parser.add_argument("--spec", nargs="+", default=["w4g64", "w3g64"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME", help=" | ".join(ROWS))
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens")
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.samples, args.windows = 2, 1
+    if args.worker:
+        print(json.dumps(one(args)))
+        return
+    protocol = {k: Path(str(getattr(args, k))).name for k in ("model", "calibration", "evaluation", "samples", "windows")}
+    path = RESULTS / "quantize.json"
+    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    found = known.get("rows", {}) if known.get("protocol") == protocol else {}
+    for spec in args.spec:
+        for name in args.rows:
+            if name in found.get(spec, {}) and not args.again:
+                continue
+            options = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation, "--spec", spec]
+            options += ["--samples", str(args.samples), "--windows", str(args.windows)]
+            out = subprocess.run([sys.executable, __file__, "--worker", name, *options], stdout=subprocess.PIPE, text=True, check=True)
+            row = json.loads(out.stdout.splitlines()[-1])
+            print(f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds']:6.0f} s  {row['peak_mb']} MB", flush=True)
+            found.setdefault(spec, {})[name] = row
+            if not args.quick:
+                machine = environment()
+                write_json(path, {"protocol": protocol, "rows": found, "environment": machine})
+                write_text(RESULTS / "quantize.md", table(found, protocol, machine["machine"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Block tuning: gradients, what may move, and that it comes closer to the float model."""
+
+import pytest
+import torch
+
+from tinycompress.calibrate import walk_blocks
+from tinycompress.errors import InputError
+from tinycompress.graph import cut
+from tinycompress.passes.autoround import AutoRound, RoundedLinear
+from tinycompress.passes.gptq import GPTQ
+from tinycompress.passes.rtn import RTN, rtn_quantize
+from tinycompress.quantize import QuantSpec, QuantTensor
+
+
+@pytest.fixture
+def tokens(nonuniform):
+    return torch.randint(nonuniform.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_block_walk_shows_what_the_forward_computes(nonuniform, tokens):
+    before, after, inputs = [], [], []
+    module = nonuniform.module()
+    for block in module.model.layers:
+        block.register_forward_pre_hook(lambda m, args: before.append(args[0].clone()))
+        block.register_forward_hook(lambda m, args, out: after.append(out.clone()))
+    with torch.inference_mode():
+        module(tokens[:2])
+
+    def visit(layer, x, y, tables):
+        inputs.append(torch.cat(x))
+        assert torch.allclose(torch.cat(y), after[layer], atol=1e-5)
+        return {}
+
+    walk_blocks(nonuniform, nonuniform, tokens[:2], visit)
+    assert len(inputs) == 5 and all(torch.allclose(x, y, atol=1e-5) for x, y in zip(inputs, before))
+    with pytest.raises(InputError, match="reference"):
+        walk_blocks(nonuniform, cut(nonuniform, "layers", [0, 1]), tokens, visit)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(4, None)])
+def test_a_rounded_linear_starts_as_the_packed_one_and_packs_what_it_computes(spec):
+    weight = rtn_quantize(torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), spec)
+    linear = RoundedLinear(weight, None, torch.float32)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(linear(x), x @ weight.dequantize().T, atol=1e-5)
+    with torch.no_grad():
+        linear.u += torch.randn(linear.u.shape, generator=torch.Generator().manual_seed(2))
+        linear.delta += 0.01
+    assert torch.allclose(linear(x), x @ linear.packed().dequantize().T, atol=1e-5)
+    assert (linear.packed().ints() != weight.ints()).any() and int(linear.packed().ints().max()) < 2**spec.bits
+
+
+def test_gradients_are_straight_through_and_exact_in_the_scales():
+    weight = rtn_quantize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), QuantSpec(3, 16))
+    linear = RoundedLinear(weight, None, torch.float64)
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        linear.u[0, 0, 0] = 9.0  # far outside the range
+    y = linear(x)
+    by = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    to_u, to_delta = torch.autograd.grad((y * by).sum(), (linear.u, linear.delta))
+    straight = (by.T @ x).view_as(to_u) * linear.start[..., None]
+    straight[0, 0, 0] = 0
+    assert torch.allclose(to_u, straight)
+    step = torch.zeros_like(linear.delta)
+    step[1, 1] = 1e-6
+    with torch.no_grad():
+        linear.delta += step
+        assert torch.allclose(((linear(x) - y) * by).sum() / 1e-6, to_delta[1, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
+    spec = QuantSpec(3, 16)
+    quantized = (RTN(spec) if quantizer == "rtn" else GPTQ(tokens, spec))(nonuniform)
+    tuned = AutoRound(tokens, nonuniform, steps=60, batch=4)(quantized)
+    reference = nonuniform.module()(tokens)
+    error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
+    assert error(tuned) < 0.9 * error(quantized)
+    packed = [n for n, w in tuned.weights.items() if isinstance(w, QuantTensor)]
+    assert packed == [n for n, w in quantized.weights.items() if isinstance(w, QuantTensor)]
+    moved = [(tuned.weights[n].ints().int() - quantized.weights[n].ints().int()).abs().max().item() for n in packed]
+    assert max(moved) in (1, 2)
+    assert torch.equal(tuned.weights["model.embed_tokens.weight"], nonuniform.weights["model.embed_tokens.weight"])
+    again = AutoRound(tokens, nonuniform, steps=60, batch=4)(quantized)
+    assert all(torch.equal(again.weights[n].ints(), tuned.weights[n].ints()) for n in packed)  # a seed decides
+
+
+def test_norms_stay_on_request_and_options_are_checked(nonuniform, tokens):
+    quantized = RTN(QuantSpec(3, 16))(nonuniform)
+    tuned = AutoRound(tokens, nonuniform, steps=5, norms=False)(quantized)
+    norms = [n for n in tuned.weights if "norm" in n]
+    assert all(torch.equal(tuned.weights[n], nonuniform.weights[n]) for n in norms)
+    with pytest.raises(InputError, match="run RTN or GPTQ first"):
+        AutoRound(tokens, nonuniform)(nonuniform)
+    for options, name in (({"steps": 0}, "steps"), ({"rate": 2.0}, "rate"), ({"scale_rate": 0.5}, "scale_rate")):
+        with pytest.raises(InputError, match=name):
+            AutoRound(tokens, nonuniform, **options)
