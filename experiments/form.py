@@ -4,6 +4,9 @@ An experiment file states paper, claim and protocol in its docstring and hands `
 It gets a `Bench`: the model, calibration tokens by seed, evaluation windows, and `nll` (per-window, so that every
 comparison is paired). `run` adds the command line, writes `results/<file>.json` with versions, seeds and machine, and
 regenerates the table in `README.md`.
+
+A run that was killed takes up where it ended: an experiment asks `bench.kept(claim)` before it measures, and yields what
+the result file already has under the same protocol.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 from tinycompress import data
 from tinycompress.checkpoint import load
 from tinycompress.evaluate import Interval, environment, perplexity
-from tinycompress.files import write_json, write_text
+from tinycompress.files import read_json, write_json, write_text
 from tinycompress.graph import Graph
 
 HERE = Path(__file__).parent
@@ -49,6 +52,11 @@ class Bench:
     seeds: tuple[int, ...]
     samples: int
     quick: bool
+    earlier: tuple[Finding, ...] = ()
+
+    def kept(self, claim: str) -> Finding | None:
+        """The finding of an earlier run for this claim, up to what the claim says in brackets."""
+        return next((f for f in self.earlier if f.claim == claim or f.claim.startswith(f"{claim} (")), None)
 
     def calibration(self, seed: int) -> Tensor:
         """Windows [samples, 512] drawn by `seed` from the calibration text, disjoint from the evaluation text."""
@@ -57,6 +65,10 @@ class Bench:
     def nll(self, graph: Graph) -> Tensor:
         """Mean NLL of each evaluation window, float64 [windows]; packed weights are unpacked once, not per window."""
         return perplexity(graph.dense().module(), self.evaluation).nll
+
+    def seeds_nll(self, make: Callable[[Tensor], Graph]) -> Tensor:
+        """The NLL of `make(calibration)`, averaged over the calibration seeds, float64 [windows]."""
+        return torch.stack([self.nll(make(self.calibration(seed))) for seed in self.seeds]).mean(0)
 
 
 Experiment = Callable[[Bench], Iterator[Finding]]
@@ -75,24 +87,43 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens (default: 32)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, little data, nothing written")
+    parser.add_argument("--again", action="store_true", help="measure everything again, also what the result file has under this protocol")
     args = parser.parse_args(argv)
     if args.quick:
         args.windows, args.samples, args.seeds = 2, 4, 1
     started = time.perf_counter()
     graph = load(args.model, dtype=torch.float32)
     evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test")
-    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick)
     # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
-    protocol = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items()} | {"seq_len": evaluation.shape[1]}
+    options = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k != "again"}
+    protocol = options | {"seq_len": evaluation.shape[1]}
+    file = HERE / "results" / f"{path.stem}.json"
+    earlier, minutes = ((), 0.0) if args.quick or args.again else read_findings(file, protocol)
+    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick, earlier)
     findings: list[Finding] = []
+
+    def write(rows: list[Finding]) -> None:
+        result = {"title": (doc or "").splitlines()[0], "protocol": protocol, "findings": [asdict(f) for f in rows]}
+        spent = round(minutes + (time.perf_counter() - started) / 60, 1)
+        write_json(file, result | {"minutes": spent, "environment": environment()})
+        write_readme()
+
     for finding in experiment(bench):
         findings.append(finding)
-        print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}", flush=True)
-        if not args.quick:  # after every finding, so that a killed run keeps what it found
-            minutes = round((time.perf_counter() - started) / 60, 1)
-            result = {"title": (doc or "").splitlines()[0], "protocol": protocol, "findings": [asdict(f) for f in findings]}
-            write_json(HERE / "results" / f"{path.stem}.json", result | {"minutes": minutes, "environment": environment()})
-            write_readme()
+        note = ", from an earlier run" if finding in earlier else ""
+        print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}{note}", flush=True)
+        if not args.quick and not note:  # after every finding, so that a killed run keeps what it found
+            write(findings + [f for f in earlier if f not in findings])
+    if not set(earlier) <= set(findings):  # what the experiment no longer asks
+        write(findings)
+
+
+def read_findings(file: Path, protocol: dict[str, object]) -> tuple[tuple[Finding, ...], float]:
+    """The findings of an earlier run under the same protocol, and the minutes they took."""
+    result = read_json(file) if file.exists() else {}
+    if result.get("protocol") != protocol:
+        return (), 0.0
+    return tuple(Finding(**(f | {"ours": Interval(**f["ours"])})) for f in result["findings"]), result["minutes"]
 
 
 def write_readme() -> None:
@@ -109,9 +140,12 @@ def write_readme() -> None:
     for file in sorted((HERE / "results").glob("*.json")):
         result = json.loads(file.read_text())
         for f in result["findings"]:
-            name = f"[`{file.stem}`]({file.stem}.py)"
+            name = f"[`{file.stem}`]({result.get('script', file.stem)}.py)"
             lines.append(f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |")
         p, machine = result["protocol"], result["environment"]["machine"]
+        if "how" in result:
+            notes.append(f"{result['how']} {machine}, {result['minutes']} minutes.")
+            continue
         notes.append(
             f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "
             f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py "

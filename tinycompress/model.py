@@ -10,6 +10,7 @@ F ffn, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,50 +18,40 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .cache import KVCache
 from .config import Config, layer_prefix
 from .errors import InputError
 from .graph import Graph
+from .product import product
 from .quantize import QuantLinear, QuantTensor
 from .rope import Rope
+from .self_extend import SelfExtend
 
-ROWS = 512  # positions an FFN takes at a time without gradients
-
-
-class KVCache:
-    """Keys and values of every layer, preallocated [B, K, max_length, d]; `length` positions are filled.
-
-    Keys are kept rotated, unless the RoPE's frequencies depend on the length: then un-rotated, and turned when read.
-    """
-
-    def __init__(self, config: Config, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.length, self.max_length = 0, max_length
-        self.layers = [
-            tuple(torch.empty(batch, layer.n_kv_heads, max_length, config.head_dim, device=device, dtype=dtype) for _ in "kv")
-            for layer in config.layers
-        ]
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes [B, K, T, d] behind `length`; returns everything up to there. `Transformer` advances `length`."""
-        stop = self.length + keys.shape[2]
-        if stop > self.max_length:
-            raise InputError("KV cache", f"{stop} positions", f"at most {self.max_length} (its max_length)")
-        k, v = self.layers[layer]
-        k[:, :, self.length : stop], v[:, :, self.length : stop] = keys, values
-        return k[:, :, :stop], v[:, :, :stop]
+ROWS = 1024  # positions an FFN takes at a time without gradients
+MASK_ROWS = 512  # queries behind a cache that are masked at a time
 
 
 class RotaryTables:
     """cos and sin [S, d/2] for one forward: new positions start at `start`."""
 
-    def __init__(self, rope: Rope, head_dim: int, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.start, self.all_keys = start, rope.varies_with_length
+    def __init__(
+        self, rope: Rope, head_dim: int, start: int, stop: int, device: torch.device, dtype: torch.dtype, extend: SelfExtend | None = None
+    ) -> None:
+        self.start, self.extend = start, extend
+        self.all_keys = rope.varies_with_length or extend is not None
         first = 0 if self.all_keys else start
-        self.cos, self.sin = (t.to(dtype) for t in rope.tables(head_dim, stop, first, device))
+        # Self-Extend's shifted positions reach beyond those of a short text; there they are masked, but must be there
+        last = max(stop, extend.window + 1) if extend else stop
+        self.cos, self.sin = (t.to(dtype) for t in rope.tables(head_dim, last, first, device))
 
     def new(self, x: Tensor) -> Tensor:
         """Turns the new positions of x [B, H, T, d]."""
         T = x.shape[2]
         return rotate(x, self.cos[-T:], self.sin[-T:])
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turns x [B, H, T, d] to `positions` [T], where the tables begin at 0."""
+        return rotate(x, self.cos[positions], self.sin[positions])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,11 +67,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+class Linear(nn.Linear):
+    """nn.Linear, multiplied as product.py chooses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
 def linear(weight: Tensor | QuantTensor, bias: Tensor | None) -> nn.Module:
     """The module that multiplies by a weight of the graph, sharing its memory."""
     if isinstance(weight, QuantTensor):
         return QuantLinear(weight, bias)
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(bias, requires_grad=False)
@@ -113,6 +111,9 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x [B, T, D] (normalised) to the heads' outputs [B, T, H·d]."""
         q, k, v = (rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if tables.extend:
+            k, v = cache.append(layer, k, v) if cache else (k, v)
+            return rearrange(tables.extend.attend(q, k, v, tables.turn), "b h t d -> b t (h d)")
         q = tables.new(q)
         if not (tables.all_keys and cache):
             k = tables.new(k)
@@ -120,15 +121,24 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, K, S, d)
             if tables.all_keys:
                 k = rotate(k, tables.cos, tables.sin)
-        T, S = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < T < S:  # a chunk behind a cache: query t sees keys up to S - T + t
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=q.shape[1] != k.shape[1])
-        return rearrange(out, "b h t d -> b t (h d)")
+        return rearrange(attend(q, k, v), "b h t d -> b t (h d)")
 
     def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         return self.o_proj(self.heads(x, tables, cache, layer))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [B, H, T, d] on k, v [B, K, S, d], query t at position S - T + t; never [T, S] at once."""
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if T == S or T == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
+    out = []  # a chunk behind a cache: the kernels' own causal mask is not aligned to the end
+    for first in range(0, T, MASK_ROWS):
+        rows = q[:, :, first : first + MASK_ROWS]
+        stop = S - T + first + rows.shape[2]
+        mask = torch.ones(rows.shape[2], stop, dtype=torch.bool, device=q.device).tril(stop - rows.shape[2])
+        out.append(F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], attn_mask=mask, enable_gqa=grouped))
+    return torch.cat(out, 2)
 
 
 class MLP(nn.Module):
@@ -208,6 +218,7 @@ class Transformer(nn.Module):
         self.lm_head = linear(head, None)
         if config.tie_embeddings and isinstance(head, Tensor):
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.self_extend: SelfExtend | None = None
         self.eval()
         keep_heap()
 
@@ -220,10 +231,18 @@ class Transformer(nn.Module):
         return self.model.norm.weight.dtype
 
     def tables(self, start: int, stop: int) -> RotaryTables:
-        return RotaryTables(self.config.rope, self.config.head_dim, start, stop, self.device, self.dtype)
+        return RotaryTables(self.config.rope, self.config.head_dim, start, stop, self.device, self.dtype, self.self_extend)
 
-    def new_cache(self, batch: int, max_length: int) -> KVCache:
-        return KVCache(self.config, batch, max_length, self.device, self.dtype)
+    def new_cache(self, batch: int, max_length: int, int8: bool = False) -> KVCache:
+        return KVCache(self.config, batch, max_length, self.device, self.dtype, int8)
+
+    def extend(self, option: SelfExtend) -> Transformer:
+        """This model with Self-Extend at inference, and the context that it then has."""
+        if self.config.rope.type != "default":
+            raise InputError("Self-Extend", f"a model with {self.config.rope.type} scaling", "an unscaled one: it changes positions itself")
+        self.self_extend = option
+        self.config = dataclasses.replace(self.config, max_position=option.context(self.config.max_position))
+        return self
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [B, T] to the normalised last hidden states [B, T, D], from position cache.length (or 0) on."""

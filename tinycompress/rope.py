@@ -55,13 +55,22 @@ class Rope:
             raise InputError("rope.factor", self.factor, "a finite number of at least 1")
         if self.type not in ("default", "linear") and not self.original_max_position:
             raise InputError(f"rope.original_max_position for type {self.type!r}", self.original_max_position, "a positive length")
+        if self.attention_factor is not None and not (math.isfinite(self.attention_factor) and self.attention_factor > 0):
+            raise InputError("rope.attention_factor", self.attention_factor, "a finite number above 0, or None for the paper's formula")
+        if self.type == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise InputError("rope.beta_fast", f"{self.beta_fast} with beta_slow {self.beta_slow}", "beta_fast > beta_slow > 0")
+        if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            found = f"{self.high_freq_factor} with low_freq_factor {self.low_freq_factor}"
+            raise InputError("rope.high_freq_factor", found, "high_freq_factor > low_freq_factor > 0")
         if self.type == "longrope" and not (self.short_factor and self.long_factor):
             raise InputError("rope.short_factor, rope.long_factor", "an empty list", "head_dim / 2 numbers each")
+        if bad := [f for f in (*self.short_factor, *self.long_factor) if not (math.isfinite(f) and f > 0)]:
+            raise InputError("rope.short_factor, rope.long_factor", bad[:3], "finite numbers above 0")
 
     @property
     def varies_with_length(self) -> bool:
         """Frequencies depend on the length in use, so cached keys must be kept un-rotated."""
-        return self.type in ("dynamic", "longrope")
+        return self.type == "dynamic" or (self.type == "longrope" and self.short_factor != self.long_factor)
 
     @property
     def trained(self) -> int:
@@ -89,6 +98,8 @@ class Rope:
         theta, s = self.theta, self.factor
         original = self.original_max_position or 0
         if self.type == "dynamic":
+            if head_dim < 4:
+                raise InputError("head_dim for dynamic", head_dim, "at least 4: the exponent is d / (d - 2)")
             stretch = s * max(length, original) / original - (s - 1)
             theta = theta * stretch ** (head_dim / (head_dim - 2))
         f = 1.0 / (theta**exponent)
