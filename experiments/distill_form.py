@@ -1,0 +1,61 @@
+"""What the distillation experiments share: a damaged student, and healing it under a budget that is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from form import Bench
+from torch import Tensor
+
+from tinycompress import PruneFFN
+from tinycompress.graph import Graph, cut
+from tinycompress.passes.distill import Distill
+from tinycompress.teacher_cache import TeacherCache, write_cache
+from tinycompress.training import Training
+
+LR = 2e-4
+
+
+def width_pruned(bench: Bench, seed: int, keep: float = 0.75) -> Graph:
+    """A quarter of every FFN's channels gone, the rest refitted."""
+    return PruneFFN(bench.calibration(seed)[:8], keep=keep)(bench.graph)
+
+
+def depth_pruned(bench: Bench) -> Graph:
+    """A tenth of the layers, and at least one, gone from the middle of the upper half."""
+    n = bench.graph.config.n_layers
+    first, gone = n * 2 // 3, max(1, n // 10)
+    return cut(bench.graph, "layers", [i for i in range(n) if not first <= i < first + gone])
+
+
+def heal(bench: Bench, student: Graph, seed: int, epochs: float = 1.0, order: int = 0, **how: Any) -> Graph:
+    """The student after `epochs` over the calibration windows (in pieces of 256 tokens), four an update. Another
+    `order` is another permutation of them."""
+    training = Training(epochs=epochs, lr=LR, batch=4, seed=seed + 1000 * order)
+    return Distill(windows(bench, seed), training=training, **how)(student)
+
+
+def windows(bench: Bench, seed: int) -> Tensor:
+    return bench.calibration(seed).reshape(-1, 256)
+
+
+@contextmanager
+def cached(bench: Bench, seed: int, kind: str, **how: Any) -> Iterator[TeacherCache]:
+    """The original's answers on the training windows."""
+    with TemporaryDirectory() as folder:
+        yield write_cache(bench.graph, windows(bench, seed), Path(folder) / "cache", kind, seed=seed, **how)
+
+
+def mean_nll(bench: Bench, graphs: Iterator[Graph]) -> Tensor:
+    """Per-window NLL [windows], averaged over the seeds' graphs."""
+    return torch.stack([bench.nll(graph) for graph in graphs]).mean(0)
+
+
+def arrow(*nll: Tensor) -> str:
+    """Perplexities, for a finding's text."""
+    return " → ".join(f"{values.mean().exp():.2f}" for values in nll)

@@ -1,0 +1,211 @@
+"""`tinycompress distill` and `tinycompress cache-teacher`: options in, one call of the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .graph import Graph
+
+Name = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub name, or smollm2-135m.")]
+Data = Annotated[str, typer.Option(metavar="PATH-OR-NAME", help="Training text: pydoc, wikitext2, a hub name or a file.")]
+Windows = Annotated[int | None, typer.Option(min=1, help="At most so many windows of the text.  [default: what the run reads, or the cache has]")]
+
+
+def distill(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="What learns: a folder, a .gguf file, a hub name, or smollm2-135m.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write; it appears when all is done.")],
+    teacher: Annotated[str | None, typer.Option(metavar="TEACHER", help="What it learns from; not needed with --cache or --loss ce.")] = None,
+    cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A teacher's answers, from `tinycompress cache-teacher`.")] = None,
+    data: Data = "pydoc",
+    held_out: Annotated[list[str] | None, typer.Option(metavar="PATH-OR-NAME", help="Text to measure on, again and again. [default: pydoc]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 512, or the context if that is shorter]")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows an update, over all processes.")] = 8,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Windows a process takes at a time.  [default: all of its share]")] = None,
+    windows: Windows = None,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Steps, or a share of all.")] = 0.03,
+    weight_decay: float = 0.0,
+    loss: Annotated[str, typer.Option(help="kl, reverse_kl, jsd, skew_kl or ce; several as kl+0.5*ce.")] = "kl",
+    temperature: Annotated[float, typer.Option(help="Of the divergences.")] = 1.0,
+    hidden: Annotated[float, typer.Option(min=0, help="Weight of the cosine of the last two layers' states (0: none).")] = 0.0,
+    lora: Annotated[int | None, typer.Option(metavar="RANK", min=1, help="Learn low-rank updates only.")] = None,
+    fake_quant: Annotated[str | None, typer.Option(metavar="w4g64", help="Quantization-aware: learn on this grid, and save packed.")] = None,
+    grid: Annotated[str, typer.Option(help="Of --fake-quant: refind, or learn.")] = "refind",
+    stable_embedding: Annotated[bool, typer.Option("--stable-embedding", help="Train the embedding behind a norm (folded away).")] = False,
+    on_policy: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on text that the student writes.")] = 0.0,
+    seed: int = 0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again: less memory, a third slower.")] = False,
+    eval_every: Annotated[int | None, typer.Option(min=0, help="Steps between measurements.  [default: a tenth of all]")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many measurements without a better one.")] = None,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between states in --work.")] = 100,
+    work: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the state here: a killed run goes on, to the same bytes.")] = None,
+    log: Annotated[Path | None, typer.Option(metavar="FOLDER", help="train.jsonl and TensorBoard.  [default: --work]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Train STUDENT to give the next tokens the probabilities that TEACHER gives them.
+
+    \b
+    Examples:
+      tinycompress distill small --teacher smollm2-135m --data wikitext2 --steps 500 --work run -o healed
+      tinycompress distill small --teacher smollm2-135m --data wikitext2 --fake-quant w3g64 --grid learn -o w3
+      tinycompress cache-teacher meta-llama/Llama-2-7b-hf --data big.jsonl --windows 20000 --seq-len 2048 -o cache
+      tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
+      torchrun --nproc-per-node 8 -m tinycompress.cli distill tinyllama --teacher llama-2-7b --data big.jsonl --seq-len 2048 -o healed
+    """
+    from .cli import open_model
+    from .distributed import joined, rank
+    from .files import check_free
+    from .lora import LoRA
+    from .passes.distill import Distill, HiddenLoss
+    from .quantize import QuantSpec
+    from .training import Training
+
+    check_free(output, overwrite)
+    losses = parse_losses(loss, temperature)
+    spec = QuantSpec.parse(fake_quant) if fake_quant else None
+    if (teacher is None) == (cache is None) and {part.kind for part in losses} != {"ce"}:
+        raise InputError("--teacher and --cache", "both" if teacher else "neither", "one of the two")
+    training = Training(
+        steps=steps,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        batch=batch,
+        micro_batch=micro_batch,
+        seed=seed,
+        precision=precision,
+        checkpointing=checkpointing,
+        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        save_every=save_every,
+        patience=patience,
+    )
+    with joined() as device:
+        before = open_model(student)
+        known = read_cache(cache)
+        tokens = windows_of(before, data, seq_len or (known.seq_len if known else None), windows or (known.windows if known else steps * batch))
+        measured = {Path(name).stem: windows_of(before, name, tokens.shape[1], 16, "test") for name in held_out or ["pydoc"]}
+        pass_ = Distill(
+            tokens.to(device),
+            known or (open_model(teacher) if teacher else None),
+            training,
+            losses,
+            (HiddenLoss("cosine", hidden),) if hidden else (),
+            measured,
+            LoRA(lora, 2.0 * lora) if lora else None,
+            spec,
+            grid,
+            stable_embedding,
+            on_policy,
+            work,
+            log or work,
+        )
+        after = pass_(before)
+        if rank() == 0:
+            finish(before, after, output, overwrite, log or work)
+
+
+def cache_teacher(
+    teacher: Name,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The cache; a stopped run goes on there.")],
+    data: Data = "pydoc",
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text.")] = 2048,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 512, or the context if that is shorter]")] = None,
+    kind: Annotated[str, typer.Option(help="sample: random draws, unbiased; topk: the largest probabilities.")] = "sample",
+    draws: Annotated[int, typer.Option(min=1, help="Draws a token, of sample.")] = 50,
+    k: Annotated[int, typer.Option(min=1, help="Probabilities a token, of topk.")] = 50,
+    streamed: Annotated[bool, typer.Option("--streamed", help="Layer by layer: for a teacher that does not fit in memory.")] = False,
+    seed: int = 0,
+) -> None:
+    """Write down what TEACHER says of a text, once, for `tinycompress distill --cache`.
+
+    \b
+    Examples:
+      tinycompress cache-teacher smollm2-135m --data wikitext2 -o cache
+      tinycompress cache-teacher meta-llama/Llama-2-7b-hf --data big.jsonl --seq-len 2048 --streamed -o cache
+    """
+    import torch
+
+    from . import report
+    from .cli import open_model
+    from .teacher_cache import write_cache
+
+    graph = open_model(teacher)
+    tokens = windows_of(graph, data, seq_len, windows)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = write_cache(graph, tokens, output, kind, draws=draws, k=k, seed=seed, streamed=streamed, device=device)
+    share = cache.nbytes / tokens.numel()
+    print(f"{output}: {report.human(cache.nbytes)} for {cache.windows} windows of {cache.seq_len} tokens, {share:.1f} bytes a token")
+
+
+def parse_losses(text: str, temperature: float = 1.0) -> tuple[Any, ...]:
+    """`kl`, `kl+ce` or `0.8*kl+0.2*ce` as losses."""
+    from .losses import Loss
+
+    out = []
+    for part in text.split("+"):
+        weight, _, kind = part.rpartition("*")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            raise InputError("--loss", repr(text), "kinds joined by +, each with a weight before a * if it is not 1, such as kl+0.5*ce") from None
+        out.append(Loss(kind.strip(), number, 1.0 if kind.strip() == "ce" else temperature))
+    return tuple(out)
+
+
+def windows_of(graph: Graph, source: str, seq_len: int | None, at_most: int, split: str = "train") -> Tensor:
+    """The first windows [n, seq_len] of a text, as many as it has and at most so many."""
+    import torch
+
+    from .cli import need_tokenizer
+    from .data import text
+
+    context = graph.config.max_position
+    if seq_len and seq_len > context:
+        raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
+    length = seq_len or min(512, context)
+    enough = 40 * at_most * length  # characters: some four make a token
+    ids = need_tokenizer(graph).encode(text(source, split, max_chars=enough)[:enough])[: at_most * length]
+    if len(ids) < length:
+        raise InputError(f"tokens in {source}", len(ids), f"at least one window of {length}")
+    n = len(ids) // length
+    return torch.tensor(ids[: n * length]).view(n, length)
+
+
+def read_cache(folder: Path | None) -> Any:
+    """The cache in a folder, or None of None; whether it fits the tokens, the pass checks."""
+    if folder is None:
+        return None
+    from .teacher_cache import open_cache
+
+    return open_cache(folder)
+
+
+def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path | None) -> None:
+    """Saves, and says what came of it."""
+    from . import report
+    from .checkpoint import save
+
+    save(after, output, overwrite=overwrite)
+    report.print_comparison(before, after, report.folder_bytes(output))
+    if log:
+        lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
+        measured = [line["perplexity"] for line in lines if "perplexity" in line]
+        for name in measured[0] if measured else ():
+            print(f"perplexity on {name}: {measured[0][name]:.3f} → {measured[-1][name]:.3f}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the two commands."""
+    app.command()(distill)
+    app.command("cache-teacher")(cache_teacher)

@@ -1,0 +1,332 @@
+"""Distillation: a student learns the distribution that a teacher gives each next token.
+
+    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of hidden states)
+
+Forward KL alone at temperature 1 is the default: for base models it beat CE, mixtures of the two and reverse KL (Minitron:
+Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679). Logit losses are fused with the head,
+chunk by chunk (losses.py), so that [tokens × vocabulary] never exists. The teacher runs beside the student, or was cached
+once; on-policy, the student writes part of the text itself (GKD, arXiv:2306.13649).
+
+The student learns with all its weights, through low-rank updates (lora.py), or seeing the grid that it will be packed
+on (fake_quant.py). Under torchrun student and teacher are split over the processes (distributed.py): the same pass.
+Letters: N windows, B windows of a micro-batch, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import check_calibration
+from ..distributed import shard, whole, world
+from ..errors import InputError
+from ..fake_quant import GRIDS, add_fake_quant, learned_scales, packed
+from ..graph import Graph, LazyTensor, Weight
+from ..hidden_losses import hidden_loss, layer_pairs
+from ..lora import LoRA, add_lora, merge
+from ..losses import HiddenTarget, Loss, Target, fused_loss
+from ..quantize import QuantSpec, named_specs, targets
+from ..stable_embedding import stable_rows
+from ..student import Network, add_stable_embedding
+from ..training import Training, train
+
+if TYPE_CHECKING:
+    from ..teacher_cache import TeacherCache
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class HiddenLoss:
+    """A loss between the outputs of layers. `layers`: (student, teacher) pairs; None: the last `last` of an even spread.
+    A learned projection joins different widths (it is thrown away at the end)."""
+
+    kind: str = "cosine"
+    weight: float = 1.0
+    layers: tuple[tuple[int, int], ...] | None = None
+    last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "mse"):
+            raise InputError("HiddenLoss.kind", repr(self.kind), "cosine | mse")
+        if not self.weight > 0:
+            raise InputError("HiddenLoss.weight", self.weight, "a number above 0")
+
+    def pairs(self, student: Graph, teacher: Graph) -> tuple[tuple[int, int], ...]:
+        depths = student.config.n_layers, teacher.config.n_layers
+        pairs = self.layers or layer_pairs(*depths, last=min(self.last, depths[0]))
+        for pair in pairs:
+            if not all(0 <= i < n for i, n in zip(pair, depths)):
+                raise InputError("HiddenLoss.layers", pair, f"(student, teacher) layers below {depths}")
+        return pairs
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Trains a graph on windows `tokens` [N, T] to follow `teacher`: a graph, a cache of one, or None (then the losses
+    can only be ce). The work is done on the device of `tokens` (under torchrun: on each process's own).
+
+    held_out: windows [N, T], or several by name, whose perplexities are logged; take one from another corpus too.
+    losses: of the logits; hidden: of inner states. lora, fake_quant: what learns, if not plain weights. `grid` of
+    fake_quant is "refind" or "learn" (fake_quant.py); a mapping gives the linears that it names grids of their own. The
+    result is then packed: exactly what the last forward saw.
+    stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
+    on_policy: the share of steps whose second half the student writes itself, at temperature 1.
+    work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
+    """
+
+    tokens: Tensor = field(repr=False, compare=False)
+    teacher: Graph | TeacherCache | None = field(repr=False, compare=False)
+    training: Training
+    losses: tuple[Loss, ...] = (Loss(),)
+    hidden: tuple[HiddenLoss, ...] = ()
+    held_out: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    lora: LoRA | None = None
+    fake_quant: QuantSpec | Mapping[str, QuantSpec] | None = None
+    grid: str = "refind"
+    stable_embedding: bool = False
+    on_policy: float = 0.0
+    work: Path | None = field(default=None, repr=False, compare=False)
+    log: Path | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.fake_quant is not None:
+            object.__setattr__(self, "fake_quant", named_specs(self.fake_quant))
+        kinds = {loss.kind for loss in self.losses}
+        if not self.losses:
+            raise InputError("Distill.losses", "none", "at least one Loss")
+        if self.teacher is None and kinds != {"ce"}:
+            raise InputError("Distill.teacher", f"None, with the losses {sorted(kinds)}", "a teacher, or the loss ce alone")
+        if not isinstance(self.teacher, Graph) and (self.hidden or self.on_policy):
+            raise InputError("Distill.teacher", type(self.teacher).__name__, "a Graph, for losses of hidden states or on-policy text")
+        if self.grid not in GRIDS:
+            raise InputError("Distill.grid", repr(self.grid), " | ".join(GRIDS))
+        if self.lora and self.fake_quant:
+            raise InputError("Distill", "lora together with fake_quant", "one of the two (a merged update would leave the grid)")
+        if self.lora and self.stable_embedding:
+            raise InputError("Distill", "lora together with stable_embedding", "one of the two (with LoRA the embedding does not learn)")
+        if not 0 <= self.on_policy <= 1:
+            raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
+
+    def __call__(self, graph: Graph) -> Graph:
+        self.check(graph)
+        device = torch.device("cuda", torch.cuda.current_device()) if world() > 1 and torch.cuda.is_available() else self.tokens.device
+        dtype = torch.promote_types(graph.dtype, torch.float32)
+        network = Network(graph, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
+        if self.lora:
+            add_lora(network, graph, self.lora, self.training.seed)
+        if self.fake_quant:
+            add_fake_quant(network, graph, targets(graph, self.fake_quant), self.grid == "learn")
+        if self.stable_embedding:
+            add_stable_embedding(network)
+        lesson = Lesson(self, graph, device)
+        lesson.add_projections(network, dtype)
+        shard(network, network.blocks, device)
+        parameters = dict(network.named_parameters())  # the shards: a sharded module shows whole ones while it computes
+        lesson.network = network
+        train(
+            network,
+            self.tokens,
+            lesson,
+            self.training,
+            held_out=self._held_out(),
+            work=None if self.work is None else Path(self.work),
+            log=None if self.log is None else Path(self.log),
+            key=self._key(graph) if self.work else "",
+        )
+        with torch.no_grad():
+            changed = self._weights(graph, network, parameters)
+        return graph.replace(weights=changed, by=self)
+
+    def check(self, graph: Graph) -> None:
+        """What would fail later, as an InputError now: no weight is read."""
+        check_calibration(graph, self.tokens)
+        for name, windows in self._held_out().items():
+            if windows.dim() != 2 or not 2 <= windows.shape[1] <= graph.config.max_position:
+                raise InputError(f"held-out set {name}", tuple(windows.shape), f"windows [N, T] of 2 … {graph.config.max_position} tokens")
+        if isinstance(self.teacher, Graph):
+            check_teacher(self.teacher, graph, self.tokens.shape[1])
+        elif self.teacher is not None:
+            check_cache(self.teacher, graph, self.tokens)
+        specs = targets(graph, self.fake_quant or QuantSpec(8, None))  # still dense, and groups that divide
+        if "lm_head" in specs:
+            raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
+        if self.grid == "learn" and any(spec.scale == "lpbq" for spec in specs.values()):
+            raise InputError("Distill.grid", "'learn' with lpbq scales, which have a form of their own", "'refind'")
+        if self.training.batch % world():
+            raise InputError("Training.batch", self.training.batch, f"a multiple of the {world()} processes")
+        if self.on_policy and world() > 1:
+            raise InputError("Distill.on_policy", f"{self.on_policy} on {world()} processes", "one process: the student generates whole")
+        if self.training.lr == 0:
+            raise InputError("Training.lr", 0, "a number above 0")
+
+    def _held_out(self) -> Mapping[str, Tensor]:
+        if self.held_out is None or isinstance(self.held_out, Tensor):
+            return {} if self.held_out is None else {"held_out": self.held_out}
+        return self.held_out
+
+    def _key(self, graph: Graph) -> str:
+        """Equal for runs that compute the same: everything but where and how often states and logs are written."""
+        teacher = self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
+        settings = asdict(replace(self.training, save_every=1))
+        parts = [graph.fingerprint(), str(teacher), json.dumps(settings), repr((self.losses, self.hidden, self.lora, self.fake_quant))]
+        digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy}"]).encode())
+        measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
+        for windows in (self.tokens, *measured):
+            digest.update(windows.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _weights(self, graph: Graph, network: Network, parameters: Mapping[str, nn.Parameter]) -> dict[str, Weight | LazyTensor]:
+        """The graph's changed weights, in their own dtype and place; those of a fake-quantized linear are packed."""
+        quantized = targets(graph, self.fake_quant) if self.fake_quant else {}
+        out: dict[str, Weight | LazyTensor] = {}
+        for name, entry in graph.weights.entries.items():
+            owner, _, what = name.rpartition(".")
+            table = parameters.get(f"transformer.{owner}.table")
+            if table is not None:
+                embedding: Any = network.transformer.get_submodule(owner)
+                folded = stable_rows(whole(table), embedding.length, whole(parameters[f"transformer.{owner}.gain"]))
+                out[name] = folded.to(_device(entry), entry.dtype)
+                continue
+            parameter = parameters[f"transformer.{name}"]
+            lora_a = parameters.get(f"transformer.{owner}.lora_a") if what == "weight" else None
+            if not parameter.requires_grad and lora_a is None:
+                continue  # frozen: the very tensor that was given
+            weight = whole(parameter).detach()
+            if lora_a is not None:
+                b = whole(parameters[f"transformer.{owner}.lora_b"])
+                assert self.lora
+                weight = merge(weight, whole(lora_a), b, self.lora.alpha / self.lora.rank)
+            if what == "weight" and owner in quantized:
+                delta = parameters.get(f"transformer.{owner}.scales_delta")
+                module: Any = network.transformer.get_submodule(owner)
+                scales = None if delta is None else learned_scales(module.start, whole(delta).detach())
+                out[name] = packed(owner, weight, quantized[owner], scales, module.zeros).to(_device(entry))
+            else:
+                out[name] = weight.to(_device(entry), entry.dtype)
+        return out
+
+
+class Lesson:
+    """The loss of one micro-batch: what `train` minimises."""
+
+    def __init__(self, of: Distill, graph: Graph, device: torch.device) -> None:
+        self.of = of
+        self.network: Network | None = None  # set when it has been sharded
+        self.student_layers: tuple[int, ...] = ()
+        self.pairs: list[tuple[HiddenLoss, int, int]] = []
+        self.teacher: Network | None = None
+        if isinstance(of.teacher, Graph):
+            teacher = of.teacher
+            self.pairs = [(loss, s, t) for loss in of.hidden for s, t in loss.pairs(graph, teacher)]
+            # the CPU has fast products for float32 only; a GPU takes the teacher as it is stored
+            dtype = torch.promote_types(teacher.dtype, torch.float32) if device.type == "cpu" else teacher.dtype
+            self.teacher = Network(teacher, dtype=dtype)
+            shard(self.teacher, self.teacher.blocks, device)
+        self.widths = (graph.config.hidden_size, of.teacher.config.hidden_size if isinstance(of.teacher, Graph) else 0)
+
+    def add_projections(self, network: Network, dtype: torch.dtype) -> None:
+        """One [D_t, D_s] for each pair of layers of different widths, drawn by the seed."""
+        generator = torch.Generator().manual_seed(self.of.training.seed)
+        D_s, D_t = self.widths
+        for i in range(len(self.pairs) if D_s != D_t else 0):
+            network.projections[str(i)] = nn.Parameter((torch.randn(D_t, D_s, generator=generator) / D_s**0.5).to(dtype))
+
+    def __call__(self, ids: Tensor, index: Tensor, step: int) -> Tensor:
+        """The loss of windows ids [B, T], as a part of the mean over the whole step."""
+        assert self.network is not None
+        network, training = self.network, self.of.training
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
+        if self.of.on_policy:
+            ids, labels = self._own_text(ids, labels, index, step)
+        target, theirs = self._target(ids, index)
+        share, denominator = len(ids) / training.batch, training.batch * (ids.shape[1] - 1)
+        autocast = training.autocast(ids.device)
+
+        def loss(hidden: Tensor, head: Tensor, states: list[Tensor]) -> Tensor:
+            with torch.autocast(ids.device.type, enabled=False):
+                if autocast._enabled:
+                    hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
+                total = fused_loss(hidden.flatten(0, 1), head, self.of.losses, labels=labels.flatten(), teacher=target, denominator=denominator)
+                for i, ((how, _, _), mine, other) in enumerate(zip(self.pairs, states, theirs)):
+                    project = network.projections.get(str(i))
+                    total = total + how.weight * share * hidden_loss(mine.flatten(0, 1), other.flatten(0, 1), how.kind, project)
+            return total
+
+        with autocast:
+            return network(ids, loss, [s for _, s, _ in self.pairs])
+
+    @torch.no_grad()
+    def _target(self, ids: Tensor, index: Tensor) -> tuple[Target | None, list[Tensor]]:
+        """What the teacher says of ids [B, T]: a target of B·T rows, and the states of its layers in the pairs."""
+        if self.teacher is None:
+            cache = self.of.teacher
+            if cache is None or isinstance(cache, Graph):
+                return None, []
+            target = cache.target(index)
+            return type(target)(target.ids.to(ids.device), target.probs.to(ids.device)), []
+        found: list[Any] = []
+
+        def keep(hidden: Tensor, head: Tensor, states: list[Tensor]) -> Tensor:
+            found.extend((head, states))
+            return hidden
+
+        hidden = self.teacher(ids, keep, [t for _, _, t in self.pairs])
+        return HiddenTarget(hidden.flatten(0, 1), found[0]), found[1]
+
+    def _own_text(self, ids: Tensor, labels: Tensor, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """On a share `on_policy` of the steps the student goes on from the first half of each window, and only what it
+        wrote counts."""
+        from ..teacher import sample_continuations
+
+        assert self.network is not None
+        seed = self.of.training.seed * 1_000_003 + step
+        if torch.rand((), generator=torch.Generator().manual_seed(seed)) >= self.of.on_policy:
+            return ids, labels
+        half = ids.shape[1] // 2
+        text, written = sample_continuations(self.network.transformer, ids[:, :half], ids.shape[1] - half, 1.0, seed * 4096 + int(index[0]))
+        following = torch.cat([text[:, 1:].masked_fill(~written[:, 1:], IGNORED), torch.full_like(text[:, :1], IGNORED)], 1)
+        return text, following
+
+
+def check_teacher(teacher: Graph, student: Graph, seq_len: int) -> None:
+    """A teacher of another vocabulary, or of too short a context, is an InputError."""
+    theirs, ours = teacher.config.vocab_size, student.config.vocab_size
+    if theirs != ours:
+        raise InputError("teacher", f"a vocabulary of {theirs} tokens", f"the student's, {ours}: logits are compared token by token")
+    if teacher.tokenizer and student.tokenizer:
+        different = [t for t in _vocabulary(teacher).items() ^ _vocabulary(student).items()]
+        if different:
+            raise InputError("teacher", f"another tokenizer ({len(different)} entries differ, such as {different[0]})", "the student's tokenizer")
+    if seq_len > teacher.config.max_position:
+        raise InputError("windows", f"{seq_len} tokens", f"at most the teacher's context, {teacher.config.max_position}")
+
+
+def check_cache(cache: TeacherCache, student: Graph, tokens: Tensor) -> None:
+    """A cache of another vocabulary, of other tokens or made with another tokenizer is an InputError."""
+    from ..teacher_cache import digest
+
+    if cache.vocab_size != student.config.vocab_size:
+        raise InputError("teacher", f"a cache of {cache.vocab_size} tokens' vocabulary", f"the student's, {student.config.vocab_size}")
+    if cache.index["tokens"] != digest(tokens):
+        raise InputError(
+            "teacher", f"a cache of other tokens ({cache.windows} × {cache.seq_len})", f"one of these very windows {tuple(tokens.shape)}"
+        )
+    if student.tokenizer and cache.index["tokenizer"] not in (None, digest(student.tokenizer)):
+        raise InputError("teacher", "a cache made with another tokenizer", "the student's tokenizer")
+
+
+def _vocabulary(graph: Graph) -> dict[str, int]:
+    assert graph.tokenizer
+    return graph.tokenizer.backend.get_vocab()
+
+
+def _device(entry: Weight | LazyTensor) -> torch.device:
+    return entry.device if not isinstance(entry, LazyTensor) else torch.device("cpu")

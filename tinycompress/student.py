@@ -1,0 +1,91 @@
+"""A graph with gradients: what training works on, and the way back to a graph.
+
+The network is the Transformer that every other part of the library runs; here its parameters are copies of the graph's
+(training writes into them), its linears can be wrapped (LoRA, fake quantization), and its forward hands the last hidden
+states and the head to a function, so that [tokens × vocabulary] logits never need to exist.
+Letters: B windows, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .graph import Graph
+from .model import ROWS, Transformer
+
+Then = Callable[[Tensor, Tensor, list[Tensor]], Tensor]  # hidden [B, T, D], head [V, D], states of asked layers → a result
+
+
+class Network(nn.Module):
+    """A Transformer that is called as network(ids, then). `trainable` copies the weights and turns gradients on;
+    `checkpointing` keeps only the blocks' inputs for the backward pass and computes the rest again."""
+
+    def __init__(self, graph: Graph, *, dtype: torch.dtype | None = None, trainable: bool = False, checkpointing: bool = False) -> None:
+        super().__init__()
+        if trainable:  # a weight already packed is refused by name
+            graph = graph.replace(weights={n: graph.tensor(n).to(dtype, copy=True) for n in graph.weights})
+        self.transformer = Transformer(graph.dense(dtype))
+        self.transformer.requires_grad_(trainable).train(trainable)
+        self.checkpointing = checkpointing
+        self.projections = nn.ParameterDict()  # of hidden-state losses: trained along, not part of the graph
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.model.layers
+
+    def forward(self, ids: Tensor, then: Then, layers: Sequence[int] = ()) -> Tensor:
+        """then(hidden [B, T, D], head [V, D], [states of `layers`, each [B, T, D]]) for ids [B, T].
+
+        `then` runs inside the forward because a sharded head is whole only there.
+        """
+        hidden, states = self._states(ids, tuple(layers))
+        head = self.transformer.lm_head.weight
+        assert isinstance(head, Tensor)  # dense: see __init__
+        return then(hidden, head, states)
+
+    def _states(self, ids: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        together = max(1, ROWS // ids.shape[1])  # windows whose activations fit the processor's cache
+        if len(ids) > together and not torch.is_grad_enabled() and ids.device.type == "cpu":
+            parts = [self._states(some, layers) for some in ids.split(together)]
+            return torch.cat([h for h, _ in parts]), [torch.cat(s) for s in zip(*(s for _, s in parts))]
+        body = self.transformer.model
+        x = body.embed_tokens(ids)
+        tables = self.transformer.tables(0, ids.shape[1])
+        states: dict[int, Tensor] = {}
+        for i, block in enumerate(body.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, tables, use_reentrant=False)
+            else:
+                x = block(x, tables)
+            if i in layers:
+                states[i] = x if torch.is_grad_enabled() else x.clone()  # without gradients blocks work in place
+        return body.norm(x), [states[i] for i in layers]
+
+
+def add_stable_embedding(network: Network) -> None:
+    """Puts the embedding behind a norm; a tied head goes with it."""
+    from .stable_embedding import StableEmbedding, TiedHead
+
+    transformer = network.transformer
+    tied = transformer.lm_head.weight is transformer.model.embed_tokens.weight
+    transformer.model.embed_tokens = StableEmbedding(transformer.model.embed_tokens.weight)  # type: ignore[assignment]
+    if tied:
+        transformer.lm_head = TiedHead(transformer.model.embed_tokens)  # type: ignore[arg-type]
+
+
+def linears(network: Network, graph: Graph) -> dict[str, nn.Module]:
+    """Every linear of the layers by its name in the graph, in model order."""
+    from .graph import feeds
+
+    names = [name for feed in feeds(graph.config) if feed.layer is not None for name in feed.readers]
+    return {name: network.transformer.get_submodule(name) for name in names}
+
+
+def replace_linear(network: Network, name: str, module: nn.Module) -> None:
+    """Puts `module` where the linear `name` was."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.transformer.get_submodule(owner), leaf, module)
