@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graph import Graph
+from .product import product
 from .quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
 from .student import Network, linears, replace_linear
 
@@ -83,7 +83,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scales, zeros = self.grid(self.weight)
-        return F.linear(x, fake_quantize(self.weight, scales, zeros, self.spec), self.bias)
+        return product(x, fake_quantize(self.weight, scales, zeros, self.spec), self.bias)
 
 
 def learned_scales(start: Tensor, delta: Tensor) -> Tensor:

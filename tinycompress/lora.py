@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import LINEARS
 from .errors import InputError
 from .graph import Graph
+from .product import product
 from .student import Network, linears, replace_linear
 
 
@@ -53,7 +54,7 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(base.weight.new_zeros(N, lora.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+        return product(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
 
 
 def add_lora(network: Network, graph: Graph, lora: LoRA, seed: int) -> None:

@@ -25,12 +25,13 @@ from torch.autograd.function import once_differentiable
 from .divergences import Loss, Softmax, bucketed, full, labelled, sampled
 from .errors import InputError
 from .hidden_losses import hidden_loss, layer_pairs, relation_loss
+from .product import PREFER_ONEDNN, outer, product
 from .quantize import QuantTensor
 
 __all__ = ["HiddenTarget", "Loss", "SampledTarget", "Target", "TopKTarget", "fused_loss", "hidden_loss", "layer_pairs", "relation_loss"]
 
 IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
-HEAD_ROWS = 8192  # rows of a head that are converted or unpacked at a time
+HEAD_ROWS = 4096  # rows of a head that are converted or unpacked at a time
 BLOCK = 1 << 19  # logits whose softmax is made at a time: on a CPU the intermediates stay in its cache
 GPU_BLOCK = 1 << 25
 
@@ -275,8 +276,8 @@ def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _head_parts(head: Tensor | QuantTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`, some rows at a time where it must be converted or unpacked."""
-    if isinstance(head, Tensor) and head.dtype == dtype:
+    """The head in `dtype`, some rows at a time where it must be converted or unpacked, or is multiplied in parts."""
+    if isinstance(head, Tensor) and head.dtype == dtype and not _in_parts(head):
         yield slice(None), head
         return
     for i in range(0, head.shape[0], HEAD_ROWS):
@@ -287,24 +288,30 @@ def _head_parts(head: Tensor | QuantTensor, dtype: torch.dtype) -> Iterator[tupl
 def _logits(h: Tensor, head: Tensor | QuantTensor, out: Tensor) -> None:
     """out [c, V] = h headᵀ."""
     for rows, weight in _head_parts(head, h.dtype):
-        if h.dtype == out.dtype:
+        if h.dtype == out.dtype and not _in_parts(h):
             torch.mm(h, weight.T, out=out[:, rows])
         else:
-            out[:, rows] = h @ weight.T
+            out[:, rows] = product(h, weight, min_rows=1)
 
 
 def _times_head(gradient: Tensor, head: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
     """gradient [c, V] · head: [c, D], with products in `dtype` and their sum in the gradient's."""
     total = gradient.new_zeros(len(gradient), head.shape[1])
     for rows, weight in _head_parts(head, dtype):
-        total += gradient[:, rows].to(dtype) @ weight
+        part = gradient[:, rows].to(dtype)
+        total += product(part.contiguous(), weight.T.contiguous(), min_rows=1) if _in_parts(part) else part @ weight
     return total
 
 
 def _add_head_gradient(total: Tensor, gradient: Tensor, h: Tensor) -> None:
     """total [V, D] += gradientᵀ h."""
-    if h.dtype == total.dtype:
+    if h.dtype == total.dtype and not _in_parts(h):
         total.addmm_(gradient.T, h)
         return
     for some, part in zip(total.split(HEAD_ROWS), gradient.split(HEAD_ROWS, 1)):
-        some += part.T.to(h.dtype) @ h
+        some += outer(part.to(h.dtype), h)
+
+
+def _in_parts(x: Tensor) -> bool:
+    """oneDNN has no output argument: a part's product is copied to its place, and parts stay in the processor's cache."""
+    return PREFER_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"

@@ -15,7 +15,7 @@ Grids are searched with the error weighted by E[x²], which takes the place of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..calibrate import Inputs, gram, walk
 from ..graph import Feed, Graph, Weight, fold
-from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
 
 RATIOS = tuple(i / 20 for i in range(20))
 
@@ -31,33 +31,40 @@ RATIOS = tuple(i / 20 for i in range(20))
 @dataclass(frozen=True)
 class AWQ:
     """Folds the searched scales into the graph and, if `quantize`, rounds the readers to their grids. With
-    `quantize=False` the graph stays float (and computes what it did): GPTQ or another quantizer takes it from there."""
+    `quantize=False` the graph stays float (and computes what it did): GPTQ or another quantizer takes it from there.
+    `gqa=False` leaves out the v → o fold where several query heads read one KV head, as other implementations do."""
 
     tokens: Tensor = field(repr=False, compare=False)
-    spec: QuantSpec = field(default_factory=QuantSpec)
+    spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
     quantize: bool = True
+    gqa: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", named_specs(self.spec))
 
     def __call__(self, graph: Graph) -> Graph:
-        todo = set(targets(graph, self.spec))
+        todo = targets(graph, self.spec)
         current = graph
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
             nonlocal current
-            if not todo.issuperset(feed.readers):
+            keys = {name: graph.config.weight_name(name) for name in feed.readers if name in todo}
+            if not keys:
                 return None
             hessian = gram(feed, inputs)
-            magnitude = mean_magnitude(inputs, feed.repeat, graph.config.head_dim)
-            keys = [graph.config.weight_name(name) for name in feed.readers]
-            weights = [current.tensor(key).to(hessian.device).float() for key in keys]
-            scale = awq_scale(weights, hessian, magnitude, self.spec, ", ".join(feed.readers))
-            changed = fold(current, feed, scale)
-            current = current.replace(weights=changed)
+            scale = torch.ones(len(hessian), device=hessian.device)
+            if self.gqa or feed.repeat == 1:
+                magnitude = mean_magnitude(inputs, feed.repeat, graph.config.head_dim)
+                weights = [current.tensor(key).to(hessian.device).float() for key in keys.values()]
+                scale = awq_scale(weights, hessian, magnitude, [todo[name] for name in keys], ", ".join(keys))
+                if feed.repeat > 1:  # vectorized powers of equal numbers may differ in the last bit
+                    heads = scale.reshape(-1, feed.repeat, graph.config.head_dim)
+                    scale = heads[:, :1].expand_as(heads).reshape(-1)
+            current = current.replace(weights=fold(current, feed, scale))
             if not self.quantize:
                 return None  # nothing that the walk computes has changed
-            s = scale.double()
-            out: dict[str, Weight] = {}
-            for key in keys:
-                out[key] = _round(key, current.tensor(key).float(), (hessian.diagonal() / s.square()).float(), self.spec)
+            importance = (hessian.diagonal() / scale.double().square()).float()
+            out: dict[str, Weight] = {key: _round(key, current.tensor(key).float(), importance, todo[name]) for name, key in keys.items()}
             current = current.replace(weights=out)
             return {key: current.linear(key.removesuffix(".weight")).dequantize() / scale for key in out}  # what the unfolded inputs need
 
@@ -75,16 +82,19 @@ def mean_magnitude(inputs: Inputs, repeat: int = 1, head_dim: int = 1) -> Tensor
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
 
-def awq_scale(weights: list[Tensor], hessian: Tensor, magnitude: Tensor, spec: QuantSpec, name: str = "weight") -> Tensor:
-    """The scale [K] with the smallest output error for readers `weights` [N, K] of one feed; ones if none helps."""
-    H, W = hessian.float(), torch.cat(weights)
+def awq_scale(weights: list[Tensor], hessian: Tensor, magnitude: Tensor, spec: QuantSpec | Sequence[QuantSpec], name: str = "weight") -> Tensor:
+    """The scale [K] with the smallest output error for readers `weights` [N, K] of one feed, all on the grid of `spec` or
+    each on its own; ones if none helps."""
+    specs = [spec] * len(weights) if isinstance(spec, QuantSpec) else spec
+    H = hessian.float()
     best, choice = float("inf"), torch.ones_like(magnitude)
     for ratio in RATIOS:
         s = magnitude.pow(ratio).clamp_min(1e-4)
         s = s / (s.max() * s.min()).sqrt()
-        q = _round(name, W * s, (H.diagonal() / s.square()), spec)
-        delta = q.dequantize() / s - W
-        error = ((delta @ H) * delta).sum().item()
+        error = 0.0
+        for W, own in zip(weights, specs):
+            delta = _round(name, W * s, H.diagonal() / s.square(), own).dequantize() / s - W
+            error += ((delta @ H) * delta).sum().item()
         if error < best:
             best, choice = error, s
     return choice

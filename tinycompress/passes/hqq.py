@@ -8,6 +8,7 @@ s = Σ(W - e)·(Q - z) / Σ(Q - z)². Letters: N, K, G and g as in `quantize`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,22 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 
 
 @dataclass(frozen=True)
 class HQQ:
-    """Quantizes every linear (the head only if `head`); layer by layer, no data."""
+    """Quantizes every linear (the head only if `head`), or those that a mapping names; layer by layer, no data."""
 
-    spec: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False))
+    spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=lambda: QuantSpec(symmetric=False))
     head: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", named_specs(self.spec))
 
     def __call__(self, graph: Graph) -> Graph:
         changed = {}
-        for name in tqdm(targets(graph, self.spec, self.head), desc=f"HQQ {self.spec}", unit="linear", delay=2):
-            changed[graph.config.weight_name(name)] = hqq_quantize(graph.tensor(graph.config.weight_name(name)), self.spec, name)
+        for name, spec in tqdm(targets(graph, self.spec, self.head).items(), desc=f"HQQ {self.spec}", unit="linear", delay=2):
+            changed[graph.config.weight_name(name)] = hqq_quantize(graph.tensor(graph.config.weight_name(name)), spec, name)
         return graph.replace(weights=changed, by=self)
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
 
 
 @dataclass(frozen=True)
 class RTN:
-    """Quantizes every linear (the head only if `head`) to the nearest point of its grid; layer by layer, no data."""
+    """Quantizes every linear (the head only if `head`), or those that a mapping names, to the nearest point of its grid;
+    layer by layer, no data."""
 
-    spec: QuantSpec = field(default_factory=QuantSpec)
+    spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
     head: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", named_specs(self.spec))
 
     def __call__(self, graph: Graph) -> Graph:
         changed = {}
-        for name in tqdm(targets(graph, self.spec, self.head), desc=f"RTN {self.spec}", unit="linear", delay=2):
-            changed[graph.config.weight_name(name)] = rtn_quantize(graph.tensor(graph.config.weight_name(name)), self.spec, name)
+        for name, spec in tqdm(targets(graph, self.spec, self.head).items(), desc=f"RTN {self.spec}", unit="linear", delay=2):
+            changed[graph.config.weight_name(name)] = rtn_quantize(graph.tensor(graph.config.weight_name(name)), spec, name)
         return graph.replace(weights=changed, by=self)
 
 
