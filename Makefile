@@ -32,3 +32,14 @@ bench: $(STAMP) ## measurements against transformers
 docs: $(STAMP) ## the site, into site/
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(PYTHON) -m mkdocs build --strict
+
+runtime: $(STAMP) ## a third-party runtime in an environment of its own, and its check: make runtime NAME=openvino
+	@export/runtimes/install "$(NAME)"
+	$(PYTHON) export/support.py --runtime "$(NAME)" --quick
+
+runtimes: $(STAMP) ## all of them
+	@for name in $$(cd export/runtimes && ls -d */ | tr -d /); do export/runtimes/install $$name || exit 1; done
+	$(PYTHON) export/support.py --quick
+
+support: $(STAMP) ## every profile in every installed runtime; writes docs/support.md (long)
+	$(PYTHON) export/support.py --out docs/support.md

@@ -22,10 +22,11 @@ from tinycompress.evaluate import environment, perplexity
 from tinycompress.export import OrtModel, export, summary
 from tinycompress.files import write_json, write_text
 from tinycompress.graph import Graph
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.prune import PruneFFN
+from tinycompress.passes.embedding import QuantizeEmbedding
+from tinycompress.passes.prune_ffn import PruneFFN
 from tinycompress.passes.rope import ScaleRope
 from tinycompress.quantize import QuantSpec
+from tinycompress.recipe import best_gptq
 
 PROMPT = "The capital of France is"
 WINDOWS, SEQ_LEN = 8, 1024
@@ -63,7 +64,8 @@ def main() -> None:
     for step in (
         PruneFFN(calibration, keep=0.75, multiple_of=64),
         ScaleRope(context=2 * graph.config.max_position, method="yarn"),
-        GPTQ(calibration, QuantSpec.parse("w4g64")),
+        best_gptq(calibration, QuantSpec.parse("w4g64")),
+        QuantizeEmbedding(QuantSpec.parse("w8g64")),
     ):
         console.rule(repr(step))
         small = step(small)

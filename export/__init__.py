@@ -3,8 +3,31 @@
 from tinycompress.export.emit import emit, prepare
 from tinycompress.export.profiles import ORT, PROFILES, Profile
 from tinycompress.export.read import read
+from tinycompress.export.reference import write_reference
+from tinycompress.export.runtime import run_check
 from tinycompress.export.session import OrtCache, OrtModel
+from tinycompress.export.static_forms import check_static
+from tinycompress.export.static_model import StaticModel
+from tinycompress.export.static_write import StaticChoices
 from tinycompress.export.verify import GateError, summary, verify
 from tinycompress.export.write import export
 
-__all__ = ["ORT", "PROFILES", "GateError", "OrtCache", "OrtModel", "Profile", "emit", "export", "prepare", "read", "summary", "verify"]
+__all__ = [
+    "ORT",
+    "PROFILES",
+    "GateError",
+    "OrtCache",
+    "OrtModel",
+    "Profile",
+    "StaticChoices",
+    "StaticModel",
+    "check_static",
+    "emit",
+    "export",
+    "prepare",
+    "read",
+    "run_check",
+    "summary",
+    "verify",
+    "write_reference",
+]

@@ -1,66 +1,69 @@
 """Graph → ONNX by a walk over the config: no tracing, no pattern matching, one function a subgraph.
 
-  input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ GroupQueryAttention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
-                             └──────────────────────────────────────────┘   └────────────────────────────────────┘
-  attention_mask ─┬─ ReduceSum ─ Sub 1 ─ Cast ─ seqlens_k [B] ──────┐
-                  └─ Shape ─ Gather 1 ─ Cast ─ total_sequence_length ┴─ every GroupQueryAttention
+  input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
+                             └────────────────────────────────────┘   └────────────────────────────────────┘
+  attention_mask ─ prelude ─ what every attention reads
 
-Operators: docs/ContribOperators.md of ONNX Runtime (GroupQueryAttention, MatMulNBits, GatherBlockQuantized,
-SkipSimplifiedLayerNormalization, FusedMatMul) and standard ONNX. Activations are float32. Initializers carry the
-parameters' names, so `read` gets the graph back. Weights are lazy: each is made when it is written, one at a time.
+One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of the
+ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
+Initializers carry the parameters' names, so `read` gets the graph back. Weights are lazy: each is made when it is
+written, one at a time.
 
-Letters: B batch, T new positions, S all positions, D hidden, H heads, K KV heads, d head_dim, F ffn, V vocabulary;
-for packed weights N out_features, K in_features, b block.
+Letters: B batch, T new positions, S all positions, D hidden, H heads, K KV heads, d head_dim, F ffn, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from tinycompress.config import layer_prefix
 from tinycompress.errors import InputError
 from tinycompress.graph import Config, Graph
-from tinycompress.quantize import QuantTensor, pack
+from tinycompress.quantize import QuantTensor
 
+from . import forms_contrib, forms_standard
+from .draw import EMBEDDING, Choices, Draw
 from .profiles import Profile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MS = "com.microsoft"
 DTYPES = ("auto", "float32")
+SCALES = ("float32", "float16")
 LEVELS = (0, 1, 2, 3, 4)
-EMBEDDING = "model.embed_tokens.weight"
+FORMS: dict[str, Any] = {"contrib": forms_contrib, "standard": forms_standard}
 
 
-def prepare(graph: Graph, dtype: str = "auto") -> Graph:
-    """The graph as it will be exported: dense weights and scales in float32, lazily; `dtype="float32"` also turns
-    packed weights into dense ones."""
+def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph:
+    """The graph as it will be exported: dense weights and scales in float32, lazily; `dtype="float32"` also turns packed
+    weights into dense ones; `scales="float16"` rounds the scales of packed weights to values that float16 holds."""
     if dtype not in DTYPES:
         raise InputError("dtype", repr(dtype), " | ".join(DTYPES))
+    if scales not in SCALES:
+        raise InputError("scales", repr(scales), " | ".join(SCALES))
     packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
+    if scales == "float16":
+        packed = {n: _half_scales(n, w) for n, w in packed.items()}
+        graph = graph.replace(weights=packed) if packed else graph
     floats = graph.dense(torch.float32)
     if dtype == "float32" or not packed:
         return floats
     return floats.replace(weights={n: w.to(dtype=torch.float32) for n, w in packed.items()})  # the scales; integers are shared
 
 
-def emit(graph: Graph, profile: Profile, dtype: str = "auto", accuracy_level: int = 4) -> ir.Model:
+def emit(graph: Graph, profile: Profile, dtype: str = "auto", accuracy_level: int = 4, scales: str = "float32") -> ir.Model:
     """The ONNX model of a graph.
 
-    Inputs: input_ids, attention_mask int64 [B, T] and [B, S]; past_key_values.{j}.key, .value float [B, K, S - T, d],
-    j counting the layers that have attention. Outputs: logits float [B, T, V]; present.{j}.key, .value [B, K, S, d].
+    Inputs: input_ids, attention_mask int64 [B, T] and [B, S] (and position_ids where the profile has them);
+    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention. Outputs: logits
+    float [B, T, V]; present.{j}.key, .value [B, K, S, d].
     """
-    import onnx_ir as ir
-
-    _check(graph.config, profile, accuracy_level)
-    return _Emitter(ir, prepare(graph, dtype), profile, accuracy_level).model()
+    check(graph, profile, accuracy_level)
+    draw = Draw(prepare(graph, dtype, scales), profile, Choices(accuracy_level, scales == "float16"))
+    _walk(draw, FORMS[profile.form])
+    return draw.model()
 
 
 def features(graph: Graph, profile: Profile) -> set[str]:
@@ -75,208 +78,82 @@ def attention_layers(config: Config) -> list[int]:
     return [i for i, layer in enumerate(config.layers) if layer.n_heads]
 
 
-def _check(config: Config, profile: Profile, accuracy_level: int) -> None:
-    rope = config.rope
-    if rope.varies_with_length and config.max_position > (rope.original_max_position or 0):
-        accepted = "default | linear | yarn | llama3 (one table serves every length), or a max_position of at most original_max_position"
-        raise InputError("rope.type for export", repr(rope.type), accepted)
-    if attention_layers(config) and config.head_dim % profile.head_dim_multiple:
-        raise InputError("Config.head_dim", config.head_dim, f"a multiple of {profile.head_dim_multiple} for the {profile.name} profile")
+def check(graph: Graph, profile: Profile, accuracy_level: int = 4) -> None:
+    """What a profile cannot carry, as an `InputError` before any work."""
     if accuracy_level not in LEVELS:
         raise InputError("accuracy_level", accuracy_level, f"{LEVELS}: 0 is the runtime's float arithmetic, 4 int8 activations")
-
-
-class _Emitter:
-    """Draws one graph. Every method appends nodes to the tape and returns the value they end in."""
-
-    def __init__(self, ir: Any, graph: Graph, profile: Profile, accuracy_level: int) -> None:
-        self.ir, self.graph, self.config = ir, graph, graph.config
-        self.profile, self.accuracy_level = profile, accuracy_level
-        self.tape = ir.tape.Tape()
-        self.known: dict[str, ir.Value] = {}  # initializers by name
-        self.inputs: list[ir.Value] = []
-        self.outputs: list[ir.Value] = []
-
-    def model(self) -> ir.Model:
-        ids = self.input("input_ids", self.ir.DataType.INT64, ["batch_size", "sequence_length"])
-        mask = self.input("attention_mask", self.ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-        lengths = self.lengths(mask) if attention_layers(self.config) else []
-        x, residual, slot = self.embedding(ids), None, 0
-        # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises in one node
-        for i, layer in enumerate(self.config.layers):
-            at = layer_prefix(i)
-            if layer.n_heads:
-                n, residual = self.norm(f"{at}.input_layernorm", x, residual)
-                x = self.attention(f"{at}.self_attn", n, lengths, slot, layer.n_heads, layer.n_kv_heads)
-                slot += 1
-            if layer.ffn_dim:
-                n, residual = self.norm(f"{at}.post_attention_layernorm", x, residual)
-                x = self.ffn(f"{at}.mlp", n)
-        n, _ = self.norm("model.norm", x, residual)
-        logits = self.output("logits", self.linear("lm_head", n), ["batch_size", "sequence_length", self.config.vocab_size])
-        graph = self.ir.Graph(
-            self.inputs,
-            [logits, *self.outputs],
-            nodes=self.tape.nodes,
-            initializers=list(self.known.values()),
-            opset_imports={"": self.profile.opset, **self.profile.domains},
-            name="tinycompress",
-        )
-        return self.ir.Model(graph, ir_version=self.profile.ir_version, producer_name="tinycompress")
-
-    def lengths(self, mask: ir.Value) -> list[ir.Value]:
-        """seqlens_k int32 [B] = positions in use - 1, and total_sequence_length int32 []."""
-        one, axis = self.constant("lengths.one", torch.tensor([1])), self.constant("lengths.axis", torch.tensor(1))
-        int32 = int(self.ir.DataType.INT32)
-        used = self.op("lengths", "ReduceSum", [mask, one], keepdims=0)
-        last = self.op("lengths", "Cast", [self.op("lengths", "Sub", [used, one])], to=int32)
-        total = self.op("lengths", "Gather", [self.op("lengths", "Shape", [mask]), axis], axis=0)
-        return [last, self.op("lengths.total", "Cast", [total], to=int32)]
-
-    def embedding(self, ids: ir.Value) -> ir.Value:
-        """ids [B, T] to rows [B, T, D] of the table [V, D], dense or packed."""
-        weight = self.entry(EMBEDDING)
-        if not isinstance(weight, QuantTensor):
-            return self.op("model.embed_tokens", "Gather", [self.dense(EMBEDDING), ids], axis=0)
-        block = self.profile.block(EMBEDDING, *_groups(weight))
-        if weight.shape[1] % block:
-            raise InputError(EMBEDDING, f"{weight.shape[1]} packed columns", f"a multiple of {self.profile.min_block}, or a dense embedding")
-        packed, scales, *zeros = self.packed(EMBEDDING, flat=not self.config.tie_embeddings)
-        if self.config.tie_embeddings:  # one table for both ends: the head reads blocks, this reads rows (folded at load)
-            packed = self.op("model.embed_tokens", "Reshape", [packed, self.constant("rows", torch.tensor([weight.shape[0], -1]))])
-        attributes = {"bits": self.profile.container(weight.spec.bits), "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-        return self.op("model.embed_tokens", "GatherBlockQuantized", [packed, ids, scales, *zeros], MS, **attributes)
-
-    def norm(self, name: str, x: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """RMSNorm of residual + x, and that sum."""
-        weight, eps = self.dense(f"{name}.weight"), self.config.norm_eps
-        if residual is None:
-            return self.op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=eps, stash_type=1), x
-        outs = self.ops(name, "SkipSimplifiedLayerNormalization", [residual, x, weight], 4, MS, epsilon=eps)
-        return outs[0], outs[3]
-
-    def attention(self, at: str, x: ir.Value, lengths: list[ir.Value], slot: int, heads: int, kv_heads: int) -> ir.Value:
-        """Grouped-query attention with the rotation, the cache and the causal mask inside one operator."""
-        d = self.config.head_dim
-        q, k, v = (self.linear(f"{at}.{n}_proj", x) for n in "qkv")
-        past, present = (("batch_size", kv_heads, length, d) for length in ("past_sequence_length", "total_sequence_length"))
-        caches = [self.input(f"past_key_values.{slot}.{kind}", self.ir.DataType.FLOAT, past) for kind in ("key", "value")]
-        y, *new = self.ops(
-            at,
-            "GroupQueryAttention",
-            [q, k, v, *caches, *lengths, *self.rope()],
-            3,
-            MS,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
-            scale=d**-0.5,
-        )
-        self.outputs += [self.output(f"present.{slot}.{kind}", value, present) for kind, value in zip(("key", "value"), new)]
-        return self.linear(f"{at}.o_proj", y)
-
-    def rope(self) -> list[ir.Value]:
-        """cos and sin [max_position, d/2], whatever the scaling: runtimes need not know the method."""
-        if "rope.cos" not in self.known:
-            for name, table in zip(("rope.cos", "rope.sin"), self.config.rope.tables(self.config.head_dim, self.config.max_position)):
-                self.constant(name, table)
-        return [self.known["rope.cos"], self.known["rope.sin"]]
-
-    def ffn(self, at: str, x: ir.Value) -> ir.Value:
-        """down(silu(gate) · up); the runtime fuses x · sigmoid(x)."""
-        gate, up = self.linear(f"{at}.gate_proj", x), self.linear(f"{at}.up_proj", x)
-        silu = self.op(f"{at}.silu", "Mul", [gate, self.op(at, "Sigmoid", [gate])])
-        return self.linear(f"{at}.down_proj", self.op(at, "Mul", [silu, up]))
-
-    def linear(self, name: str, x: ir.Value) -> ir.Value:
-        """x [B, T, K] to [B, T, N]."""
-        weight_name = self.config.weight_name(name)
-        weight = self.entry(weight_name)
+    config, multiple = graph.config, profile.width_multiple
+    widths = {"Config.hidden_size": config.hidden_size, "Config.vocab_size": config.vocab_size}
+    widths |= {"Config.head_dim": config.head_dim} if attention_layers(config) else {}
+    widths |= {f"Config.layers[{i}].ffn_dim": layer.ffn_dim for i, layer in enumerate(config.layers)}
+    for name, width in widths.items():
+        if width % multiple:
+            raise InputError(name, width, f"a multiple of {multiple} for the {profile.name} profile (prune to such widths, or another profile)")
+    for i, layer in enumerate(config.layers):
+        if profile.grouped and layer.n_heads and layer.group < 2:
+            accepted = f"fewer than its {layer.n_heads} heads for the {profile.name} profile (the std profile takes it)"
+            raise InputError(f"Config.layers[{i}].n_kv_heads", layer.n_kv_heads, accepted)
+    for name, weight in graph.weights.entries.items():
         if isinstance(weight, QuantTensor):
-            (N, K), bits, block = weight.shape, self.profile.container(weight.spec.bits), self.profile.block(name, *_groups(weight))
-            attributes = {"K": K, "N": N, "bits": bits, "block_size": block, "accuracy_level": self.accuracy_level}
-            y = self.op(name, "MatMulNBits", [x, *self.packed(weight_name)], MS, **attributes)
-        elif weight_name == EMBEDDING:  # the table is stored once, as [V, D]; as fast as a transposed copy, and no bigger
-            y = self.op(name, "FusedMatMul", [x, self.dense(EMBEDDING)], MS, transB=1)
-        else:
-            y = self.op(name, "MatMul", [x, self.dense(weight_name, transposed=True)])
-        if f"{name}.bias" in self.graph.weights:
-            y = self.op(name, "Add", [y, self.dense(f"{name}.bias")])
-        return y
-
-    # Initializers ---------------------------------------------------------------------------------------------------
-
-    def entry(self, name: str) -> Any:
-        """A parameter's entry: packed, or dense and not yet read."""
-        return self.graph.weights.entries[name]
-
-    def dense(self, name: str, transposed: bool = False) -> ir.Value:
-        """A float32 parameter; matrices of linears are stored [K, N]."""
-        shape = tuple(self.entry(name).shape)
-        if transposed:
-            return self.lazy(name, torch.float32, shape[::-1], lambda: self.graph.weights[name].T)
-        return self.lazy(name, torch.float32, shape, partial(self.graph.weights.__getitem__, name))
-
-    def packed(self, name: str, flat: bool = False) -> list[ir.Value]:
-        """A packed parameter as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales float [N, blocks] and, when
-        asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉]."""
-        weight: QuantTensor = self.entry(name)
-        bits, (group, K) = self.profile.container(weight.spec.bits), _groups(weight)
-        block = self.profile.block(name, group, K)
-        N, blocks, width = weight.shape[0], -(-K // block), block * bits // 8
-        repeats = -(-group // block)
-        shape = (N, blocks * width) if flat else (N, blocks, width)
-        values = [
-            self.lazy(f"{name}.packed", torch.uint8, shape, lambda: _blocks(weight, bits, blocks * width).reshape(shape)),
-            self.lazy(f"{name}.scales", torch.float32, (N, blocks), lambda: weight.scales.repeat_interleave(repeats, 1)),
-        ]
-        if weight.zeros is not None:
-            zeros, nbytes = weight.zeros, -(-blocks * bits // 8)
-            values.append(self.lazy(f"{name}.zeros", torch.uint8, (N, nbytes), lambda: pack(zeros.repeat_interleave(repeats, 1), bits)[:, :nbytes]))
-        return values
-
-    def constant(self, name: str, tensor: Tensor) -> ir.Value:
-        return self.lazy(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-    def lazy(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
-        """An initializer whose bytes are made when they are written, and not kept."""
-        if name not in self.known:
-            kind = {torch.float32: self.ir.DataType.FLOAT, torch.uint8: self.ir.DataType.UINT8, torch.int64: self.ir.DataType.INT64}[dtype]
-            tensor = self.ir.LazyTensor(
-                lambda: self.ir.Tensor(read().detach().cpu().contiguous().numpy(), name=name), kind, self.ir.Shape(shape), name=name
-            )
-            self.known[name] = self.ir.val(name, kind, shape, const_value=tensor)
-        return self.known[name]
-
-    # Nodes ----------------------------------------------------------------------------------------------------------
-
-    def op(self, at: str, kind: str, inputs: list[ir.Value], domain: str = "", **attributes: Any) -> ir.Value:
-        return self.ops(at, kind, inputs, 1, domain, **attributes)[0]
-
-    def ops(self, at: str, kind: str, inputs: list[ir.Value], n: int, domain: str = "", **attributes: Any) -> list[ir.Value]:
-        """A node named after the module it belongs to."""
-        return list(self.tape.op_multi_out(kind, inputs, attributes, num_outputs=n, domain=domain, name=f"{at}/{kind}"))
-
-    def input(self, name: str, dtype: Any, shape: Sequence[str | int]) -> ir.Value:
-        self.inputs.append(self.ir.val(name, dtype, shape))
-        return self.inputs[-1]
-
-    def output(self, name: str, value: ir.Value, shape: Sequence[str | int]) -> ir.Value:
-        value.name, value.dtype, value.shape = name, self.ir.DataType.FLOAT, self.ir.Shape(shape)
-        return value
+            _check_grid(name, weight, profile)
 
 
-def _groups(weight: QuantTensor) -> tuple[int, int]:
-    """Group length and in_features."""
-    return weight.shape[1] // weight.scales.shape[1], weight.shape[1]
+def _check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
+    if profile.symmetric and weight.zeros is not None:
+        raise InputError(f"grid of {name}", str(weight.spec), f"a symmetric one (no -asym) for the {profile.name} profile")
+    profile.block(name, weight.shape[1] // weight.scales.shape[1], weight.shape[1])
+    if name == EMBEDDING and weight.shape[1] % 2:
+        raise InputError(f"{name} for export", f"{weight.shape[1]} packed columns", "an even number, or a dense embedding")
 
 
-def _blocks(weight: QuantTensor, bits: int, nbytes: int) -> Tensor:
-    """uint8 [N, nbytes]: the packed integers as they are, 3-bit ones in 4-bit containers, padded to whole blocks."""
-    packed = weight.packed
-    if bits != weight.spec.bits:
-        shift = 2 ** (bits - 1) - weight.spec.zero if weight.zeros is None else 0  # the container's zero is implied, so it moves
-        packed = pack(weight.ints().reshape(*weight.scales.shape, -1) + shift, bits)
-    rows = packed.flatten(1)[:, :nbytes]
-    return F.pad(rows, (0, nbytes - rows.shape[1]))
+def _half_scales(name: str, weight: QuantTensor) -> QuantTensor:
+    half = weight.scales.half()
+    if not torch.isfinite(half).all() or ((half == 0) & (weight.scales != 0)).any():
+        raise InputError(f"scales of {name}", "values that float16 cannot hold", 'scales="float32"')
+    return QuantTensor(weight.packed, half.to(weight.scales.dtype), weight.zeros, weight.spec, weight.shape)
+
+
+# The walk -----------------------------------------------------------------------------------------------------------
+
+
+def _walk(draw: Draw, form: Any) -> None:
+    config = draw.config
+    ids = draw.input("input_ids", "INT64", ["batch_size", "sequence_length"])
+    mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
+    shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
+    x, residual, slot = form.embedding(draw, ids), None, 0
+    presents: list[tuple[int, list[ir.Value]]] = []
+    # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises
+    for i, layer in enumerate(config.layers):
+        at = layer_prefix(i)
+        if layer.n_heads:
+            n, residual = form.norm(draw, f"{at}.input_layernorm", x, residual)
+            qkv = [_linear(draw, form, f"{at}.self_attn.{part}_proj", n) for part in "qkv"]
+            past = [draw.input(f"past_key_values.{slot}.{kind}", "FLOAT", _cache(config, layer, "past")) for kind in ("key", "value")]
+            y, new = form.attention(draw, f"{at}.self_attn", qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            presents.append((i, new))
+            x, slot = _linear(draw, form, f"{at}.self_attn.o_proj", y), slot + 1
+        if layer.ffn_dim:
+            n, residual = form.norm(draw, f"{at}.post_attention_layernorm", x, residual)
+            x = _ffn(draw, form, f"{at}.mlp", n)
+    n, _ = form.norm(draw, "model.norm", x, residual)
+    draw.output("logits", _linear(draw, form, "lm_head", n), ["batch_size", "sequence_length", config.vocab_size])
+    for slot, (i, new) in enumerate(presents):
+        for kind, value in zip(("key", "value"), new):
+            draw.output(f"present.{slot}.{kind}", value, _cache(config, config.layers[i], "total"))
+
+
+def _cache(config: Config, layer: Any, span: str) -> list[str | int]:
+    return ["batch_size", layer.n_kv_heads, f"{span}_sequence_length", config.head_dim]
+
+
+def _ffn(draw: Draw, form: Any, at: str, x: ir.Value) -> ir.Value:
+    """down(silu(gate) · up); runtimes fuse x · sigmoid(x)."""
+    gate, up = (_linear(draw, form, f"{at}.{part}_proj", x) for part in ("gate", "up"))
+    silu = draw.op(f"{at}.silu", "Mul", [gate, draw.op(at, "Sigmoid", [gate])])
+    return _linear(draw, form, f"{at}.down_proj", draw.op(at, "Mul", [silu, up]))
+
+
+def _linear(draw: Draw, form: Any, name: str, x: ir.Value) -> ir.Value:
+    y = form.linear(draw, name, x)
+    return draw.op(name, "Add", [y, draw.dense(f"{name}.bias")]) if f"{name}.bias" in draw.graph.weights else y

@@ -6,6 +6,7 @@ may be from torch's. The emitter and the gate read it; neither knows a runtime b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,15 +19,26 @@ class Profile:
     """One runtime's demands."""
 
     name: str
+    form: str  # whose operators: "contrib" (ONNX Runtime's) or "standard"
     opset: int
     ir_version: int
     domains: Mapping[str, int]  # contrib operator sets and their versions
     bits: tuple[int, ...]  # widths of packed weights; narrower ones are widened to the next
     min_block: int  # shortest and longest quantization block; blocks are powers of two
     max_block: int
-    head_dim_multiple: int
+    head_dim_multiple: int  # that the fused attention operator takes; other widths are drawn in smaller operators
     floors: Mapping[str, str]  # first runtime version that runs "base" and each feature beyond it
     limits: Mapping[str, float] = field(default_factory=dict)  # the gate: check → largest figure that passes
+    powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
+    shares_cache: bool = True  # past and present of a layer may be one buffer
+    symmetric: bool = False  # no zero points
+    grouped: bool = False  # every layer with attention has fewer KV heads than heads
+    width_multiple: int = 1  # of hidden, FFN, head and vocabulary
+    position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
+    weight_rows: bool = False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
+    layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
+    largest_file: int | None = None  # bytes
+    runtime: str = "onnxruntime"  # what proves it beside ONNX Runtime: a folder of export/runtimes
 
     def container(self, bits: int) -> int:
         """The narrowest width the runtime has that holds `bits`."""
@@ -35,6 +47,8 @@ class Profile:
     def block(self, name: str, group: int, in_features: int) -> int:
         """The block length for a weight with groups of `group` along K = `in_features`: the largest power of two that
         divides the group. One group a row may end in a part-filled block, since every block has the same scale."""
+        if not self.powers_of_two and (group % self.min_block == 0 or group == in_features):
+            return group
         block = min(group & -group, self.max_block)
         if block >= self.min_block:
             return block
@@ -52,10 +66,26 @@ def _frozen(**values: str) -> Mapping[str, str]:
     return MappingProxyType(values)
 
 
-# ONNX Runtime on CPUs, Android and iOS. Float limits at level 0 are what two correct float32 runtimes differ by;
-# the others bound what int8 activations (accuracy_level 4) may cost on top of the graph's own quantization.
+# Float limits at level 0 are what two correct float32 runtimes differ by; the others bound what int8 activations
+# (accuracy_level 4) may cost on top of the graph's own quantization.
+LIMITS: Mapping[str, float] = MappingProxyType(
+    {
+        "tables": 1e-6,
+        "prefill": 1e-4,
+        "decode": 1e-4,
+        "padding": 1e-4,
+        "beyond_context": 1e-4,
+        "end_of_context": 1e-4,
+        "kl": 0.05,
+        "flips": 0.1,
+        "perplexity": 0.01,
+    }
+)
+
+# ONNX Runtime on CPUs, Android and iOS.
 ORT = Profile(
     name="ort",
+    form="contrib",
     opset=21,
     ir_version=10,
     domains=MappingProxyType({"com.microsoft": 1}),
@@ -64,21 +94,80 @@ ORT = Profile(
     max_block=128,  # above it 2-bit weights lose the int8 kernel, and activations share one int8 scale over too many channels
     head_dim_multiple=16,
     floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2"),
-    limits=MappingProxyType(
-        {
-            "tables": 1e-6,
-            "prefill": 1e-4,
-            "decode": 1e-4,
-            "beyond_context": 1e-4,
-            "end_of_context": 1e-4,
-            "kl": 0.05,
-            "flips": 0.1,
-            "perplexity": 0.01,
-        }
-    ),
+    limits=LIMITS,
 )
 
-PROFILES: Mapping[str, Profile] = MappingProxyType({ORT.name: ORT})
+# The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer.
+WEB = dataclasses.replace(ORT, name="web", layout="transformers.js", largest_file=2**31 - 1)
+
+# Any runtime of the ONNX standard. Two and three bits travel in four: opset 24 has no int2.
+STD = Profile(
+    name="std",
+    form="standard",
+    opset=24,
+    ir_version=11,
+    domains=MappingProxyType({}),
+    bits=(4, 8),
+    min_block=8,
+    max_block=1 << 30,
+    head_dim_multiple=1,
+    floors=_frozen(base="1.24.4"),
+    limits=LIMITS,
+    powers_of_two=False,
+    shares_cache=False,
+)
+
+# OpenVINO's NPU pipeline, which compiles static shapes of a stateful model, takes symmetric weights and computes in
+# float16: hence the wider limits.
+OPENVINO_NPU = dataclasses.replace(
+    STD,
+    name="openvino-npu",
+    min_block=64,
+    symmetric=True,
+    grouped=True,  # its pipeline of 2026.4 ends with an internal error otherwise
+    width_multiple=64,
+    position_ids=True,
+    weight_rows=True,
+    runtime="openvino",
+    limits=MappingProxyType({**LIMITS, "perplexity": 0.03, "flips": 0.15}),
+)
+
+# The Qualcomm HTP compiler: fixed shapes, uint16 activations, weights int4 or int8 a channel or int4 in blocks.
+QNN = Profile(
+    name="qnn",
+    form="static",
+    opset=23,
+    ir_version=11,
+    domains=MappingProxyType({"com.microsoft": 1}),
+    bits=(4, 8),
+    min_block=16,
+    max_block=128,
+    head_dim_multiple=2,
+    floors=_frozen(base="1.23.2"),
+    limits=MappingProxyType({**LIMITS, "kl": 0.1, "perplexity": 0.03}),
+    shares_cache=False,
+    symmetric=True,
+    runtime="qnn",
+)
+
+# RKNN and other compilers of fixed float graphs, in operators as old as opset 19.
+STATIC = Profile(
+    name="static",
+    form="static",
+    opset=19,
+    ir_version=9,
+    domains=MappingProxyType({}),
+    bits=(),
+    min_block=8,
+    max_block=128,
+    head_dim_multiple=2,
+    floors=_frozen(base="1.20.1"),
+    limits=MappingProxyType({**LIMITS, "kl": 1e-4, "flips": 0.05, "perplexity": 1e-3}),
+    shares_cache=False,
+    runtime="rknn",
+)
+
+PROFILES: Mapping[str, Profile] = MappingProxyType({p.name: p for p in (ORT, WEB, STD, OPENVINO_NPU, QNN, STATIC)})
 
 
 def profile_of(profile: str | Profile) -> Profile:

@@ -17,11 +17,14 @@ from torch import Tensor
 from tinycompress.config import Config, shapes
 from tinycompress.errors import InputError
 from tinycompress.files import inside, read_json
-from tinycompress.graph import Graph
+from tinycompress.graph import Graph, Weights
 from tinycompress.quantize import QuantSpec, QuantTensor, unpack
 from tinycompress.tokenizer import Tokenizer
 
+from .draw import EMBEDDING
+from .forms_standard import nibbles
 from .profiles import Profile, profile_of
+from .static_read import host_file, static_weights
 
 FORMAT = "tinycompress-onnx-1"
 MODEL, MANIFEST = "model.onnx", "manifest.json"
@@ -54,22 +57,30 @@ def read(folder: str | Path) -> Graph:
     manifest = read_manifest(folder)
     config, specs, profile = Config.from_dict(manifest["config"]), _specs(manifest, folder), profile_of(manifest["profile"])
     stored = initializers(folder)
+    if profile.form == "static":
+        return Graph(config, Weights(static_weights(stored, specs, config)), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
     weights = {name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()}
     return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
 
 
+def model_path(folder: str | Path) -> Path:
+    """The file of the model, by the manifest."""
+    return inside(folder, read_manifest(folder).get("model", MODEL))
+
+
 def initializers(folder: str | Path) -> dict[str, Tensor]:
-    """Every initializer of model.onnx by name; large ones are memory maps (copy on write: the file never changes)."""
-    proto = load_proto(folder)
-    return {tensor.name: _tensor(tensor, Path(folder)) for tensor in proto.graph.initializer}
+    """Every initializer of the model by name; large ones are memory maps (copy on write: the file never changes). Those of
+    four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
+    proto, where = load_proto(folder), model_path(folder).parent
+    return {tensor.name: _tensor(tensor, where) for tensor in proto.graph.initializer} | host_file(folder)
 
 
 def load_proto(folder: str | Path) -> Any:
-    """model.onnx without its external data."""
+    """The model without its external data."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = Path(folder) / MODEL
+    path = model_path(folder)
     try:
         return onnx.load(path, load_external_data=False)
     except FileNotFoundError:
@@ -82,11 +93,17 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
     import onnx
 
     if proto.data_location != onnx.TensorProto.EXTERNAL:
-        return torch.from_numpy(onnx.numpy_helper.to_array(proto).copy())
+        array = onnx.numpy_helper.to_array(proto)
+        if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+            return nibbles(torch.from_numpy(array.astype(np.int8)))
+        return torch.from_numpy(array.copy())
     where = {entry.key: entry.value for entry in proto.external_data}
     path = inside(folder, where.get("location", ""))
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
     shape = tuple(proto.dims)
+    if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        dtype, shape = np.dtype(np.uint8), (-(-int(np.prod(shape, dtype=np.int64)) // 2),)
+    else:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not path.is_file() or path.resolve().parent != folder.resolve():
         raise InputError(f"external data of {proto.name}", str(path), f"a file inside {folder}")
@@ -110,7 +127,8 @@ def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, QuantSpec]:
 
 def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spec: QuantSpec | None, config: Config, profile: Profile) -> Any:
     if spec is not None:
-        return _packed(name, (shape[0], shape[1]), stored, spec, profile)
+        standard = profile.form == "standard" and name != EMBEDDING
+        return (_columns if standard else _table if profile.form == "standard" else _packed)(name, (shape[0], shape[1]), stored, spec, profile)
     transposed = len(shape) == 2 and name != config.weight_name("model.embed_tokens")  # linears are stored [K, N]
     tensor = _get(stored, name, shape[::-1] if transposed else shape, torch.float32)
     return tensor.T if transposed else tensor
@@ -126,7 +144,7 @@ def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spe
     if len(packed) != N * nbytes:
         raise InputError(f"{name}.packed", f"{len(packed)} bytes", N * nbytes)
     packed = packed.view(N, nbytes)
-    scales = _ungroup(f"{name}.scales", _get(stored, f"{name}.scales", (N, blocks), torch.float32), repeats)
+    scales = _ungroup(f"{name}.scales", _scales(stored, f"{name}.scales", (N, blocks)), repeats)
     zeros = None
     if not spec.symmetric:
         raw = _get(stored, f"{name}.zeros", (N, -(-blocks * bits // 8)), torch.uint8)
@@ -136,6 +154,46 @@ def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spe
         q = unpack(packed, bits, K) - shift
         return QuantTensor.from_ints(q, scales, zeros, spec)
     return QuantTensor(packed.view(N, G, -1), scales, zeros, spec, shape)
+
+
+def _columns(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+    """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to rows."""
+    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    if profile.weight_rows:
+        inner = (N, G, K // G) if G > 1 else (N, K)
+        q = _integers(stored, f"{name}.ints", inner, bits, True).reshape(N, K) + spec.zero
+        return QuantTensor.from_ints(q, _scales(stored, f"{name}.rows.scales", (*inner[:-1], 1)).reshape(N, G), None, spec)
+    across = (N,) if G == 1 else (G, N)
+    q = _integers(stored, f"{name}.ints", (K, N), bits, spec.symmetric) + (spec.zero if spec.symmetric else 0)
+    zeros = None if spec.symmetric else _integers(stored, f"{name}.columns.zeros", across, bits, False).reshape(G, N).T.to(torch.uint8).contiguous()
+    scales = _scales(stored, f"{name}.columns.scales", across).reshape(G, N).T.contiguous()
+    return QuantTensor.from_ints(q.T.contiguous(), scales, zeros, spec)
+
+
+def _table(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+    """The inverse of `forms_standard.rows`."""
+    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    packed = _get(stored, f"{name}.packed", (N, -(-K * bits // 8)), torch.uint8)
+    scales = _scales(stored, f"{name}.scales", (N, G))
+    zeros = None if spec.symmetric else _get(stored, f"{name}.zeros", (N, G), torch.uint8)
+    if bits == spec.bits and (K // G) * bits % 8 == 0:
+        return QuantTensor(packed.reshape(N, G, -1), scales, zeros, spec, shape)
+    return QuantTensor.from_ints(unpack(packed, bits, K), scales, zeros, spec)
+
+
+def _integers(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], bits: int, signed: bool) -> Tensor:
+    """int16 of `shape` from an initializer of 4 or 8 bits."""
+    n = int(np.prod(shape))
+    if bits == 8:
+        return _get(stored, name, shape, torch.int8 if signed else torch.uint8).to(torch.int16)
+    flat = unpack(_get(stored, name, (-(-n // 2),), torch.uint8), 4, n).to(torch.int16)
+    return (torch.where(flat > 7, flat - 16, flat) if signed else flat).reshape(shape)
+
+
+def _scales(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """float32 of scales that are stored as float32 or float16."""
+    half = name in stored and stored[name].dtype == torch.float16
+    return _get(stored, name, shape, torch.float16 if half else torch.float32).float()
 
 
 def _ungroup(name: str, values: Tensor, repeats: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 The cache is shared: past and present of a layer are one buffer [B, K, max_length, d] that GroupQueryAttention writes
 in place, as onnxruntime-genai does, so a step costs the new positions only. Buffers are torch tensors, bound by address.
+Where attention is drawn in standard operators (export/attention.py), past and present are two: a step copies the past.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from tinycompress.errors import InputError
 from tinycompress.model import check_ids, decode, decode_room, end_tokens
 from tinycompress.tokenizer import Tokenizer
 
+from .attention import fused
 from .emit import LEVELS, attention_layers
-from .read import MODEL, check_sizes, load_proto, read_manifest
+from .profiles import profile_of
+from .read import check_sizes, load_proto, model_path, read_manifest
 
 
 class OrtCache:
@@ -47,16 +50,22 @@ class OrtModel:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)  # the runtime's own words for a truncated file do not name it
         self.config = Config.from_dict(manifest["config"])
+        profile = profile_of(manifest["profile"])
+        self.shared = fused(self.config, profile)
         self.tokenizer = Tokenizer.from_folder(folder)
         options = ort.SessionOptions()
         if threads:
             options.intra_op_num_threads = threads
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        source: str | bytes = str(self.folder / MODEL)
-        if accuracy_level is not None:
+        path = model_path(folder)
+        source: str | bytes = str(path)
+        level = manifest.get("accuracy_level") if accuracy_level is None else accuracy_level
+        if profile.form == "standard":  # the runtime fuses DequantizeLinear and MatMul and asks here for the level
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+        elif accuracy_level is not None:
             source = _with_level(folder, accuracy_level)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder.absolute()))
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.absolute()))
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in self.session.get_inputs()]
 
@@ -68,24 +77,34 @@ class OrtModel:
     def new_cache(self, batch: int, max_length: int) -> OrtCache:
         return OrtCache(self.config, batch, max_length)
 
-    def step(self, ids: Tensor, cache: OrtCache) -> Tensor:
-        """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]."""
+    def step(self, ids: Tensor, cache: OrtCache, mask: Tensor | None = None) -> Tensor:
+        """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions] is 0
+        where a row was padded, on the right of its prompt."""
         check_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         total = cache.length + T
         if total > cache.max_length or cache.batch != B:
             raise InputError("KV cache", f"batch {B}, {total} positions", f"batch {cache.batch}, at most {cache.max_length} (its max_length)")
         logits = torch.empty(B, T, self.config.vocab_size)
-        tensors = {"input_ids": ids.long().contiguous(), "attention_mask": torch.ones(B, total, dtype=torch.long)}
+        mask = torch.ones(B, total, dtype=torch.long) if mask is None else mask.long().contiguous()
+        places = (mask.cumsum(1) - 1).clamp_min(0)[:, -T:].contiguous()
+        tensors = {"input_ids": ids.long().contiguous(), "attention_mask": mask, "position_ids": places}
         binding = self.session.io_binding()
+        presents: list[tuple[Tensor, Tensor]] = []  # apart from the cache's buffers, and those
         for slot, pair in enumerate(cache.layers):
             for kind, buffer in zip(("key", "value"), pair):
-                tensors[f"past_key_values.{slot}.{kind}"] = buffer
-                _bind(binding.bind_output, f"present.{slot}.{kind}", buffer)
+                past = present = buffer
+                if not self.shared:
+                    past, present = buffer[:, :, : cache.length].contiguous(), buffer.new_empty(B, buffer.shape[1], total, buffer.shape[3])
+                    presents.append((buffer, present))
+                tensors[f"past_key_values.{slot}.{kind}"] = past
+                _bind(binding.bind_output, f"present.{slot}.{kind}", present)
         for name in self.inputs:
             _bind(binding.bind_input, name, tensors[name])
         _bind(binding.bind_output, "logits", logits)
         self.session.run_with_iobinding(binding)
+        for buffer, present in presents:
+            buffer[:, :, cache.length : total] = present[:, :, cache.length :]
         cache.length = total
         return logits
 

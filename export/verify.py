@@ -5,10 +5,12 @@
   tables           the rotary tables in the file are the config's, at every position
   prefill          level 0: logits of one window                                     max |torch - exported|
   decode           level 0: token by token behind a prompt, every step, against torch with and without a cache
+  padding          level 0: two prompts of different lengths in one batch, the shorter padded on the right, and steps
   beyond_context   level 0: steps across the original context, where RoPE scaling must have arrived in the file
   end_of_context   level 0: the last positions the file's tables hold
   kl, flips        as shipped: mean KL(torch ‖ exported) a token in nats; share of positions with another top token
   perplexity       as shipped: |perplexity of exported / perplexity of torch - 1|
+  openvino         where the profile is for it: what its check of export/runtimes found, in an environment of its own
 
 Level 0 is the runtime's float arithmetic: it isolates mistakes of the export from what int8 activations cost, which
 the shipped level shows. Far positions are reached without computing everything before them: both runtimes get the
@@ -39,10 +41,14 @@ from tinycompress.graph import Graph
 from tinycompress.model import Transformer, check_ids, rotate
 from tinycompress.tokenizer import Tokenizer
 
+from .attention import frequencies, unrotated_keys
 from .emit import attention_layers, prepare
 from .profiles import profile_of
 from .read import initializers, read, read_manifest
+from .runtime import installed, run_check
 from .session import OrtModel
+from .static_forms import make_ready
+from .static_model import StaticModel
 
 PROMPT, STEPS = 8, 16  # of the decode check
 FAR_STEPS, TILE = 8, 64  # decoded behind a past of repeated text, and that text's length
@@ -104,21 +110,51 @@ def gate(
     _record(report, "fingerprint", 0 if same else 1, 0, "the folder read back against the graph as exported")
     if attention_layers(stored.config):
         _record(report, "tables", _tables(folder, stored.config), limit["tables"], f"cos and sin of {stored.config.max_position} positions")
-    expected = prepare(graph, manifest.get("dtype", "auto")) if graph else stored
+    expected = _prepared(graph, manifest) if graph else stored
     torch_model = (expected.dense(torch.float32) if 4 * expected.config.n_params <= LARGEST_DENSE else expected).module()
     ids, report["text"] = _text(stored.config, stored.tokenizer, tokens, windows, seq_len)
 
-    bar = tqdm(total=2 + len(_far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
+    bar = tqdm(total=3 + len(_far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
     with torch.inference_mode(), bar:
-        exact = OrtModel(folder, accuracy_level=0, spin=False)
+        exact = _open(folder, manifest, exact=True)
         for check, compare in _exact_checks(exact, torch_model, ids[:1]).items():
             figure, peak, about = compare()
             _record(report, check, figure, limit[check] * max(1.0, peak / PEAK), f"{about}, logits up to {peak:.3g}")
             bar.update()
         del exact
-        shipped = OrtModel(folder, spin=False)
+        shipped = _open(folder, manifest, exact=False)
         _shipped(report, shipped, torch_model, ids, bar)
+        del shipped
+    runtime, optional = profile_of(manifest["profile"]).runtime, profile_of(manifest["profile"]).form == "static"
+    if optional and not installed(runtime):
+        report["not_run"] = [f"{runtime}: not installed (make runtime NAME={runtime})"]
+    elif runtime != "onnxruntime":
+        _in_runtime(report, runtime, folder, expected, ids[0])
     return _finish(report)
+
+
+def _in_runtime(report: dict[str, Any], runtime: str, folder: str | Path, graph: Graph, ids: Tensor) -> None:
+    """The check of the runtime that the profile is for: what it wrote, as one check."""
+    result = run_check(runtime, folder, graph, report["profile"], ids[:TILE])
+    report["versions"] |= result.get("versions", {})
+    report[runtime] = result["figures"]
+    figures = ", ".join(f"{name} {_show(value)}" for name, value in result["figures"].items())
+    _record(report, runtime, len(result["failures"]), 0, "; ".join(result["failures"]) or figures)
+
+
+def _prepared(graph: Graph, manifest: Mapping[str, Any]) -> Graph:
+    """The graph as it was exported."""
+    profile, dtype = profile_of(manifest["profile"]), manifest.get("dtype", "auto")
+    if profile.form == "static":
+        return make_ready(graph, profile, dtype, manifest["config"]["max_position"])
+    return prepare(graph, dtype, manifest.get("scales", "float32"))
+
+
+def _open(folder: str | Path, manifest: Mapping[str, Any], exact: bool) -> Any:
+    """The exported model as shipped, or `exact`, with float arithmetic."""
+    if profile_of(manifest["profile"]).form == "static":
+        return StaticModel(folder, exact=exact, spin=False)
+    return OrtModel(folder, accuracy_level=0 if exact else None, spin=False)
 
 
 def changed_files(folder: str | Path, progress: bool = True) -> list[str]:
@@ -143,6 +179,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     out = [f"profile {report['profile']}, accuracy level {report['accuracy_level']}" + (f", on {report['text']}" if "text" in report else "")]
     for c in report["checks"]:
         out.append(f"{'ok' if c['passed'] else 'FAILED':6} {c['check']:15} {_show(c['figure']):>9}  limit {_show(c['limit']):>7}  {c['about']}")
+    out += [f"not run {words}" for words in report.get("not_run", ())]
     out.append("passed" if report["passed"] else "failed")
     return out
 
@@ -153,13 +190,18 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 def _exact_checks(exported: OrtModel, model: Transformer, ids: Tensor) -> Mapping[str, Callable[[], tuple[float, float, str]]]:
     """The checks of level 0 on one window [1, T], each giving its figure, the largest logit and a description."""
     out = {"prefill": partial(_prefill, exported, model, ids), "decode": partial(_decode, exported, model, ids)}
+    if isinstance(exported, OrtModel) and ids.shape[1] > 3:
+        out["padding"] = partial(_padding, exported, model, ids)
     return out | {check: partial(_far_steps, exported, model, ids, start) for check, start in _far(model.config).items()}
 
 
 def _tables(folder: str | Path, config: Config) -> float:
     stored = initializers(folder)
-    expected = config.rope.tables(config.head_dim, config.max_position)
-    pairs = [(stored.get(name), table) for name, table in zip(("rope.cos", "rope.sin"), expected)]
+    if unrotated_keys(config):
+        expected = {"rope.frequencies": frequencies(config)}
+    else:
+        expected = dict(zip(("rope.cos", "rope.sin"), config.rope.tables(config.head_dim, config.max_position)))
+    pairs = [(stored.get(name), table) for name, table in expected.items()]
     same = all(found is not None and found.shape == table.shape for found, table in pairs)
     return max(_compare([pair])[0] for pair in pairs) if same else math.inf  # type: ignore[list-item]
 
@@ -177,8 +219,26 @@ def _decode(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float,
     pairs = []
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
         got = exported.step(ids[:, start:stop], ours)
-        pairs += [(got, model(ids[:, start:stop], theirs)), (got, whole[:, start:stop])]
+        pairs.append((got, model(ids[:, start:stop], theirs)))
+        if not unrotated_keys(model.config) or model.config.rope.trained >= T:  # else the past was computed at other frequencies
+            pairs.append((got, whole[:, start:stop]))
     return *_compare(pairs), f"{T - prompt} steps behind {prompt} tokens"
+
+
+def _padding(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
+    """Two prompts of different lengths in one batch, the shorter padded on the right, and two steps behind them."""
+    long = min(PROMPT, ids.shape[1] - 2)
+    short = max(1, long // 2)
+    mask = torch.ones(2, long + 2, dtype=torch.long)
+    mask[1, short:long] = 0
+    prompts, cache = ids[:, :long].repeat(2, 1), exported.new_cache(2, long + 2)
+    got = exported.step(prompts, cache, mask[:, :long])
+    expected = model(ids[:, : long + 2])[0], model(torch.cat([ids[:, :short], ids[:, long : long + 2]], 1))[0]
+    pairs = [(got[0], expected[0][:long]), (got[1, :short], expected[1][:short])]
+    for i in range(2):
+        step = exported.step(ids[:, long + i : long + i + 1].repeat(2, 1), cache, mask[:, : long + i + 1])
+        pairs += [(step[0, 0], expected[0][long + i]), (step[1, 0], expected[1][short + i])]
+    return *_compare(pairs), f"prompts of {long} and {short} in one batch, two steps"
 
 
 def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) -> tuple[float, float, str]:
@@ -192,9 +252,14 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     (cos, sin), (far_cos, far_sin) = (config.rope.tables(config.head_dim, n) for n in (tile, start))
     for pair, i in zip(ours.layers, attention_layers(config)):
         keys, values = near.layers[i]
-        plain = rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
-        for buffer, other, past in zip(pair, theirs.layers[i], (rotate(plain[:, :, index], far_cos, far_sin), values[:, :, index])):
-            buffer[:, :, :start], other[:, :, :start] = past, past
+        varies = config.rope.varies_with_length  # then torch caches keys as they are; the file only if its context reaches that far
+        plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
+        far_keys = rotate(plain[:, :, index], far_cos, far_sin)
+        key_buffers = ((pair[0], unrotated_keys(config)), (theirs.layers[i][0], varies))
+        for buffer, as_they_are in key_buffers:
+            buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
+        for buffer in (pair[1], theirs.layers[i][1]):
+            buffer[:, :, :start] = values[:, :, index]
     ours.length = theirs.length = start
     steps = ids[:, tile : tile + stop - start].split(1, 1)
     pairs = [(exported.step(step, ours), model(step, theirs)) for step in steps]
@@ -208,8 +273,8 @@ def _compare(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
 
 
 def _far(config: Config) -> dict[str, int]:
-    """Where the far checks start: none without attention, or for keys that are kept un-rotated."""
-    if not attention_layers(config) or config.rope.varies_with_length:
+    """Where the far checks start: none without attention."""
+    if not attention_layers(config):
         return {}
     out, original, end = {}, config.rope.original_max_position, config.max_position
     if original and original < end:

@@ -130,13 +130,6 @@ def test_beyond_the_original_context(rope, tmp_path):
     assert difference[:, 32:].abs().max() > 1e-2
 
 
-def test_rope_that_varies_with_length(tmp_path):
-    rope = Rope(type="dynamic", factor=2.0, original_max_position=64)
-    with pytest.raises(InputError, match=r"rope.type.*'dynamic'.*default \| linear \| yarn \| llama3"):
-        export(small(rope=rope, max_position=128), tmp_path / "out")
-    assert_same_everywhere(small(rope=rope, max_position=64), tmp_path / "within")  # one table serves the original length
-
-
 def test_bytes_and_shapes_in_the_file(tmp_path):
     graph = quantized(small(layers=(Layer(4, 2, 128),)), "w4g32")
     export(graph, tmp_path / "out", check=False)
@@ -274,7 +267,6 @@ BAD = {
     "level": (dict(accuracy_level=7), {}, "accuracy_level.*7"),
     "limits": (dict(limits={"speed": 1.0}), {}, "limits.*speed.*prefill"),
     "tokens": (dict(tokens=torch.tensor([[1, 999]])), {}, "token ids.*999"),
-    "head_dim": ({}, dict(head_dim=8), "head_dim.*8.*multiple of 16"),
 }
 
 

@@ -18,7 +18,7 @@ from tinycompress.tokenizer import Tokenizer
 
 __all__ = ["one_thread"]  # the fixture, for this file too
 YARN = Rope(type="yarn", factor=4.0, original_max_position=32)
-ALL = ["files", "fingerprint", "tables", "prefill", "decode", "end_of_context", "kl", "flips", "perplexity"]
+ALL = ["files", "fingerprint", "tables", "prefill", "decode", "padding", "end_of_context", "kl", "flips", "perplexity"]
 
 
 def checks(report) -> dict[str, bool]:
@@ -56,7 +56,7 @@ def test_only_checks_that_ran_are_reported(tmp_path):
     from tinycompress.config import Layer
 
     export(small(layers=(Layer(0, 0, 32),)), tmp_path / "out")
-    assert list(checks(verify(tmp_path / "out"))) == ["files", "fingerprint", "prefill", "decode", "kl", "flips", "perplexity"]
+    assert list(checks(verify(tmp_path / "out"))) == ["files", "fingerprint", "prefill", "decode", "padding", "kl", "flips", "perplexity"]
     export(small(rope=YARN, max_position=128), tmp_path / "yarn")
     assert "beyond_context" in checks(verify(tmp_path / "yarn"))
 

@@ -1,0 +1,252 @@
+"""Export of TinyLlama's shape (random weights), 4 bits with a quantized head and embedding, against its peers.
+
+    python benchmarks/export.py --work DIR [--quick] [--rows export,speed] [--rounds 3] [--json benchmarks/results/export.json]
+
+  export   file size, time and peak memory of tinycompress' export (groups of 32 and 128, scales in float32 and float16)
+           and of onnxruntime-genai's builder (--builder-python) on the same shape, a process of its own each
+  speed    decode tokens/s at --threads threads: our folders, the builder's model, both by ONNX Runtime with one shared
+           cache buffer, and llama.cpp's Q4_0 (--llama-python: an interpreter that has llama_cpp, --gguf: its model), by turns
+
+A row that is in --json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round.
+Peak memory is VmHWM of the process that exports (Linux); the checkpoint (bfloat16) is written once and not part of any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tinycompress.config import TINYLLAMA_1_1B
+from tinycompress.files import write_json
+from tinycompress.graph import Graph
+from tinycompress.quantize import QuantSpec, QuantTensor
+
+OURS = {"g32": (32, "float32"), "g32-half": (32, "float16"), "g128": (128, "float32"), "g128-half": (128, "float16")}
+PROMPT, TOKENS = 32, 32
+
+
+def config(layers: int) -> Any:
+    return dataclasses.replace(TINYLLAMA_1_1B, layers=TINYLLAMA_1_1B.layers[:layers])
+
+
+def make_graphs(work: Path, layers: int) -> None:
+    """The checkpoints that the processes start from: bfloat16 for the builder, packed ones for us."""
+    from tinycompress.checkpoint import save
+
+    if not (work / "dense").is_dir():
+        graph = Graph.random(config(layers), 0)
+        save(Graph(graph.config, {n: w.to(torch.bfloat16) for n, w in graph.weights.items()}), work / "dense")
+    for group in (32, 128):
+        if not (work / f"packed{group}").is_dir():
+            save(packed(layers, group), work / f"packed{group}")
+
+
+def packed(layers: int, group: int) -> Graph:
+    """Random integers and scales in every matrix: what an export does not look at."""
+    from tinycompress.graph import shapes
+
+    generator, spec, weights = torch.Generator().manual_seed(0), QuantSpec(4, group), {}
+    for name, shape in shapes(config(layers)).items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+            continue
+        integers = torch.randint(0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.rand(shape[0], shape[1] // group, generator=generator) * 0.004 + 0.001
+        weights[name] = QuantTensor(integers, scales, None, spec, (shape[0], shape[1]))
+    return Graph(config(layers), weights, history=("random integers",))
+
+
+# Workers: a process each ----------------------------------------------------------------------------------------------
+
+
+def export_ours(work: Path, name: str) -> None:
+    from tinycompress.checkpoint import load
+    from tinycompress.export import export
+
+    group, scales = OURS[name]
+    start = time.perf_counter()
+    export(load(work / f"packed{group}"), work / "out" / name, check=False, scales=scales, overwrite=True, progress=False)
+    _print({"seconds": time.perf_counter() - start, "peak_mb": _peak()})
+
+
+def decode(folder: Path, threads: int) -> None:
+    """For each line of standard input: tokens a second of TOKENS steps behind PROMPT ids, in one shared cache buffer."""
+    import numpy as np
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    caches = {
+        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + TOKENS + 4, n.shape[3]), np.float32))
+        for n in session.get_inputs()
+        if n.name.startswith("past_key_values.")
+    }
+
+    def step(ids: Any, total: int) -> None:
+        binding = session.io_binding()
+        feeds = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": np.arange(total - ids.shape[1], total)[None]}
+        for name in names:
+            if name in caches:
+                binding.bind_ortvalue_input(name, caches[name])
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), caches[name])
+            else:
+                binding.bind_cpu_input(name, feeds[name])
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+
+    _by_turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1))
+
+
+def _by_turns(prefill: Callable[[], None], step: Callable[[int], None]) -> None:
+    for _ in sys.stdin:
+        prefill()
+        step(0)
+        start = time.perf_counter()
+        for i in range(1, TOKENS + 1):
+            step(i)
+        print(TOKENS / (time.perf_counter() - start), flush=True)
+
+
+BUILDER = """
+import json, sys, time
+from onnxruntime_genai.models.builder import create_model
+work, start = sys.argv[1], time.perf_counter()
+create_model(None, work + "/dense", work + "/out/builder", "int4", "cpu", work + "/cache", int4_accuracy_level="4", int4_block_size="32")
+seconds = time.perf_counter() - start
+peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+"""
+
+LLAMA = """
+import sys, time
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=256, n_threads=int(sys.argv[2]), n_threads_batch=int(sys.argv[2]), logits_all=False, verbose=False)
+for _ in sys.stdin:
+    model.reset()
+    model.eval([1] * PROMPT)
+    model.eval([1])
+    start = time.perf_counter()
+    for _ in range(TOKENS):
+        model.eval([1])
+    print(TOKENS / (time.perf_counter() - start), flush=True)
+"""
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def _peak() -> float:
+    """MB. Not ru_maxrss, which a child takes over from the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+
+
+# The measurement ------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One export in a process of its own."""
+    command = [sys.executable, __file__, "--worker", name, str(args.work)]
+    if name == "builder":
+        command = [args.builder_python, "-c", BUILDER, str(args.work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no words"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"bytes": _bytes(args.work / "out" / name)}
+
+
+def speeds(args: argparse.Namespace) -> dict[str, Any]:
+    """Medians over rounds, each round a turn of every engine."""
+    commands = {f"ours {n}": [sys.executable, __file__, "--worker", "decode", str(args.work / "out" / n)] for n in (*OURS, "builder")}
+    commands["builder"] = commands.pop("ours builder")
+    commands = {n: [*c, str(args.threads)] for n, c in commands.items() if (Path(c[-1]) / "model.onnx").is_file()}
+    if args.llama_python and args.gguf:
+        code = LLAMA.replace("PROMPT", str(PROMPT)).replace("TOKENS", str(TOKENS))
+        commands["llama.cpp Q4_0"] = [args.llama_python, "-c", code, str(args.gguf), str(args.threads)]
+    out: dict[str, list[float]] = {name: [] for name in commands}
+    engines = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
+    try:
+        for _ in tqdm(range(args.rounds), desc="rounds"):
+            for name, engine in engines.items():
+                assert engine.stdin is not None and engine.stdout is not None
+                engine.stdin.write("\n")
+                engine.stdin.flush()
+                out[name].append(float(engine.stdout.readline() or "nan"))
+    finally:
+        for engine in engines.values():
+            engine.terminate()
+    return {name: {"median": median(values), "rounds": values} for name, values in out.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints and exports (8 GB; 2 GB with --quick)")
+    parser.add_argument("--rows", default="export,speed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--builder-python", default=sys.executable, help="an interpreter with onnxruntime-genai, torch and transformers >= 5")
+    parser.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, help="TinyLlama's shape as Q4_0")
+    parser.add_argument("--json", type=Path, help="results; rows found there are kept")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        kind, *rest = args.worker
+        if kind == "decode":
+            return decode(Path(rest[0]), int(rest[1]))
+        return export_ours(Path(rest[0]), kind)
+    if args.work is None:
+        parser.error("--work is needed")
+    rounds, layers = (1, 4) if args.quick else (args.rounds, TINYLLAMA_1_1B.n_layers)
+    args.rounds = rounds
+    results: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    results["protocol"] = {"layers": layers, "threads": args.threads, "rounds": rounds, "prompt": PROMPT, "tokens": TOKENS}
+    args.work.mkdir(parents=True, exist_ok=True)
+    make_graphs(args.work, layers)
+    if "export" in args.rows:
+        for name in tqdm((*OURS, "builder"), desc="export"):
+            if name not in results.setdefault("export", {}) or "failed" in results["export"][name]:
+                results["export"][name] = run(name, args)
+                _keep(results, args.json)
+    if "speed" in args.rows and "speed" not in results:
+        results["speed"] = speeds(args)
+        _keep(results, args.json)
+    show(results)
+
+
+def _keep(results: dict[str, Any], path: Path | None) -> None:
+    from tinycompress.evaluate import environment
+
+    if path:
+        write_json(path, results | {"environment": environment()})
+
+
+def show(results: dict[str, Any]) -> None:
+    for name, row in results.get("export", {}).items():
+        words = row.get("failed") or f"{row['bytes'] / 1e6:7.0f} MB  {row['seconds']:6.1f} s  {row['peak_mb']:6.0f} MB peak"
+        print(f"export {name:12s} {words}")
+    for name, row in results.get("speed", {}).items():
+        print(f"decode {name:16s} {row['median']:6.1f} tok/s  ({', '.join(f'{v:.1f}' for v in row['rounds'])})")
+
+
+if __name__ == "__main__":
+    main()

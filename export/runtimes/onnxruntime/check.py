@@ -1,0 +1,76 @@
+"""An exported folder in ONNX Runtime by its plain Python interface: logits step by step, a padded batch, greedy tokens.
+
+    python check.py FOLDER … [--json FILE]
+
+The model runs as shipped (int8 activations where it says so), on past and present as separate arrays, as any program
+that only reads names and shapes from the model would run it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Reference, figures, greedy_agrees, is_exact, judge, main
+
+MARGIN = 0.25  # of the two best logits: closer ones may change places under int8 activations
+
+
+class Stepper:
+    """A session with its cache as arrays."""
+
+    def __init__(self, path: Path, batch: int = 1, level: int = 4) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))  # of the `std` profile's products
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [node.name for node in self.session.get_inputs()]
+        self.outputs = [node.name for node in self.session.get_outputs()]
+        self.shapes = {n.name: (n.shape[1], n.shape[3]) for n in self.session.get_inputs() if n.name.startswith("past_key_values.")}
+        self.reset(batch)
+
+    def reset(self, batch: int = 1) -> None:
+        self.past = {name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width) in self.shapes.items()}
+        self.length = 0
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """Logits [B, T, V] of the next ids [B, T]."""
+        batch, count = ids.shape
+        feeds = {"input_ids": ids, "attention_mask": np.ones((batch, self.length + count), np.int64)}
+        feeds["position_ids"] = np.tile(np.arange(self.length, self.length + count), (batch, 1))
+        outputs = dict(zip(self.outputs, self.session.run(None, {n: v for n, v in (feeds | self.past).items() if n in self.names})))
+        self.past = {name: outputs[name.replace("past_key_values", "present")] for name in self.past}
+        self.length += count
+        return outputs["logits"]
+
+
+def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    model = Stepper(folder / manifest["model"], level=manifest["accuracy_level"])
+    rows = np.concatenate([model.step(reference.ids[None, a:b])[0] for a, b in reference.spans()])
+    found: dict[str, Any] = figures(reference, rows)
+    failures = judge(reference, found, is_exact(folder))
+    model.reset()
+    tokens, new, start = [], reference.ids[None, : reference.prompt], time.perf_counter()
+    for _ in reference.greedy:
+        tokens.append(int(model.step(new)[0, -1].argmax()))
+        new = np.array([[tokens[-1]]])
+    speed = len(tokens) / (time.perf_counter() - start)
+    fine, about = greedy_agrees(reference, tokens, MARGIN)
+    model.reset(2)
+    pair = np.concatenate([model.step(np.tile(reference.ids[a:b], (2, 1)))[1] for a, b in reference.spans()])
+    batched = figures(reference, pair)
+    failures += [] if fine else [about]
+    failures += [f"batch {words}" for words in judge(reference, batched, is_exact(folder))]
+    return found | {"greedy": about.split()[1], "batch_kl": batched["kl"], "tok_s": speed}, failures
+
+
+if __name__ == "__main__":
+    main("onnxruntime", lambda: {"onnxruntime": ort.__version__}, check)

@@ -1,0 +1,46 @@
+"""An exported folder in Optimum's ORTModelForCausalLM: logits with its cache, and transformers' generate.
+
+    python check.py FOLDER … [--json FILE]
+
+Optimum takes the cache's shape from config.json: layers must agree in KV heads, and head_dim must be hidden / heads.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+warnings.filterwarnings("ignore")
+from optimum.onnxruntime import ORTModelForCausalLM  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Reference, figures, greedy_agrees, is_exact, judge, main  # noqa: E402
+
+MARGIN = 0.25
+
+
+@torch.inference_mode()
+def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    ids, past, rows = torch.from_numpy(reference.ids)[None], None, []
+    for start, stop in reference.spans():
+        out = model(input_ids=ids[:, start:stop], attention_mask=torch.ones(1, stop, dtype=torch.long), past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        rows.append(out.logits[0].numpy())
+    found: dict[str, Any] = figures(reference, np.concatenate(rows))
+    failures = judge(reference, found, is_exact(folder))
+    prompt = ids[:, : reference.prompt]
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(reference.greedy), do_sample=False, eos_token_id=None)
+    fine, about = greedy_agrees(reference, made[0, reference.prompt :].tolist(), MARGIN)
+    return found | {"greedy": about.split()[1]}, failures + ([] if fine else [about])
+
+
+if __name__ == "__main__":
+    names = ("optimum", "optimum-onnx", "transformers", "onnxruntime")
+    main("optimum", lambda: {name: metadata.version(name) for name in names}, check)

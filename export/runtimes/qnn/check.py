@@ -1,0 +1,49 @@
+"""An export of the `qnn` profile on Qualcomm's HTP: its emulator on x86-64 Linux, or the NPU of a Snapdragon machine.
+
+    python check.py FOLDER … [--reference DIR] [--json FILE]
+
+Prefill in chunks, then single steps behind the cache, on HTP with the CPU fallback off, against torch's logits; and as a
+figure the distance to ONNX Runtime's CPU provider on the same graphs, which is what HTP's own arithmetic adds. The
+architecture compiled for is HTP_ARCH (73, 75, 79 or 81; default 75); a process can hold one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import Reference, figures, judge, main
+from epcontext import session
+from static_session import StaticSession
+
+STEPS = 8  # last ids that are fed one by one: the emulator takes its time
+ARCH = os.environ.get("HTP_ARCH", "75")
+
+
+def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
+    """Figures against torch, and the failures among them."""
+    device = logits(StaticSession.from_folder(folder, lambda path: session(path, ARCH)), reference.ids)
+    cpu = logits(StaticSession.from_folder(folder), reference.ids)
+    found = figures(reference, device)
+    failures = judge(reference, found)
+    return found | {"htp_to_cpu": float(np.abs(device - cpu).max()), "peak": float(np.abs(cpu).max()), "htp": int(ARCH)}, failures
+
+
+def logits(model: StaticSession, ids: np.ndarray) -> np.ndarray:
+    """[T, V]: a prompt, then the last ids one at a time."""
+    cache, start = model.new_cache(), max(1, len(ids) - STEPS)
+    return np.concatenate([model.step(ids[:start], cache), *(model.step(ids[i : i + 1], cache) for i in range(start, len(ids)))])
+
+
+if __name__ == "__main__":
+    line = os.fdopen(os.dup(1), "w")  # the one line; what the libraries say goes to standard error
+    os.dup2(2, 1)
+    sys.stdout = line
+    main("qnn", lambda: {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")}, check)

@@ -1,0 +1,156 @@
+"""The support table: every kind of graph through every profile into every runtime that is installed.
+
+    python export/support.py [--runtime NAME] [--quick] [--out docs/support.md] [--json benchmarks/results/support.json]
+
+Small random graphs, exported at accuracy level 0 so that nothing but the export can differ, each checked by
+export/runtimes/<name>/check.py. A cell is what a check wrote, or why the profile refuses the graph; a runtime that is not
+installed has an empty column. `--quick` takes the first and the last kind only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tinycompress.config import Config, Layer
+from tinycompress.errors import InputError
+from tinycompress.evaluate import environment
+from tinycompress.export import PROFILES, export, prepare, read, run_check
+from tinycompress.export.runtime import python_of
+from tinycompress.files import write_json, write_text
+from tinycompress.graph import Graph, shapes
+from tinycompress.passes.rtn import RTN
+from tinycompress.quantize import QuantSpec
+from tinycompress.rope import Rope
+
+UNIFORM = (Layer(4, 2, 256),) * 3
+PRUNED = (Layer(4, 2, 256), Layer(2, 1, 192), Layer(0, 0, 128), Layer(4, 2, 0))  # widths differ, sublayers are gone
+STRETCHED = Rope(type="yarn", factor=4.0, original_max_position=32)
+POSITIONS = 64  # of the text: twice the original context of the stretched graphs
+
+PAIRS = {  # (profile, runtime)
+    ("ort", "onnxruntime"): "",
+    ("ort", "onnxruntime-genai"): "",
+    ("ort", "optimum"): "config.json of layers that differ is not Llama's, and Optimum takes the cache's shape from there",
+    ("ort", "ort-mobile"): "",
+    ("web", "transformers-js"): "",
+    ("web", "chromium"): "",
+    ("std", "onnxruntime"): "",
+    ("std", "openvino"): "",
+    ("openvino-npu", "openvino"): "",
+    ("qnn", "qnn"): "",
+    ("static", "rknn"): "",
+}
+UNIFORM_ONLY = ("optimum",)
+
+
+def tiny(layers: tuple[Layer, ...] = UNIFORM, rope: Rope | None = None, tied: bool = False) -> Graph:
+    """A random graph whose logits are far from uniform."""
+    config = Config(
+        vocab_size=256, hidden_size=256, head_dim=64, layers=layers, rope=rope or Rope(), max_position=128, tie_embeddings=tied, eos_token_id=2
+    )
+    generator = torch.Generator().manual_seed(0)
+    norms = {n: torch.rand(s, generator=generator) + 0.5 for n, s in shapes(config).items() if "norm" in n}
+    return Graph.random(config, 0, std=0.1).replace(weights=norms)
+
+
+CASES: Mapping[str, Callable[[], Graph]] = {
+    "dense": tiny,
+    "pruned, non-uniform": lambda: tiny(PRUNED),
+    "4 bits": lambda: RTN(QuantSpec(4, 64), head=True)(tiny()),
+    "8 bits": lambda: RTN(QuantSpec(8, 64), head=True)(tiny()),
+    "YaRN 4×": lambda: tiny(rope=STRETCHED),
+    "all together": lambda: RTN(QuantSpec(4, 64), head=True)(tiny(PRUNED, STRETCHED)),
+}
+
+
+def cell(profile: str, runtime: str, case: str, folder: Path) -> dict[str, Any]:
+    """What became of one kind of graph: {"state": "passed" | "failed" | "refused", "about", "figures"}."""
+    graph = CASES[case]()
+    if runtime in UNIFORM_ONLY and not graph.config.uniform:
+        return {"state": "refused", "about": PAIRS[profile, runtime], "figures": {}}
+    ids = torch.randint(graph.config.vocab_size, (POSITIONS,), generator=torch.Generator().manual_seed(1))
+    try:
+        manifest = export(graph, folder, profile, check=False, accuracy_level=0, progress=False)
+    except InputError as error:
+        return {"state": "refused", "about": str(error), "figures": {}}
+    prepared = read(folder) if PROFILES[profile].form == "static" else prepare(graph)  # static profiles round what is dense
+    result = run_check(runtime, folder, prepared, profile, ids)
+    state = "passed" if result["passed"] else "failed"
+    about = "; ".join(result["failures"])
+    return {"state": state, "about": about, "figures": result["figures"], "versions": result.get("versions", {}), "scheme": manifest["scheme"]}
+
+
+def table(results: Mapping[str, Mapping[str, dict[str, Any]]], machine: Mapping[str, Any]) -> str:
+    """docs/support.md."""
+    columns = [f"{p} · {r}" for p, r in PAIRS]
+    lines = ["# Support", "", "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from torch's logits", ""]
+    lines[2] += " at accuracy level 0, over a prompt, steps behind the cache, and text beyond the original context."
+    lines[2] += " NPUW computes in float16 and HTP on uint16 activations: larger by nature, and judged by KL, top tokens and perplexity."
+    lines += ["| graph | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    notes: list[str] = []
+    for case in CASES:
+        cells = [_show(results.get(c, {}).get(case), notes, f"{c}, {case}") for c in columns]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    versions = {k: v for row in results.values() for one in row.values() for k, v in one.get("versions", {}).items()}
+    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), "", "An empty cell was not run."]
+    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) + f". Machine: {machine['machine']}.", ""]
+    return "\n".join(lines)
+
+
+def _show(one: dict[str, Any] | None, notes: list[str], where: str) -> str:
+    if one is None:
+        return ""
+    if one["state"] == "passed":
+        errors = [v for k, v in one["figures"].items() if k.endswith("error")]
+        return f"{max(errors):.1g}" if errors else "passed"
+    notes.append(f"{where}: {one['about']}".replace("|", "\\|").replace("\n", " "))
+    return ("**failed**" if one["state"] == "failed" else "–") + f" [{len(notes)}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", help="only this one")
+    parser.add_argument("--quick", action="store_true", help="dense, and all together")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="keep the results here, and take those of an interrupted run from here")
+    args = parser.parse_args()
+    if args.runtime:
+        python_of(args.runtime)
+    results: dict[str, dict[str, dict[str, Any]]] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    cases = [c for i, c in enumerate(CASES) if not args.quick or i in (0, len(CASES) - 1)]
+    work = [(p, r, c) for p, r in PAIRS for c in cases if args.runtime in (None, r) and _installed(r)]
+    failed = 0
+    for profile, runtime, case in tqdm(work, desc="support", delay=2):
+        row = results.setdefault(f"{profile} · {runtime}", {})
+        if case in row and row[case]["state"] != "failed":
+            continue
+        with tempfile.TemporaryDirectory(prefix="tinycompress-") as folder:
+            row[case] = cell(profile, runtime, case, Path(folder) / "export")
+        failed += row[case]["state"] == "failed"
+        figures = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in row[case]["figures"].items())
+        tqdm.write(f"{runtime} · {profile} · {case}: {row[case]['state']} {row[case]['about'] or figures}")
+        if args.json:
+            write_json(args.json, results)
+    if args.out:
+        write_text(args.out, table(results, environment()))
+    sys.exit(failed > 0)
+
+
+def _installed(runtime: str) -> bool:
+    try:
+        return python_of(runtime).is_file()
+    except InputError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
