@@ -191,7 +191,7 @@ def test_gptaq_equals_the_naive_loop():
     H, cross, spec = seen.T @ seen, x.T @ seen, QuantSpec(4, 8)
     q = gptq_quantize(W, H, spec, order="natural", cross=cross, propagate=0.25, correction="gptaq", block=8)
     scales, _ = find_grid("w", W, spec, H.diagonal().float())
-    damped, U, _ = damped_factor(H, 8, "natural", 0.01, "w")
+    _damped, U, _ = damped_factor(H, 8, "natural", 0.01, "w")
     P = 0.25 * torch.triu((cross - H) @ U.T, 1) @ U
     w, expected = W.double().clone(), torch.empty(16, 24)
     for j in range(24):
