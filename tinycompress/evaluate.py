@@ -23,7 +23,7 @@ from .errors import InputError
 from .model import Transformer, check_ids
 
 Model = Callable[[Tensor], Tensor]
-CHUNK = 1024  # positions whose logits exist at one time
+CHUNK = 2048  # positions whose logits exist at one time
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .quantize import QuantLinear, QuantTensor
 from .rope import Rope
 from .self_extend import SelfExtend
 
-ROWS = 1024  # positions an FFN takes at a time without gradients
+ROWS = 2048  # positions an FFN takes at a time without gradients
 MASK_ROWS = 512  # queries behind a cache that are masked at a time
 
 

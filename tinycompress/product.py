@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_TRAINED = 256  # rows from which a product with gradients goes to oneDNN
-MIN_ROWS = 1024  # below it, logits stay bit for bit what torch's own products give, and so what transformers computes
+MIN_ROWS = 2048  # below it, logits stay bit for bit what torch's own products give, and so what transformers computes
 
 
 def _prefer_onednn() -> bool:
