@@ -6,7 +6,7 @@ Each engine lives in its own process (so that its peak memory is its own); the t
 the same weights, ids, dtype (float32) and threads. Speeds are medians over rounds and the ratio is the median of the
 rounds' ratios: a machine that is slower for a while is slower for both. "with head" is the whole forward to logits,
 "without" stops at the last hidden states. transformers runs as it comes (SDPA attention, its default cache). "floor" is
-the bare matrix products and attention of the same shapes, with nothing between them: what no forward can beat.
+the bare matrix products and attention of the same shapes as torch computes them, with nothing between them.
 """
 
 from __future__ import annotations
