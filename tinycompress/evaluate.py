@@ -56,21 +56,27 @@ def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexit
         check_ids(tokens, model.config.vocab_size)
         if tokens.shape[1] > model.config.max_position:
             raise InputError("seq_len", tokens.shape[1], f"at most the model's context, {model.config.max_position}")
-    bar = tqdm(tokens, desc="perplexity", unit="window", delay=2, disable=not progress)
-    nll = [window_nll(model, window[None]).mean() for window in bar]
-    return Perplexity(torch.stack(nll).double().cpu(), tokens.shape[1])
+    together = max(1, CHUNK // tokens.shape[1]) if isinstance(model, Transformer) else 1
+    nll = []
+    with tqdm(total=len(tokens), desc="perplexity", unit="window", delay=2, disable=not progress) as bar:
+        for windows in tokens.split(together):
+            nll.append(window_nll(model, windows).mean(1))
+            bar.update(len(windows))
+    return Perplexity(torch.cat(nll).double().cpu(), tokens.shape[1])
 
 
 def window_nll(model: Model, ids: Tensor) -> Tensor:
-    """ids [1, T] to the NLL of tokens 1 … T-1, float32 [T-1]; logits of a Transformer exist only `CHUNK` at a time."""
+    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist only `CHUNK` at a time."""
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # nothing follows a window's last token: it counts as 0
     parts: Iterable[tuple[Tensor, Tensor]]
     if isinstance(model, Transformer):
-        hidden = model.hidden(ids.to(model.device))[0, :-1]
-        parts = ((model.lm_head(h), t) for h, t in zip(hidden.split(CHUNK), ids[0, 1:].to(model.device).split(CHUNK)))
+        hidden = model.hidden(ids.to(model.device)).flatten(0, 1)
+        parts = ((model.lm_head(h), t.to(h.device)) for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
     else:
-        logits = model(ids)[0, :-1]
-        parts = zip(logits.split(CHUNK), ids[0, 1:].to(logits.device).split(CHUNK))
-    return torch.cat([F.cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
+        logits = model(ids).flatten(0, 1)
+        parts = zip(logits.split(CHUNK), targets.to(logits.device).split(CHUNK))
+    nll = torch.cat([F.cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
+    return nll.view(ids.shape)[:, :-1]
 
 
 @dataclass(frozen=True)
