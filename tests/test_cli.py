@@ -19,6 +19,7 @@ from tinycompress import checkpoint, data
 from tinycompress.cli import app
 from tinycompress.graph import Config, Graph, Layer
 from tinycompress.quantize import QuantTensor
+from tinycompress.report import folder_bytes
 from tinycompress.tokenizer import Tokenizer
 
 UNIFORM = Config(vocab_size=300, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 128),) * 2, max_position=64, eos_token_id=0)
@@ -324,3 +325,10 @@ def test_as_a_program(tmp_path: Path) -> None:
     """The installed entry point: exit code and one line, no traceback."""
     done = subprocess.run([sys.executable, "-m", "tinycompress.cli", "inspect", str(tmp_path / "none")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: model: found")
+
+
+def test_a_folders_bytes_are_those_of_everything_in_it(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "a").write_bytes(b"12")
+    (tmp_path / "onnx" / "b").write_bytes(b"345")
+    assert folder_bytes(tmp_path) == 5 and folder_bytes(tmp_path / "a") == 2

@@ -121,7 +121,7 @@ def print_history(graph: Graph, console: Console) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in ([folder] if folder.is_file() else folder.iterdir()))
+    return sum(path.stat().st_size for path in ([folder] if folder.is_file() else folder.rglob("*")) if path.is_file())
 
 
 def human(size: float) -> str:
