@@ -44,3 +44,11 @@ def test_gradients_are_torchs(monkeypatch, bias, frozen):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert product(*inputs).dtype == torch.bfloat16  # autocast sees to its own products
+
+
+def test_strided_operands(monkeypatch):
+    monkeypatch.setattr(module, "PREFER_ONEDNN", torch.backends.mkldnn.is_available())
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(24, 7, generator=g).T
+    for x in (torch.randn(24, 90, generator=g).T, torch.randn(4, 30, 24, generator=g)[:, ::2], torch.randn(9, 48, generator=g)[:, 3:27]):
+        assert torch.allclose(product(x, w, min_rows=1), F.linear(x, w), atol=1e-5)
