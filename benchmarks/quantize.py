@@ -103,23 +103,35 @@ def one(args: argparse.Namespace) -> dict[str, object]:
         "forward_seconds": forward,
         "peak_mb": round(peak),
         "peak_before_mb": round(base),
+        "machine": environment()["machine"],
         "history": list(out.history[len(graph.history) :]),
     }
 
 
-def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, object], machine: str) -> str:
+def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, object]) -> str:
     """Markdown of the rows found, for each spec."""
-    lines = ["# Quantization, step by step", "", f"{protocol}, {machine}; made by `benchmarks/quantize.py`.", ""]
+    lines = ["# Quantization, step by step", "", f"{protocol}; made by `benchmarks/quantize.py`.", ""]
     for spec, rows in found.items():
-        lines += [f"## {spec}", "", "| | perplexity | ΔNLL a token | against | seconds (one forward) | peak MB |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"## {spec}",
+            "",
+            "| | perplexity | ΔNLL a token | against | seconds (one forward) | peak MB | machine |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for name in ROWS:
             row = rows.get(name)
             if row is None:
                 continue
             other = ROWS[name][0]
             delta = "" if other is None or other not in rows else str(_difference(row, rows[other]))
-            cost = f"{row['seconds']:.0f}" + (f" ({row['forward_seconds']:.0f})" if row["forward_seconds"] else "") if name != "float" else ""
-            lines.append(f"| {name} | {row['perplexity']:.2f} | {delta} | {other if delta else ''} | {cost} | {row['peak_mb']} |")
+            cost = (
+                "shared machine"
+                if row["seconds"] is None
+                else f"{row['seconds']:.0f}" + (f" ({row['forward_seconds']:.0f})" if row["forward_seconds"] else "")
+                if name != "float"
+                else ""
+            )
+            lines.append(f"| {name} | {row['perplexity']:.2f} | {delta} | {other if delta else ''} | {cost} | {row['peak_mb']} | {row['machine']} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -161,9 +173,8 @@ def main() -> None:
             print(f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds']:6.0f} s  {row['peak_mb']} MB", flush=True)
             found.setdefault(spec, {})[name] = row
             if not args.quick:
-                machine = environment()
-                write_json(path, {"protocol": protocol, "rows": found, "environment": machine})
-                write_text(RESULTS / "quantize.md", table(found, protocol, machine["machine"]))
+                write_json(path, {"protocol": protocol, "rows": found, "environment": environment()})
+                write_text(RESULTS / "quantize.md", table(found, protocol))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ class Finding:
     ours: Interval
     criterion: str
     holds: bool
+    machine: str = ""  # where it was measured: a resumed run keeps findings of another
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
         write_readme()
 
     for finding in experiment(bench):
+        if finding not in earlier:
+            finding = replace(finding, machine=environment()["machine"])
         findings.append(finding)
         note = ", from an earlier run" if finding in earlier else ""
         print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}{note}", flush=True)
@@ -142,7 +145,8 @@ def write_readme() -> None:
         for f in result["findings"]:
             name = f"[`{file.stem}`]({result.get('script', file.stem)}.py)"
             lines.append(f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |")
-        p, machine = result["protocol"], result["environment"]["machine"]
+        p = result["protocol"]
+        machine = " and ".join(dict.fromkeys(f.get("machine") or result["environment"]["machine"] for f in result["findings"]))
         if "how" in result:
             notes.append(f"{result['how']} {machine}, {result['minutes']} minutes.")
             continue
