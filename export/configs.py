@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from tinycompress.decode import end_tokens
 from tinycompress.files import write_json
 from tinycompress.graph import Config, Graph
-from tinycompress.model import end_tokens
 from tinycompress.quantize import QuantTensor
 
 from .attention import fused

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tinycompress.config import Config
+from tinycompress.decode import check_ids, decode, decode_room, end_tokens
 from tinycompress.errors import InputError
-from tinycompress.model import check_ids, decode, decode_room, end_tokens
 from tinycompress.tokenizer import Tokenizer
 
 from .attention import fused

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tinycompress.config import Config
+from tinycompress.decode import check_ids, decode, decode_room, end_tokens
 from tinycompress.errors import InputError
-from tinycompress.model import check_ids, decode, decode_room, end_tokens
 from tinycompress.tokenizer import Tokenizer
 
 from .read import check_sizes, read_manifest

@@ -35,10 +35,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.config import Config
+from tinycompress.decode import check_ids
 from tinycompress.errors import InputError
 from tinycompress.files import inside
 from tinycompress.graph import Graph
-from tinycompress.model import Transformer, check_ids, rotate
+from tinycompress.model import Transformer, rotate
 from tinycompress.tokenizer import Tokenizer
 
 from .attention import frequencies, unrotated_keys

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinycompress.decode import sample
 from tinycompress.errors import InputError
 from tinycompress.graph import Config, Graph, Layer, cut
-from tinycompress.model import sample
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
 from tinycompress.rope import Rope

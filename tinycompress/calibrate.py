@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .decode import check_ids
 from .errors import InputError
 from .graph import Feed, Graph, Weight, feeds
-from .model import Block, Embedding, Norm, RotaryTables, check_ids, keep_heap, linear
+from .model import Block, Embedding, Norm, RotaryTables, keep_heap, linear
 from .product import outer, product
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory

@@ -32,7 +32,7 @@ WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 def tokens(source: str | Path, tokenizer: Tokenizer | None, n: int, seq_len: int, seed: int | None = None, split: str = "train") -> Tensor:
     """Token ids [n, seq_len], int64: the first n windows in a row, or with a `seed` n windows drawn from all of them.
 
-    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is for `model.check_ids`.
+    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is for `decode.check_ids`.
     """
     if tokenizer is None:
         raise InputError("tokenizer", "none", "a model folder with a tokenizer.json")

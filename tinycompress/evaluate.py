@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .decode import check_ids
 from .errors import InputError
-from .model import Transformer, check_ids
+from .model import Transformer
 
 Model = Callable[[Tensor], Tensor]
 CHUNK = 2048  # positions whose logits exist at one time

@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
+from .decode import check_ids
 from .errors import InputError
 from .evaluate import CHUNK, Interval, bootstrap, perplexity
-from .model import Transformer, check_ids
+from .model import Transformer
 
 
 def full_windows(model: Transformer, stream: Tensor, length: int, windows: int | None = None, progress: bool = True) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .calibrate import BATCH_TOKENS
+from .decode import check_ids, end_tokens
 from .errors import InputError
 from .graph import Graph
 from .losses import HiddenTarget
-from .model import Block, Embedding, Norm, RotaryTables, Transformer, check_ids, end_tokens
+from .model import Block, Embedding, Norm, RotaryTables, Transformer
 
 
 class OnlineTeacher:

@@ -27,11 +27,11 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from ..decode import check_ids
 from ..errors import InputError
 from ..evaluate import perplexity
 from ..files import read_json, write_json
 from ..graph import Graph
-from ..model import check_ids
 from ..rope import Rope
 
 Factors = tuple[float, ...]
