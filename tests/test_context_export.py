@@ -46,25 +46,28 @@ def test_every_method_survives_export(method, times, tmp_path):
         torch.testing.assert_close(exported.step(piece, ours), model(piece, theirs), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("times", [2, 4, 8])
 @pytest.mark.parametrize("method", [*METHODS, "longrope"])
 @pytest.mark.parametrize("head_dim", [8, 16])
-def test_genai_decodes_over_the_trained_length(method, head_dim, tmp_path):
+def test_genai_decodes_over_the_trained_length(method, head_dim, times, tmp_path):
+    """Greedy text over the trained length to the end of the context; the prompt ends before it, and beyond it."""
     og = pytest.importorskip("onnxruntime_genai")
     from tinycompress.export import export
 
-    graph = stretched(method, 2, head_dim)
+    graph = stretched(method, times, head_dim)
     export(graph, tmp_path / "out", accuracy_level=0, check=False, progress=False)
-    prompt = [1, *ids_of(graph, TRAINED - 8).clamp(min=3).tolist()]
-    model = og.Model(str(tmp_path / "out"))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=2 * TRAINED)
-    generator = og.Generator(model, params)
-    generator.append_tokens(torch.tensor(prompt, dtype=torch.int32).numpy())
-    while not generator.is_done():
-        generator.generate_next_token()
-    written = [int(t) for t in generator.get_sequence(0)][len(prompt) :]
-    expected = graph.module().generate(torch.tensor(prompt), 2 * TRAINED - len(prompt)).tolist()
-    assert written[: len(expected)] == expected and written[len(expected) :] in ([], [graph.config.eos_token_id])
+    runtime, model, end = og.Model(str(tmp_path / "out")), graph.module(), times * TRAINED
+    for length in (TRAINED - 8, end - 24):
+        prompt = [1, *ids_of(graph, length).clamp(min=3).tolist()]
+        params = og.GeneratorParams(runtime)
+        params.set_search_options(max_length=end)
+        generator = og.Generator(runtime, params)
+        generator.append_tokens(torch.tensor(prompt, dtype=torch.int32).numpy())
+        while not generator.is_done():
+            generator.generate_next_token()
+        written = [int(t) for t in generator.get_sequence(0)][len(prompt) :]
+        expected = model.generate(torch.tensor(prompt), end - len(prompt)).tolist()
+        assert written[: len(expected)] == expected and written[len(expected) :] in ([], [graph.config.eos_token_id])
 
 
 def test_padding_on_either_side_changes_nothing(tmp_path):
