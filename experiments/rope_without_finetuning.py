@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--times", nargs="+", type=int, default=[2], help="lengths, in trained lengths (default: 2)")
     parser.add_argument("--tokens", type=int, default=53248, help="evaluation tokens a length and text (default: 53,248)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--within", nargs="+", choices=METHODS[1:], default=list(METHODS[1:]), help="methods set for 2·L that are measured at L too (default: all)"
+    )
     parser.add_argument("--population", type=int, default=12, help="of LongRoPE's search (default: 12)")
     parser.add_argument("--generations", type=int, default=4, help="of LongRoPE's search (default: 4)")
     parser.add_argument("--search-windows", type=int, default=1, help="of LongRoPE's search, each of the target length (default: 1)")
@@ -62,7 +65,7 @@ def main() -> None:
     if args.quick:
         args.tokens, args.population, args.generations = 0, 4, 1
     graph = load(args.model, dtype=torch.float32)
-    protocol = {k: v for k, v in vars(args).items() if k not in ("work", "quick", "name", "methods")}
+    protocol = {k: v for k, v in vars(args).items() if k not in ("work", "quick", "name", "methods", "within")}
     protocol |= {"model": named(args.model), "text": [named(t) for t in args.text], "calibration": named(args.calibration)}
     protocol["trained"] = graph.config.max_position
     rows = Rows(args.name or f"rope_without_finetuning_{protocol['model']}", (__doc__ or "").splitlines()[0], protocol, how(protocol), not args.quick)
@@ -92,9 +95,8 @@ def measure(graph: Graph, text: str, args: argparse.Namespace, rows: Rows) -> li
         for method in args.methods:
             by[method, times, times * trained] = row(method, times, times * trained)
     if 2 in args.times:
-        for method in args.methods:
-            if method != "unscaled":
-                by[method, 2, trained] = row(method, 2, trained)
+        for method in args.within:
+            by[method, 2, trained] = row(method, 2, trained)
 
     def difference(a: tuple[str, int, int], b: tuple[str, int, int], claim: str, paper: str) -> list[Finding]:
         if a not in by or b not in by:
