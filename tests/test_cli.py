@@ -112,7 +112,7 @@ def test_prune_stretch_quantize_in_this_order(made: Path, tmp_path: Path) -> Non
     graph = checkpoint.load(tmp_path / "out")
     assert [step.split("(")[0] for step in graph.history] == ["Prune", "ScaleRope", "GPTQ"]
     assert sum(layer.ffn_dim for layer in graph.config.layers) == 2 * 96 and all(layer.ffn_dim % 32 == 0 for layer in graph.config.layers)
-    assert graph.config.max_position == 128 and graph.config.rope.type == "yarn"
+    assert graph.config.max_position == 128 and ("ScaleRope(context=128" in graph.history[1])
     assert isinstance(graph.weights["model.layers.0.mlp.down_proj.weight"], QuantTensor)
     assert graph.tokenizer is not None
     for word in (f"{UNIFORM.n_params:,}", f"{graph.config.n_params:,}", "Prune(", "'ffn': 0.75", "GPTQ("):
@@ -168,6 +168,7 @@ def test_a_work_folder_is_taken_up(made: Path, tmp_path: Path) -> None:
         (["--quantize", "w4g8", "--export", "ort"], ["group_size", "8", "multiple of 16"]),
         (["--context", "32"], ["context", "32", "64"]),
         (["--context", "128", "--rope-method", "magic"], ["'magic'", "auto | linear | ntk | ntk-by-parts | dynamic | yarn | llama3"]),
+        (["--context", "100000000"], ["pydoc", "or name a --rope-method, which needs no text"]),
         (["--export", "toaster"], ["'toaster'", "ort"]),
         (["--export", "ort", "--format", "dense"], ["--format"]),
         (["--prune", "ffn=0.5", "--seq-len", "65"], ["--seq-len", "65", "64"]),

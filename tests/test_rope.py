@@ -12,7 +12,7 @@ from tinycompress.errors import InputError
 from tinycompress.evaluate import perplexity
 from tinycompress.graph import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Graph, Layer
 from tinycompress.hf import config_to_hf, rope_from_hf
-from tinycompress.passes.rope import METHODS, STATIC, ChooseRope, ScaleRope, scale_rope
+from tinycompress.passes.rope import METHODS, UNTRAINED, ChooseRope, ScaleRope, scale_rope
 from tinycompress.recipe import Recipe
 from tinycompress.rope import Rope
 
@@ -180,12 +180,12 @@ def test_longrope_with_one_list_does_not_vary():
 
 def test_the_best_method_is_chosen_on_the_text(tiny):
     text = torch.randint(128, (2, 128), generator=torch.Generator().manual_seed(0))
-    losses = {method: perplexity(ScaleRope(128, method)(tiny).module(), text).nll.mean().item() for method in STATIC}
+    losses = {method: perplexity(ScaleRope(128, method)(tiny).module(), text).nll.mean().item() for method in UNTRAINED}
     best = min(losses, key=losses.__getitem__)
     chosen = ChooseRope(text)(tiny)
-    assert len(set(losses.values())) == 4 and chosen.config == ScaleRope(128, best)(tiny).config
+    assert len(set(losses.values())) == 3 and chosen.config == ScaleRope(128, best)(tiny).config
     assert chosen.history == (f"ScaleRope(context=128, method='{best}')",)
-    others = tuple(method for method in STATIC if method != best)
+    others = tuple(method for method in UNTRAINED if method != best)
     assert ChooseRope(text, others)(tiny).history != chosen.history
     with pytest.raises(InputError, match="at least one window"):
         ChooseRope(text[:0])(tiny)
@@ -195,7 +195,8 @@ def test_the_best_method_is_chosen_on_the_text(tiny):
 
 def test_a_recipe_measures_the_scaling_when_asked(tiny):
     auto = Recipe(context=128, rope_method="auto")
-    assert auto.measures_context and not Recipe(context=128).measures_context and not Recipe(rope_method="auto").measures_context
+    assert auto.measures_context(tiny) and not Recipe(context=128, rope_method="yarn").measures_context(tiny)
+    assert Recipe(context=128).measures_context(tiny) and not Recipe().measures_context(tiny)
     assert auto.check(tiny).max_position == 128
     text = torch.randint(128, (1, 128), generator=torch.Generator().manual_seed(0))
     (step,) = auto.passes(tiny, long_tokens=text)
@@ -206,6 +207,13 @@ def test_a_recipe_measures_the_scaling_when_asked(tiny):
         Recipe(context=32, rope_method="auto").check(tiny)
     with pytest.raises(InputError, match=r"--rope-method.*'magic'.*auto \| linear"):
         Recipe(rope_method="magic")
+
+
+def test_a_recipe_without_a_method_keeps_the_model_s_own(tiny):
+    for method in ("yarn", "ntk-by-parts", "linear"):
+        graph = ScaleRope(128, method)(tiny)
+        (step,) = Recipe(context=256).passes(graph)
+        assert step == ScaleRope(256, method) and Recipe(context=256).check(graph) == step(graph).config
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -112,8 +112,12 @@ def compress(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Stretch the context to this many positions.")] = None,
     rope_method: Annotated[
-        str, typer.Option(help="How to stretch it: yarn, ntk, ntk-by-parts, linear, dynamic, llama3; auto measures on a window of that length.")
-    ] = "yarn",
+        str | None,
+        typer.Option(
+            help="How to stretch it: auto (by what a window of that length speaks for), ntk, yarn, ntk-by-parts, linear, dynamic, llama3.  "
+            "[default: as the model already is, else auto]"
+        ),
+    ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
     quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
     quantize_embedding: Annotated[
@@ -136,7 +140,8 @@ def compress(
     \b
     Examples:
       tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
-      tinycompress compress smollm2-135m --context 16384 --rope-method auto -o long
+      tinycompress compress smollm2-135m --context 16384 -o long
+      tinycompress compress smollm2-135m --context 16384 --rope-method yarn -o long
       tinycompress compress model.gguf -o copy
       tinycompress compress smollm2-135m --quantize w4g64 --export ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
@@ -172,10 +177,13 @@ def compress(
 
     tokens = read_tokens(before, calibration, samples, seq_len, 1024, "train", seed) if recipe.calibrates else None
     long_tokens = None
-    if context is not None and recipe.measures_context:
+    if context is not None and recipe.measures_context(before):
         from .data import tokens as read
 
-        long_tokens = read(calibration, need_tokenizer(before), 1, context, seed=seed, split="train")
+        try:
+            long_tokens = read(calibration, need_tokenizer(before), 1, context, seed=seed, split="train")
+        except InputError as error:
+            raise InputError(error.field, error.found, f"{error.accepted}; or name a --rope-method, which needs no text") from None
     after = pipeline.run(before, recipe.passes(before, tokens, long_tokens), work)
     if export:
         from .export import export as write

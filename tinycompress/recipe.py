@@ -16,7 +16,7 @@ from .passes.embedding import QuantizeEmbedding
 from .passes.gptq import GPTQ
 from .passes.prune import Prune
 from .passes.rope import METHODS as ROPE_METHODS
-from .passes.rope import ChooseRope, ScaleRope
+from .passes.rope import ChooseRope, ScaleRope, method_of
 from .passes.rtn import RTN
 from .quantize import QuantSpec, targets
 
@@ -31,7 +31,7 @@ class Recipe:
 
     prune: str | None = None
     context: int | None = None
-    rope_method: str = "yarn"
+    rope_method: str | None = None  # None: that by which the model is already scaled; for an unscaled one, AUTO
     quantize: QuantSpec | None = None
     quantize_method: str = "gptq"
     quantize_embedding: QuantSpec | None = None
@@ -39,16 +39,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.quantize_method not in METHODS:
             raise InputError("--quantize-method", repr(self.quantize_method), " | ".join(METHODS))
-        if self.rope_method not in (AUTO, *ROPE_METHODS):
+        if self.rope_method not in (None, AUTO, *ROPE_METHODS):
             raise InputError("--rope-method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
 
     @property
     def calibrates(self) -> bool:
         return self.prune is not None or (self.quantize is not None and self.quantize_method == "gptq")
 
-    @property
-    def measures_context(self) -> bool:
-        return self.context is not None and self.rope_method == AUTO
+    def scaling(self, graph: Graph) -> str:
+        """How the context of `graph` is stretched: one of ROPE_METHODS, or AUTO."""
+        return self.rope_method or method_of(graph.config.rope) or AUTO
+
+    def measures_context(self, graph: Graph) -> bool:
+        return self.context is not None and self.scaling(graph) == AUTO
 
     def passes(self, graph: Graph, tokens: Tensor | None = None, long_tokens: Tensor | None = None) -> list[Pass]:
         """The passes for `graph`; those that calibrate do so on `tokens`, and refuse to run without. `long_tokens`
@@ -57,10 +60,10 @@ class Recipe:
         out: list[Pass] = []
         if self.prune:
             out.append(prune_pass(tokens, self.prune, (self.quantize and self.quantize.group_size) or WIDTHS))
-        if self.context is not None and self.measures_context:
+        if self.context is not None and self.measures_context(graph):
             out.append(ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens))
         elif self.context is not None:
-            out.append(ScaleRope(context=self.context, method=self.rope_method))
+            out.append(ScaleRope(context=self.context, method=self.scaling(graph)))
         if self.quantize:
             out.append(RTN(self.quantize) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
         if self.quantize_embedding:
