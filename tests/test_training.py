@@ -95,6 +95,18 @@ def test_the_log_has_a_line_a_step(tmp_path):
     assert lines[4]["tokens"] == 4 * 2 * 16 and lines[2]["lr"] == training.rate(1, 4)
 
 
+def test_tensorboard_shows_what_the_lines_say(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher, student = pair()
+    Distill(windows(), teacher, Training(steps=3, batch=2), held_out={"a": windows(3, 1)}, log=tmp_path)(student)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"):
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines[1:]]
+    assert [e.value for e in board.Scalars("perplexity/a")] == pytest.approx([lines[i]["perplexity"]["a"] for i in (0, 3)], rel=1e-6)
+
+
 def test_early_stop_gives_the_best_weights_back(tmp_path):
     """Trained on labels of one text with far too high a rate, the held-out loss of another only rises."""
     _, student = pair()
