@@ -116,7 +116,7 @@ class Distill:
             held_out=self._held_out(),
             work=None if self.work is None else Path(self.work),
             log=None if self.log is None else Path(self.log),
-            key=self._key(graph) if self.work else "",
+            key=self.key(graph) if self.work else "",
         )
         with torch.no_grad():
             changed = self._weights(graph, network, parameters)
@@ -151,7 +151,7 @@ class Distill:
             return {} if self.held_out is None else {"held_out": self.held_out}
         return self.held_out
 
-    def _key(self, graph: Graph) -> str:
+    def key(self, graph: Graph) -> str:
         """Equal for runs that compute the same: everything but where and how often states and logs are written."""
         teacher = self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
         settings = asdict(replace(self.training, save_every=1))
