@@ -184,9 +184,11 @@ def weighted(option: str, text: str) -> list[tuple[str, Any]]:
         before, _, kind = part.rpartition("*")
         start, *ends = before.split(":") if before else ["1"]
         try:
-            if len(ends) > 2:
-                raise ValueError
-            out.append((kind.strip(), Ramp(float(start), float(ends[0]), *ends[1:]) if ends else float(start)))
+            if ends:
+                end, shape = ends if len(ends) == 2 else (*ends, "linear")
+                out.append((kind.strip(), Ramp(float(start), float(end), shape)))
+            else:
+                out.append((kind.strip(), float(start)))
         except InputError:  # which is a ValueError
             raise
         except ValueError:
