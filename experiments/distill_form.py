@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from form import Bench
 from torch import Tensor
 
-from tinycompress import PruneFFN
+from tinycompress import PruneFFN, load, save
 from tinycompress.graph import Graph, cut
 from tinycompress.passes.distill import Distill
 from tinycompress.teacher_cache import TeacherCache, write_cache
@@ -33,11 +35,20 @@ def depth_pruned(bench: Bench) -> Graph:
     return cut(bench.graph, "layers", [i for i in range(n) if not first <= i < first + gone])
 
 
-def heal(bench: Bench, student: Graph, seed: int, epochs: float = 1.0, order: int = 0, **how: Any) -> Graph:
+def heal(bench: Bench, student: Graph, seed: int, epochs: float = 1.0, order: int = 0, lr: float = LR, **how: Any) -> Graph:
     """The student after `epochs` over the calibration windows (in pieces of 256 tokens), four an update. Another
-    `order` is another permutation of them."""
-    training = Training(epochs=epochs, lr=LR, batch=4, seed=seed + 1000 * order)
-    return Distill(windows(bench, seed), training=training, **how)(student)
+    `order` is another permutation of them. Under `bench.work` a killed run goes on, and a finished one is read back."""
+    training = Training(epochs=epochs, lr=lr, batch=4, seed=seed + 1000 * order)
+    pass_ = Distill(windows(bench, seed), training=training, **how)
+    if bench.work is None:
+        return pass_(student)
+    folder = bench.work / pass_.key(student)[:16]
+    done = folder / "done"
+    if not done.exists():
+        save(replace(pass_, work=folder)(student), done)
+        for state in folder.glob("step-*"):  # three times the size of what it led to
+            shutil.rmtree(state)
+    return load(done)
 
 
 def windows(bench: Bench, seed: int) -> Tensor:

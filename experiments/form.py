@@ -54,6 +54,7 @@ class Bench:
     samples: int
     quick: bool
     earlier: tuple[Finding, ...] = ()
+    work: Path | None = None  # where long steps may keep what they made
 
     def kept(self, claim: str) -> Finding | None:
         """The finding of an earlier run for this claim, up to what the claim says in brackets."""
@@ -87,6 +88,7 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens (default: 32)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: 3)")
+    parser.add_argument("--work", type=Path, help="keep trained models here (those of SmolLM2 take 0.5 GB each), so that a killed run goes on")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, little data, nothing written")
     parser.add_argument("--again", action="store_true", help="measure everything again, also what the result file has under this protocol")
     args = parser.parse_args(argv)
@@ -96,11 +98,11 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     graph = load(args.model, dtype=torch.float32)
     evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test")
     # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
-    options = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k != "again"}
+    options = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k not in ("again", "work")}
     protocol = options | {"seq_len": evaluation.shape[1]}
     file = HERE / "results" / f"{path.stem}.json"
     earlier, minutes = ((), 0.0) if args.quick or args.again else read_findings(file, protocol)
-    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick, earlier)
+    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick, earlier, args.work)
     findings: list[Finding] = []
 
     def write(rows: list[Finding]) -> None:

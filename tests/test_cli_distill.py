@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from tinycompress import checkpoint
 from tinycompress.cli import app
-from tinycompress.cli_distill import parse_losses
+from tinycompress.cli_distill import parse_hidden, parse_losses
 from tinycompress.errors import InputError
 from tinycompress.graph import Config, Graph, Layer
+from tinycompress.hidden_losses import HiddenLoss
 from tinycompress.losses import Loss
 from tinycompress.quantize import QuantTensor
+from tinycompress.schedule import Ramp
 from tinycompress.tokenizer import Tokenizer
 
 
@@ -67,13 +69,31 @@ def test_a_cache_stands_in_for_the_teacher_and_a_grid_is_packed(made, tmp_path):
     assert isinstance(checkpoint.load(tmp_path / "packed").weights["model.layers.0.mlp.up_proj.weight"], QuantTensor)
     code, text = run("distill", made / "student", "--cache", tmp_path / "cache", *options, "--seq-len", 8, "-o", tmp_path / "no")
     assert code == 2 and "a cache of other tokens" in text
+    cached = ["distill", made / "student", "--cache", tmp_path / "cache", *options, "-o", tmp_path / "same"]
+    assert run(*cached, "--teacher", made / "teacher")[0] == 0
+    code, text = run(*cached[:-1], tmp_path / "no", "--teacher", made / "student")
+    assert code == 2 and "one made by another teacher" in text and not (tmp_path / "no").exists()
+
+
+def test_inner_losses_that_fade_under_a_budget_of_tokens(made, tmp_path):
+    options = common(made)
+    options[options.index("--steps") : options.index("--steps") + 2] = ["--tokens", 5 * 4 * 16]
+    extra = ["--loss", "kl+1:0*ce", "--hidden", "0.5*mse+1:0:cosine*relation+attention", "--relation-heads", 1]
+    code, text = run("distill", made / "student", "--teacher", made / "teacher", *options, *extra, "--log", tmp_path / "log", "-o", tmp_path / "out")
+    assert code == 0, text
+    history = checkpoint.load(tmp_path / "out").history[-1]
+    assert "Ramp(start=1.0, end=0.0, shape='cosine'" in history and "kind='attention'" in history and "heads=1" in history
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log/train.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_is_refused(made, tmp_path):
     base = ["distill", made / "student", *common(made), "-o", tmp_path / "no"]
     for extra, words in (
         ([], "--teacher and --cache: found neither"),
-        (["--teacher", made / "teacher", "--cache", "x"], "found both"),
+        (["--teacher", made / "teacher", "--tokens", 100], "exactly one of the three"),
+        (["--teacher", made / "teacher", "--hidden", "kl"], "cosine | mse | relation | attention"),
+        (["--teacher", made / "teacher", "--hidden", "relation", "--relation-heads", 5], "HiddenLoss.heads"),
         (["--teacher", made / "other"], "a vocabulary of 48 tokens"),
         (["--teacher", made / "teacher", "--seq-len", "99"], "--seq-len: found 99"),
         (["--teacher", made / "teacher", "--loss", "mse"], "kl | reverse_kl"),
@@ -92,5 +112,8 @@ def test_what_is_refused(made, tmp_path):
 def test_losses_by_name():
     assert parse_losses("kl") == (Loss(),)
     assert parse_losses("0.8*kl+0.2*ce", 2.0) == (Loss("kl", 0.8, 2.0), Loss("ce", 0.2))
-    with pytest.raises(InputError):
-        parse_losses("")
+    assert parse_losses("1:0.5*kl + 0:1:cosine*ce") == (Loss("kl", Ramp(1, 0.5)), Loss("ce", Ramp(0, 1, "cosine")))
+    assert parse_hidden(None) == () and parse_hidden("0.5*cosine+relation", 4) == (HiddenLoss("cosine", 0.5), HiddenLoss("relation", heads=4))
+    for bad in ("", "1:2:linear:3*kl", "1:2:steps*kl", ":*kl"):
+        with pytest.raises(InputError):
+            parse_losses(bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tinycompress.losses import Loss
 from tinycompress.passes.distill import Distill, HiddenLoss
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.schedule import Ramp
 from tinycompress.teacher_cache import open_cache, write_cache
 from tinycompress.training import Training
 
@@ -256,6 +258,85 @@ def test_the_hidden_loss_alone_pulls_the_states_together(tiny):
     assert torch.equal(out.weights["model.layers.1.mlp.up_proj.weight"], student.weights["model.layers.1.mlp.up_proj.weight"])
 
 
+# attention relations
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_the_attention_loss_is_that_of_the_models_attention(tiny, tmp_path, heads):
+    """Its value against transformers' own attention matrices (where relation heads are the model's heads) and values."""
+    student, tokens = perturbed(tiny), windows(tiny, 4)
+    loss = HiddenLoss("attention", 0.7, ((0, 1),), heads=heads)
+    Distill(tokens, tiny, Training(steps=1, batch=4), losses=(Loss("kl", 0.0),), hidden=(loss,), log=tmp_path)(student)
+    found = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["loss"]
+
+    def seen(graph, layer):
+        hf, values = graph.to_hf(), []
+        hf.set_attn_implementation("eager")
+        hf.model.layers[layer].self_attn.v_proj.register_forward_hook(lambda module, inputs, output: values.append(output))
+        with torch.no_grad():
+            attention = hf(tokens, output_attentions=True).attentions[layer]  # [B, H, T, T]
+        return attention, values[0]
+
+    (q, v_s), (p, v_t) = seen(student, 0), seen(tiny, 1)
+
+    def kl(p, q):
+        return torch.xlogy(p, p / q.clamp_min(1e-30)).sum(-1).mean()
+
+    def relation(v):
+        v = v.unflatten(-1, (4, -1)).transpose(1, 2)
+        later = torch.ones(16, 16, dtype=torch.bool).triu(1)
+        return (v @ v.transpose(2, 3) / v.shape[-1] ** 0.5).masked_fill(later, -1e9).softmax(-1)
+
+    if heads == 4:
+        assert found == pytest.approx(0.7 * (kl(p, q) + kl(relation(v_t), relation(v_s))).item(), rel=1e-4)
+    else:
+        assert found > 0
+
+
+@pytest.mark.parametrize("kind", ["relation", "attention"])
+def test_relations_come_nearer_whatever_the_heads(nonuniform, kind, tmp_path):
+    """A teacher of other widths and heads; the loss falls, and only what lies before the tapped layer's scores learns."""
+    teacher = Graph.random(Config(vocab_size=128, hidden_size=48, head_dim=16, layers=(Layer(6, 2, 64),) * 6, max_position=64), 3, std=0.1)
+    loss = HiddenLoss(kind, layers=((1, 4),))
+    training = Training(steps=25, lr=3e-3, batch=6)
+    out = Distill(windows(teacher), teacher, training, losses=(Loss("kl", 0.0),), hidden=(loss,), log=tmp_path)(nonuniform)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    changed = {n.removeprefix("model.layers.") for n in out.weights if not torch.equal(out.weights[n], nonuniform.weights[n])}
+    assert {f"1.self_attn.{x}_proj.weight" for x in "qkv"} <= changed
+    assert "1.self_attn.o_proj.weight" not in changed and not any(n.startswith(("1.mlp", "2.", "3.", "4.")) for n in changed)
+
+
+def test_taps_do_not_depend_on_micro_batches_or_checkpointing(nonuniform):
+    graph = Graph(nonuniform.config, {n: w.double() for n, w in nonuniform.weights.items()})
+    student, tokens, hidden = perturbed(graph), windows(graph), (HiddenLoss("relation", 2.0, last=2), HiddenLoss("cosine"), HiddenLoss("attention"))
+    trainings = [Training(steps=3, lr=1e-2, batch=4, micro_batch=m, checkpointing=c) for m, c in ((None, False), (3, False), (None, True))]
+    results = [Distill(tokens, graph, training, hidden=hidden)(student) for training in trainings]
+    assert same(results[0], results[2])
+    for name, weight in results[0].weights.items():
+        torch.testing.assert_close(results[1].weights[name], weight, rtol=1e-6, atol=1e-8)
+
+
+# weights that change
+
+
+def test_a_ramp_is_the_step_by_step_sum(tiny, tmp_path):
+    """A step's logged loss is the losses' own, each at its weight of that step."""
+    student, tokens, steps = perturbed(tiny), windows(tiny), 5
+
+    def logged(name, *losses, hidden=()):
+        training = Training(steps=steps, lr=1e-12, batch=4)  # nothing moves: every step's losses can be told apart
+        Distill(tokens, tiny, training, losses=losses, hidden=hidden, log=tmp_path / name)(student)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+
+    kl, ce = logged("kl", Loss("kl")), logged("ce", Loss("ce"))
+    cosine = [a - b for a, b in zip(logged("cosine", Loss("kl"), hidden=(HiddenLoss("cosine"),)), kl)]
+    ramps = Loss("kl", Ramp(0, 1)), Loss("ce", Ramp(0.5, 0.1, "cosine"))
+    for i, found in enumerate(logged("both", *ramps, hidden=(HiddenLoss("cosine", Ramp(2, 0)),))):
+        t = i / (steps - 1)
+        assert found == pytest.approx(t * kl[i] + Ramp(0.5, 0.1, "cosine").at(t) * ce[i] + 2 * (1 - t) * cosine[i], rel=1e-4)
+
+
 # cached teachers
 
 
@@ -287,6 +368,16 @@ def test_on_policy_text_is_the_students_and_repeatable(nonuniform, monkeypatch):
     assert 3 <= len(ours) <= 10
     for labels in ours:
         assert (labels.view(-1, 16)[:, 7:15] != -100).all()
+
+
+def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
+    """A student whose distribution is uniform has the same CE everywhere, so steps on its own text (half as many tokens
+    count) log the same loss as the others."""
+    uniform = tiny.replace(weights={"lm_head.weight": torch.zeros_like(tiny.weights["lm_head.weight"])})
+    training = Training(steps=8, lr=1e-12, batch=4, micro_batch=3)
+    Distill(windows(tiny), tiny, training, losses=(Loss("ce"),), on_policy=0.5, log=tmp_path)(uniform)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx([math.log(128)] * 8, rel=1e-5)
 
 
 # a real model
@@ -327,7 +418,7 @@ def test_bad_input_is_named_before_any_work(tiny, nonuniform):
         (lambda: Distill(tokens, tiny, FAST, hidden=(HiddenLoss(layers=((5, 0),)),))(tiny), "HiddenLoss.layers"),
         (lambda: LoRA(targets=("lm_head",)), "LoRA.targets"),
         (lambda: LoRA(rank=0), "LoRA.rank"),
-        (lambda: HiddenLoss("dot"), "cosine | mse"),
+        (lambda: HiddenLoss("dot"), "cosine | mse | relation | attention"),
         (lambda: Distill(tokens, tiny, FAST, grid="fixed"), "refind | learn"),
     ):
         with pytest.raises(InputError, match=words.replace("|", r"\|")):

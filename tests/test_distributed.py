@@ -33,7 +33,7 @@ tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
 with joined("cpu") as device:
     assert world() == 2
     for work in ("new", "continued"):
-        pass_ = Distill(tokens, load(folder + "/teacher"), Training(**%r), hidden=(HiddenLoss(last=2),), held_out=tokens[:3],
+        pass_ = Distill(tokens, load(folder + "/teacher"), Training(**%r), hidden=(HiddenLoss(last=2), HiddenLoss("relation")), held_out=tokens[:3],
                         work=f"{folder}/{work}", log=f"{folder}/{work}")
         out = pass_(load(folder + "/student"))
         if rank() == 0:
@@ -59,7 +59,13 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
     monkeypatch.setattr(training, "save_state", save_and_copy)
     tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
     one = Distill(
-        tokens, teacher, Training(**TRAINING), hidden=(HiddenLoss(last=2),), held_out=tokens[:3], work=tmp_path / "one", log=tmp_path / "one"
+        tokens,
+        teacher,
+        Training(**TRAINING),
+        hidden=(HiddenLoss(last=2), HiddenLoss("relation")),
+        held_out=tokens[:3],
+        work=tmp_path / "one",
+        log=tmp_path / "one",
     )(student)
     script = tmp_path / "run.py"
     script.write_text(RUN % TRAINING)

@@ -1,12 +1,14 @@
 """The form of experiments: a killed run keeps what it found, and a rerun under the same protocol takes up from there."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import form
@@ -16,6 +18,8 @@ from tinycompress.checkpoint import load
 from tinycompress.evaluate import Interval
 from tinycompress.graph import Config, Layer
 
+QUANTIZATION = ("gptq_closure", "weighted_grid", "error_propagation", "awq_gqa_fold", "rotation_w4a8", "two_bit")
+DISTILLATION = ("kl_or_ce", "forward_or_reverse_kl", "sampled_logits", "order_of_passes", "stable_embedding")
 SETTINGS = ("at 4 bits", "at 3 bits", "at 2 bits")
 
 
@@ -92,9 +96,27 @@ def test_rows_that_are_no_longer_asked_for_go(measure, tmp_path, monkeypatch):
     assert measure() == [] and len(results(tmp_path)["findings"]) == 2
 
 
+def test_what_was_trained_is_read_back(shared, tmp_path, monkeypatch):
+    """With a work folder the same student is not trained twice; another rate, order or teacher is another one."""
+    import distill_form
+
+    tokenizer = load(shared / "models/stories260K").tokenizer
+    config = Config(vocab_size=512, hidden_size=32, head_dim=16, layers=(Layer(2, 1, 32),), max_position=256)
+    teacher, student = random_graph(config).replace(tokenizer=tokenizer), random_graph(config, 1)
+    plain = form.Bench(teacher, "pydoc", None, (0,), 2, True)
+    kept = dataclasses.replace(plain, work=tmp_path)
+    expected, first = (distill_form.heal(bench, student, 0, teacher=teacher) for bench in (plain, kept))
+    assert all(torch.equal(first.weights[n], w) for n, w in expected.weights.items())
+    distill_form.heal(kept, student, 0, teacher=teacher, lr=1e-3)
+    assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob("*/step-*"))
+    monkeypatch.setattr("tinycompress.passes.distill.train", lambda *_, **__: pytest.fail("it trained again"))
+    again = distill_form.heal(kept, student, 0, teacher=teacher)
+    assert all(torch.equal(again.weights[n], w) for n, w in expected.weights.items())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gptq_closure", "weighted_grid", "error_propagation", "awq_gqa_fold", "rotation_w4a8", "two_bit"])
-def test_the_quantization_experiments_run(name, shared, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [*QUANTIZATION, *DISTILLATION])
+def test_the_experiments_run(name, shared, tmp_path, monkeypatch, capsys):
     tokenizer = load(shared / "models/stories260K").tokenizer
     config = Config(vocab_size=512, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 128),) * 2, max_position=512)
     graph = random_graph(config).replace(tokenizer=tokenizer)

@@ -95,6 +95,18 @@ def test_the_log_has_a_line_a_step(tmp_path):
     assert lines[4]["tokens"] == 4 * 2 * 16 and lines[2]["lr"] == training.rate(1, 4)
 
 
+def test_tensorboard_shows_what_the_lines_say(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher, student = pair()
+    Distill(windows(), teacher, Training(steps=3, batch=2), held_out={"a": windows(3, 1)}, log=tmp_path)(student)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"):
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines[1:]]
+    assert [e.value for e in board.Scalars("perplexity/a")] == pytest.approx([lines[i]["perplexity"]["a"] for i in (0, 3)], rel=1e-6)
+
+
 def test_early_stop_gives_the_best_weights_back(tmp_path):
     """Trained on labels of one text with far too high a rate, the held-out loss of another only rises."""
     _, student = pair()
@@ -144,14 +156,18 @@ def test_the_state_of_another_run_is_refused(tmp_path):
 RUN = """
 import sys, torch
 from tinycompress.checkpoint import load, save
-from tinycompress.passes.distill import Distill
+from tinycompress.losses import Loss
+from tinycompress.passes.distill import Distill, HiddenLoss
+from tinycompress.schedule import Ramp
 from tinycompress.training import Training
 from tinycompress.lora import LoRA
 from tinycompress.quantize import QuantSpec
 torch.set_num_threads(1)
 folder, work, out, how = sys.argv[1:]
 tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
-extra = {"plain": {}, "lora": {"lora": LoRA(2)}, "learn": {"fake_quant": QuantSpec(4, 16), "grid": "learn"}}[how]
+ramps = {"losses": (Loss("kl", Ramp(0.2, 1, "cosine")), Loss("ce", Ramp(0.5, 0))),
+         "hidden": (HiddenLoss("mse", Ramp(0, 1)), HiddenLoss("relation", Ramp(1, 0), last=1))}
+extra = {"plain": {}, "ramps": ramps, "lora": {"lora": LoRA(2)}, "learn": {"fake_quant": QuantSpec(4, 16), "grid": "learn"}}[how]
 training = Training(steps=25, lr=1e-2, batch=4, micro_batch=3, save_every=4, eval_every=7, patience=50)
 pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work, **extra)
 save(pass_(load(folder + "/student")), out)
@@ -182,7 +198,7 @@ def log_of(work):
 @pytest.mark.parametrize(
     "how, signals",
     [
-        ("plain", [(8, signal.SIGKILL)]),
+        ("ramps", [(8, signal.SIGKILL)]),
         pytest.param("plain", [(4, signal.SIGTERM), (12, signal.SIGKILL)], marks=pytest.mark.slow),
         pytest.param("learn", [(4, signal.SIGKILL), (12, signal.SIGTERM)], marks=pytest.mark.slow),
         pytest.param("lora", [(4, signal.SIGKILL), (8, signal.SIGKILL)], marks=pytest.mark.slow),

@@ -28,6 +28,7 @@ from .passes.rtn import RTN
 from .pipeline import run
 from .quantize import QuantSpec, QuantTensor
 from .rope import Rope
+from .schedule import Ramp
 from .training import Training
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "PruneFFN",
     "QuantSpec",
     "QuantTensor",
+    "Ramp",
     "Rope",
     "Rotate",
     "ScaleRope",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,11 +24,14 @@ Windows = Annotated[int | None, typer.Option(min=1, help="At most so many window
 def distill(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="What learns: a folder, a .gguf file, a hub name, or smollm2-135m.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write; it appears when all is done.")],
-    teacher: Annotated[str | None, typer.Option(metavar="TEACHER", help="What it learns from; not needed with --cache or --loss ce.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="TEACHER", help="What it learns from; with --cache, whose the cache must be. Not needed for --loss ce.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A teacher's answers, from `tinycompress cache-teacher`.")] = None,
     data: Data = "pydoc",
     held_out: Annotated[list[str] | None, typer.Option(metavar="PATH-OR-NAME", help="Text to measure on, again and again. [default: pydoc]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 1000,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates.  [default: 1000]")] = None,
+    budget: Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens to train on, instead of --steps.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 512, or the context if that is shorter]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows an update, over all processes.")] = 8,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Windows a process takes at a time.  [default: all of its share]")] = None,
@@ -35,9 +39,12 @@ def distill(
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     warmup: Annotated[float, typer.Option(help="Steps, or a share of all.")] = 0.03,
     weight_decay: float = 0.0,
-    loss: Annotated[str, typer.Option(help="kl, reverse_kl, jsd, skew_kl or ce; several as kl+0.5*ce.")] = "kl",
+    loss: Annotated[str, typer.Option(help="kl, reverse_kl, jsd, skew_kl or ce; several as kl+0.5*ce; 1:0*ce or 1:0:cosine*ce fades out.")] = "kl",
     temperature: Annotated[float, typer.Option(help="Of the divergences.")] = 1.0,
-    hidden: Annotated[float, typer.Option(min=0, help="Weight of the cosine of the last two layers' states (0: none).")] = 0.0,
+    hidden: Annotated[
+        str | None, typer.Option(help="Also cosine or mse of the last two layers, relation or attention of the last, as --loss: 0.5*cosine.")
+    ] = None,
+    relation_heads: Annotated[int | None, typer.Option(min=1, help="Of relation and attention.  [default: the most that cut no head]")] = None,
     lora: Annotated[int | None, typer.Option(metavar="RANK", min=1, help="Learn low-rank updates only.")] = None,
     fake_quant: Annotated[str | None, typer.Option(metavar="w4g64", help="Quantization-aware: learn on this grid, and save packed.")] = None,
     grid: Annotated[str, typer.Option(help="Of --fake-quant: refind, or learn.")] = "refind",
@@ -59,6 +66,7 @@ def distill(
     Examples:
       tinycompress distill small --teacher smollm2-135m --data wikitext2 --steps 500 --work run -o healed
       tinycompress distill small --teacher smollm2-135m --data wikitext2 --fake-quant w3g64 --grid learn -o w3
+      tinycompress distill small --teacher smollm2-135m --loss kl+1:0*ce --hidden 0.5*cosine+relation --tokens 1000000 -o healed
       tinycompress cache-teacher meta-llama/Llama-2-7b-hf --data big.jsonl --windows 20000 --seq-len 2048 -o cache
       tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
       torchrun --nproc-per-node 8 -m tinycompress.cli distill tinyllama --teacher llama-2-7b --data big.jsonl --seq-len 2048 -o healed
@@ -67,17 +75,22 @@ def distill(
     from .distributed import joined, rank
     from .files import check_free
     from .lora import LoRA
-    from .passes.distill import Distill, HiddenLoss
+    from .passes.distill import Distill
     from .quantize import QuantSpec
     from .training import Training
 
     check_free(output, overwrite)
-    losses = parse_losses(loss, temperature)
+    losses, inner = parse_losses(loss, temperature), parse_hidden(hidden, relation_heads)
     spec = QuantSpec.parse(fake_quant) if fake_quant else None
-    if (teacher is None) == (cache is None) and {part.kind for part in losses} != {"ce"}:
-        raise InputError("--teacher and --cache", "both" if teacher else "neither", "one of the two")
+    if teacher is None and cache is None and {part.kind for part in losses} != {"ce"}:
+        raise InputError("--teacher and --cache", "neither", "one of the two (or both: a cache that must be this teacher's)")
+    known = read_cache(cache, teacher)
+    length = seq_len or (known.seq_len if known else None)
+    steps = 1000 if steps is None and budget is None else steps
+    about = steps or math.ceil((budget or 0) / (batch * (length or 512)))
     training = Training(
         steps=steps,
+        tokens=budget,
         lr=lr,
         warmup=warmup,
         weight_decay=weight_decay,
@@ -86,21 +99,20 @@ def distill(
         seed=seed,
         precision=precision,
         checkpointing=checkpointing,
-        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        eval_every=max(1, about // 10) if eval_every is None else eval_every,
         save_every=save_every,
         patience=patience,
     )
     with joined() as device:
         before = open_model(student)
-        known = read_cache(cache)
-        tokens = windows_of(before, data, seq_len or (known.seq_len if known else None), windows or (known.windows if known else steps * batch))
+        tokens = windows_of(before, data, length, windows or (known.windows if known else about * batch))
         measured = {Path(name).stem: windows_of(before, name, tokens.shape[1], 16, "test") for name in held_out or ["pydoc"]}
         pass_ = Distill(
             tokens.to(device),
             known or (open_model(teacher) if teacher else None),
             training,
             losses,
-            (HiddenLoss("cosine", hidden),) if hidden else (),
+            inner,
             measured,
             LoRA(lora, 2.0 * lora) if lora else None,
             spec,
@@ -149,18 +161,40 @@ def cache_teacher(
 
 
 def parse_losses(text: str, temperature: float = 1.0) -> tuple[Any, ...]:
-    """`kl`, `kl+ce` or `0.8*kl+0.2*ce` as losses."""
+    """`kl`, `kl+ce`, `0.8*kl+0.2*ce` or `kl+1:0*ce` as losses."""
     from .losses import Loss
 
-    out = []
+    return tuple(Loss(kind, weight, 1.0 if kind == "ce" else temperature) for kind, weight in weighted("--loss", text))
+
+
+def parse_hidden(text: str | None, heads: int | None = None) -> tuple[Any, ...]:
+    """`cosine`, `0.5*mse+relation` or none as losses of inner states; `heads` is for relations."""
+    from .hidden_losses import OF_RELATIONS, HiddenLoss
+
+    parts = weighted("--hidden", text) if text else []
+    return tuple(HiddenLoss(kind, weight, heads=heads if kind in OF_RELATIONS else None) for kind, weight in parts)
+
+
+def weighted(option: str, text: str) -> list[tuple[str, Any]]:
+    """(kind, weight) of parts joined by +: the weight is a number before a *, or a ramp `start:end` or `start:end:shape`."""
+    from .schedule import Ramp
+
+    out: list[tuple[str, Any]] = []
     for part in text.split("+"):
-        weight, _, kind = part.rpartition("*")
+        before, _, kind = part.rpartition("*")
+        start, *ends = before.split(":") if before else ["1"]
         try:
-            number = float(weight) if weight else 1.0
+            if ends:
+                end, shape = ends if len(ends) == 2 else (*ends, "linear")
+                out.append((kind.strip(), Ramp(float(start), float(end), shape)))
+            else:
+                out.append((kind.strip(), float(start)))
+        except InputError:  # which is a ValueError
+            raise
         except ValueError:
-            raise InputError("--loss", repr(text), "kinds joined by +, each with a weight before a * if it is not 1, such as kl+0.5*ce") from None
-        out.append(Loss(kind.strip(), number, 1.0 if kind.strip() == "ce" else temperature))
-    return tuple(out)
+            accepted = "kinds joined by +, each behind a weight and a * if that is not 1, such as kl+0.5*ce; 1:0*ce goes from 1 to 0"
+            raise InputError(option, repr(text), accepted) from None
+    return out
 
 
 def windows_of(graph: Graph, source: str, seq_len: int | None, at_most: int, split: str = "train") -> Tensor:
@@ -182,13 +216,14 @@ def windows_of(graph: Graph, source: str, seq_len: int | None, at_most: int, spl
     return torch.tensor(ids[: n * length]).view(n, length)
 
 
-def read_cache(folder: Path | None) -> Any:
-    """The cache in a folder, or None of None; whether it fits the tokens, the pass checks."""
+def read_cache(folder: Path | None, teacher: str | None) -> Any:
+    """The cache in a folder, of this teacher if one is named, or None of None; whether it fits the tokens, the pass checks."""
     if folder is None:
         return None
+    from .cli import open_model
     from .teacher_cache import open_cache
 
-    return open_cache(folder)
+    return open_cache(folder, teacher=open_model(teacher) if teacher else None)
 
 
 def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path | None) -> None:

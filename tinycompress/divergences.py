@@ -20,22 +20,24 @@ Letters: r positions, V vocabulary, k stored ids.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
+from .schedule import Ramp, check_weight, weight_at
 
 KINDS = ("kl", "reverse_kl", "jsd", "skew_kl", "ce")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One logit loss: `weight` in a mixture, `temperature` τ, `beta` of jsd, `alpha` of skew_kl."""
+    """One logit loss: `weight` in a mixture (a `Ramp` changes it over a run), `temperature` τ, `beta` of jsd, `alpha` of
+    skew_kl."""
 
     kind: str = "kl"
-    weight: float = 1.0
+    weight: float | Ramp = 1.0
     temperature: float = 1.0
     beta: float = 0.5
     alpha: float = 0.1
@@ -43,8 +45,7 @@ class Loss:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError("Loss.kind", repr(self.kind), " | ".join(KINDS))
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise InputError("Loss.weight", self.weight, "a number of at least 0")
+        check_weight("Loss.weight", self.weight)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError("Loss.temperature", self.temperature, "a positive number")
         if self.kind == "ce" and self.temperature != 1:
@@ -52,6 +53,10 @@ class Loss:
         for name in ("beta", "alpha"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"Loss.{name}", getattr(self, name), "a number between 0 and 1 (at the ends use kl or reverse_kl)")
+
+    def at(self, step: int, total: int) -> Loss:
+        """The loss of one step: its weight is a number."""
+        return replace(self, weight=weight_at(self.weight, step, total))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from .errors import InputError
 from .hidden_losses import hidden_loss, layer_pairs, relation_loss
 from .product import PREFER_ONEDNN, outer, product
 from .quantize import QuantTensor
+from .schedule import Ramp
 
 __all__ = ["HiddenTarget", "Loss", "SampledTarget", "Target", "TopKTarget", "fused_loss", "hidden_loss", "layer_pairs", "relation_loss"]
 
@@ -143,6 +144,8 @@ def _check(hidden: Tensor, head: Tensor | QuantTensor, losses: Sequence[Loss], l
         if n and (int(labels.max()) >= V or bool(((labels < 0) & (labels != IGNORED)).any())):
             raise InputError("labels", f"{int(labels.min())} … {int(labels.max())}", f"0 … {V - 1}, or {IGNORED} for a token to ignore")
     for loss in losses:
+        if isinstance(loss.weight, Ramp):
+            raise InputError("Loss.weight", loss.weight, "a number: loss.at(step, total) is the loss of one step")
         if loss.kind == "ce" and labels is None:
             raise InputError("labels", "none", "the next tokens, for the loss ce")
         if loss.kind != "ce":
@@ -246,6 +249,7 @@ def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, target: K
     students: dict[float, Softmax] = {}  # by temperature
     teachers: dict[float, Softmax] = {}
     for loss in losses:
+        assert not isinstance(loss.weight, Ramp)  # see _check
         tau = loss.temperature
         if tau not in students:
             students[tau] = Softmax.of(z, tau)

@@ -9,15 +9,18 @@ Letters: B windows, T positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from .graph import Graph
+from .hidden_losses import Tap
 from .model import ROWS, Transformer
 
-Then = Callable[[Tensor, Tensor, list[Tensor]], Tensor]  # hidden [B, T, D], head [V, D], states of asked layers → a result
+Then = Callable[[Tensor, Tensor, list[Tensor]], Tensor]  # hidden [B, T, D], head [V, D], what was tapped → a result
 
 
 class Network(nn.Module):
@@ -37,33 +40,55 @@ class Network(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.model.layers
 
-    def forward(self, ids: Tensor, then: Then, layers: Sequence[int] = ()) -> Tensor:
-        """then(hidden [B, T, D], head [V, D], [states of `layers`, each [B, T, D]]) for ids [B, T].
+    def forward(self, ids: Tensor, then: Then, taps: Sequence[Tap] = ()) -> Tensor:
+        """then(hidden [B, T, D], head [V, D], [what is tapped, each [B, T, width]]) for ids [B, T].
 
+        A tap is a layer, for its output, or (layer, "q" | "k" | "v") for what that projection gives.
         `then` runs inside the forward because a sharded head is whole only there.
         """
-        hidden, states = self._states(ids, tuple(layers))
+        hidden, states = self._states(ids, tuple(taps))
         head = self.transformer.lm_head.weight
         assert isinstance(head, Tensor)  # dense: see __init__
         return then(hidden, head, states)
 
-    def _states(self, ids: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, T, H·d] and k [B, T, K·d] of a layer as attention multiplies them: rotated, and k repeated to [B, T, H·d]."""
+        tables, d = self.transformer.tables(0, q.shape[1]), self.transformer.config.head_dim
+        turned = [tables.new(x.unflatten(-1, (-1, d)).transpose(1, 2)) for x in (q, k)]  # [B, H | K, T, d]
+        turned[1] = turned[1].repeat_interleave(q.shape[-1] // k.shape[-1], 1)
+        return turned[0].transpose(1, 2).flatten(2), turned[1].transpose(1, 2).flatten(2)
+
+    def _states(self, ids: Tensor, taps: tuple[Tap, ...]) -> tuple[Tensor, list[Tensor]]:
         together = max(1, ROWS // ids.shape[1])  # windows whose activations fit the processor's cache
         if len(ids) > together and not torch.is_grad_enabled() and ids.device.type == "cpu":
-            parts = [self._states(some, layers) for some in ids.split(together)]
+            parts = [self._states(some, taps) for some in ids.split(together)]
             return torch.cat([h for h, _ in parts]), [torch.cat(s) for s in zip(*(s for _, s in parts))]
         body = self.transformer.model
         x = body.embed_tokens(ids)
         tables = self.transformer.tables(0, ids.shape[1])
-        states: dict[int, Tensor] = {}
-        for i, block in enumerate(body.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, use_reentrant=False)
-            else:
-                x = block(x, tables)
-            if i in layers:
-                states[i] = x if torch.is_grad_enabled() else x.clone()  # without gradients blocks work in place
-        return body.norm(x), [states[i] for i in layers]
+        states: dict[Tap, Tensor] = {}
+        with ExitStack() as hooks:
+            for tap in taps:
+                if isinstance(tap, tuple):
+                    hooks.callback(self._listen(tap, states).remove)
+            for i, block in enumerate(body.layers):
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, tables, use_reentrant=False)
+                else:
+                    x = block(x, tables)
+                if i in taps:
+                    states[i] = x if torch.is_grad_enabled() else x.clone()  # without gradients blocks work in place
+        return body.norm(x), [states[tap] for tap in taps]
+
+    def _listen(self, tap: tuple[int, str], states: dict[Tap, Tensor]) -> RemovableHandle:
+        """Notes what a layer's q, k or v projection gives: inside the block's forward, where a sharded block is whole."""
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            states[tap] = output
+
+        layer, name = tap
+        projection: nn.Module = self.blocks[layer].get_submodule(f"self_attn.{name}_proj")
+        return projection.register_forward_hook(keep)
 
 
 def add_stable_embedding(network: Network) -> None:

@@ -1,6 +1,6 @@
 """Distillation: a student learns the distribution that a teacher gives each next token.
 
-    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of hidden states)
+    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of inner states or relations)
 
 Forward KL alone at temperature 1 is the default: for base models it beat CE, mixtures of the two and reverse KL (Minitron:
 Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679). Logit losses are fused with the head,
@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,11 @@ from ..distributed import shard, whole, world
 from ..errors import InputError
 from ..fake_quant import GRIDS, add_fake_quant, learned_scales, packed
 from ..graph import Graph, LazyTensor, Weight
-from ..hidden_losses import hidden_loss, layer_pairs
+from ..hidden_losses import HiddenLoss, hidden_loss, relation_sum
 from ..lora import LoRA, add_lora, merge
 from ..losses import HiddenTarget, Loss, Target, fused_loss
 from ..quantize import QuantSpec, named_specs, targets
+from ..schedule import weight_at
 from ..stable_embedding import stable_rows
 from ..student import Network, add_stable_embedding
 from ..training import Training, train
@@ -44,39 +46,14 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class HiddenLoss:
-    """A loss between the outputs of layers. `layers`: (student, teacher) pairs; None: the last `last` of an even spread.
-    A learned projection joins different widths (it is thrown away at the end)."""
-
-    kind: str = "cosine"
-    weight: float = 1.0
-    layers: tuple[tuple[int, int], ...] | None = None
-    last: int = 2
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "mse"):
-            raise InputError("HiddenLoss.kind", repr(self.kind), "cosine | mse")
-        if not self.weight > 0:
-            raise InputError("HiddenLoss.weight", self.weight, "a number above 0")
-
-    def pairs(self, student: Graph, teacher: Graph) -> tuple[tuple[int, int], ...]:
-        depths = student.config.n_layers, teacher.config.n_layers
-        pairs = self.layers or layer_pairs(*depths, last=min(self.last, depths[0]))
-        for pair in pairs:
-            if not all(0 <= i < n for i, n in zip(pair, depths)):
-                raise InputError("HiddenLoss.layers", pair, f"(student, teacher) layers below {depths}")
-        return pairs
-
-
-@dataclass(frozen=True)
 class Distill:
     """Trains a graph on windows `tokens` [N, T] to follow `teacher`: a graph, a cache of one, or None (then the losses
     can only be ce). The work is done on the device of `tokens` (under torchrun: on each process's own).
 
     held_out: windows [N, T], or several by name, whose perplexities are logged; take one from another corpus too.
-    losses: of the logits; hidden: of inner states. lora, fake_quant: what learns, if not plain weights. `grid` of
-    fake_quant is "refind" or "learn" (fake_quant.py); a mapping gives the linears that it names grids of their own. The
-    result is then packed: exactly what the last forward saw.
+    losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run.
+    lora, fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
+    mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward saw.
     stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
@@ -139,7 +116,7 @@ class Distill:
             held_out=self._held_out(),
             work=None if self.work is None else Path(self.work),
             log=None if self.log is None else Path(self.log),
-            key=self._key(graph) if self.work else "",
+            key=self.key(graph) if self.work else "",
         )
         with torch.no_grad():
             changed = self._weights(graph, network, parameters)
@@ -153,6 +130,8 @@ class Distill:
                 raise InputError(f"held-out set {name}", tuple(windows.shape), f"windows [N, T] of 2 … {graph.config.max_position} tokens")
         if isinstance(self.teacher, Graph):
             check_teacher(self.teacher, graph, self.tokens.shape[1])
+            for loss in self.hidden:
+                loss.pairs(graph.config, self.teacher.config)
         elif self.teacher is not None:
             check_cache(self.teacher, graph, self.tokens)
         specs = targets(graph, self.fake_quant or QuantSpec(8, None))  # still dense, and groups that divide
@@ -172,7 +151,7 @@ class Distill:
             return {} if self.held_out is None else {"held_out": self.held_out}
         return self.held_out
 
-    def _key(self, graph: Graph) -> str:
+    def key(self, graph: Graph) -> str:
         """Equal for runs that compute the same: everything but where and how often states and logs are written."""
         teacher = self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
         settings = asdict(replace(self.training, save_every=1))
@@ -220,12 +199,11 @@ class Lesson:
     def __init__(self, of: Distill, graph: Graph, device: torch.device) -> None:
         self.of = of
         self.network: Network | None = None  # set when it has been sharded
-        self.student_layers: tuple[int, ...] = ()
         self.pairs: list[tuple[HiddenLoss, int, int]] = []
         self.teacher: Network | None = None
         if isinstance(of.teacher, Graph):
             teacher = of.teacher
-            self.pairs = [(loss, s, t) for loss in of.hidden for s, t in loss.pairs(graph, teacher)]
+            self.pairs = [(loss, s, t) for loss in of.hidden for s, t in loss.pairs(graph.config, teacher.config)]
             # the CPU has fast products for float32 only; a GPU takes the teacher as it is stored
             dtype = torch.promote_types(teacher.dtype, torch.float32) if device.type == "cpu" else teacher.dtype
             self.teacher = Network(teacher, dtype=dtype)
@@ -236,7 +214,7 @@ class Lesson:
         """One [D_t, D_s] for each pair of layers of different widths, drawn by the seed."""
         generator = torch.Generator().manual_seed(self.of.training.seed)
         D_s, D_t = self.widths
-        for i in range(len(self.pairs) if D_s != D_t else 0):
+        for i in (i for i, (loss, _, _) in enumerate(self.pairs) if loss.of_states and D_s != D_t):
             network.projections[str(i)] = nn.Parameter((torch.randn(D_t, D_s, generator=generator) / D_s**0.5).to(dtype))
 
     def __call__(self, ids: Tensor, index: Tensor, step: int) -> Tensor:
@@ -244,24 +222,37 @@ class Lesson:
         assert self.network is not None
         network, training = self.network, self.of.training
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
+        counted = ids.shape[1] - 1
         if self.of.on_policy:
-            ids, labels = self._own_text(ids, labels, index, step)
+            ids, labels, counted = self._own_text(ids, labels, index, step)
         target, theirs = self._target(ids, index)
-        share, denominator = len(ids) / training.batch, training.batch * (ids.shape[1] - 1)
-        autocast = training.autocast(ids.device)
+        share, denominator = len(ids) / training.batch, training.batch * counted
+        autocast, total_steps = training.autocast(ids.device), training.total_steps(*self.of.tokens.shape)
+        losses = [part.at(step, total_steps) for part in self.of.losses]
 
         def loss(hidden: Tensor, head: Tensor, states: list[Tensor]) -> Tensor:
             with torch.autocast(ids.device.type, enabled=False):
                 if autocast._enabled:
                     hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
-                total = fused_loss(hidden.flatten(0, 1), head, self.of.losses, labels=labels.flatten(), teacher=target, denominator=denominator)
-                for i, ((how, _, _), mine, other) in enumerate(zip(self.pairs, states, theirs)):
-                    project = network.projections.get(str(i))
-                    total = total + how.weight * share * hidden_loss(mine.flatten(0, 1), other.flatten(0, 1), how.kind, project)
+                total = fused_loss(hidden.flatten(0, 1), head, losses, labels=labels.flatten(), teacher=target, denominator=denominator)
+                ours, others = iter(states), iter(theirs)
+                for i, (how, s, _) in enumerate(self.pairs):  # also where a weight is 0 for now: AdamW counts the steps of a projection
+                    mine, other = (list(islice(side, len(how.taps(s)))) for side in (ours, others))
+                    total = total + weight_at(how.weight, step, total_steps) * share * self._distance(i, mine, other)
             return total
 
         with autocast:
-            return network(ids, loss, [s for _, s, _ in self.pairs])
+            return network(ids, loss, [tap for how, s, _ in self.pairs for tap in how.taps(s)])
+
+    def _distance(self, i: int, mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """The i-th pair's loss, from what was tapped [B, T, width] of both models: a mean over tokens."""
+        assert self.network is not None and self.teacher is not None
+        how, s, t = self.pairs[i]
+        if how.of_states:
+            project = self.network.projections.get(str(i))
+            return hidden_loss(mine[0].flatten(0, 1), theirs[0].flatten(0, 1), how.kind, project)
+        heads = how.relation_heads(self.network.transformer.config, self.teacher.transformer.config, (s, t))
+        return relation_sum(how.kind, heads, mine, theirs, (self.network.turned, self.teacher.turned))
 
     @torch.no_grad()
     def _target(self, ids: Tensor, index: Tensor) -> tuple[Target | None, list[Tensor]]:
@@ -278,22 +269,22 @@ class Lesson:
             found.extend((head, states))
             return hidden
 
-        hidden = self.teacher(ids, keep, [t for _, _, t in self.pairs])
+        hidden = self.teacher(ids, keep, [tap for how, _, t in self.pairs for tap in how.taps(t)])
         return HiddenTarget(hidden.flatten(0, 1), found[0]), found[1]
 
-    def _own_text(self, ids: Tensor, labels: Tensor, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _own_text(self, ids: Tensor, labels: Tensor, index: Tensor, step: int) -> tuple[Tensor, Tensor, int]:
         """On a share `on_policy` of the steps the student goes on from the first half of each window, and only what it
-        wrote counts."""
+        wrote counts. Also: how many tokens of a window count (an early end of text is not made up for)."""
         from ..teacher import sample_continuations
 
         assert self.network is not None
         seed = self.of.training.seed * 1_000_003 + step
         if torch.rand((), generator=torch.Generator().manual_seed(seed)) >= self.of.on_policy:
-            return ids, labels
+            return ids, labels, ids.shape[1] - 1
         half = ids.shape[1] // 2
         text, written = sample_continuations(self.network.transformer, ids[:, :half], ids.shape[1] - half, 1.0, seed * 4096 + int(index[0]))
         following = torch.cat([text[:, 1:].masked_fill(~written[:, 1:], IGNORED), torch.full_like(text[:, :1], IGNORED)], 1)
-        return text, following
+        return text, following, ids.shape[1] - half
 
 
 def check_teacher(teacher: Graph, student: Graph, seq_len: int) -> None:
