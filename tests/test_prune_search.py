@@ -41,7 +41,8 @@ def test_the_best_after_healing_comes_first():
 
 def test_candidates_of_one_budget_heal_by_distillation():
     """Minitron's practice as it is meant: width against depth at a like size, each healed by the whole model."""
-    candidates = [Prune(IDS, "params=0.7", multiple_of=16), Prune(IDS, keep={"layers": 1})]
+    width = Prune(IDS, "params=0.7", criterion="magnitude", allocation="uniform", refit=False, multiple_of=16)
+    candidates = [width, Prune(IDS, keep={"layers": 1})]
     heal = Distill(IDS, GRAPH, Training(steps=12, lr=3e-3, batch=2))
     trials = search(GRAPH, candidates, heal, IDS)
     assert [trial.after for trial in trials] == sorted(trial.after for trial in trials)
