@@ -82,6 +82,7 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
         consecutive_groups={layer.self_attn.k_proj: layer.self_attn.head_dim for layer in layers},
         customized_pruners={LlamaRMSNorm: hf_llama_pruner.hf_rmsnorm_pruner},
         root_module_types=None,
+        output_transform=lambda out: out.logits,  # the cache beside them has no gradients
         root_instances=[layers[i].self_attn.k_proj for i in blocks] + [layers[i].mlp.gate_proj for i in blocks],
     )
     model.zero_grad()
