@@ -1,19 +1,24 @@
 """Structured pruning of SmolLM2-135M without retraining: criterion × sparsity, with and without refit, and speed.
 
     python benchmarks/prune.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt
-        [--shares 0.9 0.8 0.7 0.5] [--recipes wanda_sp ours …] [--samples 64] [--windows 16] [--no-speed] [--quick] [--table]
+        [--shares 0.8 0.7 0.5 0.9] [--recipes wanda_sp ours …] [--samples 64] [--windows 16] [--work FOLDER]
+        [--no-speed] [--no-times] [--quick] [--table]
 
 Each row is a process of its own, so that its time and peak memory are its own, and is written to results/prune.json as
 soon as it is measured; rows that are there already are not run again. Shares are of the non-embedding parameters.
 
-  magnitude … taylor     the published criterion alone: the same share of every layer's FFN channels and heads, no compensation
-  flap                   its own recipe: one standardized threshold, and the bias that keeps the mean
-  … + refit              the same cut with o_proj and down_proj refitted in closed form
-  layers                 block influence (ShortGPT): whole layers
-  slice, hidden          hidden width by one PCA rotation, and by Minitron's selection
-  obs                    OBS order, the same share of every layer, without compensation
-  ours                   `Prune` as it comes, on half of the calibration windows (it runs two streams, at twice the price)
-  ours, own target       the same refitted to each linear's own output, on all windows
+  magnitude … taylor, obs   the criterion alone: the same share of every layer's FFN channels and heads, no compensation
+  flap                      its own recipe: one standardized threshold, and the bias that keeps the mean
+  … + refit                 the same cut with o_proj and down_proj refitted in closed form
+  layers                    block influence (ShortGPT): whole layers
+  slice, hidden             hidden width by one PCA rotation, and by Minitron's selection
+  wanda_sp, layer by layer  as its authors' code does it: each layer scored on what the pruned layers before it give
+  ours                      `Prune` as it comes, on half of the calibration windows (it runs two streams, at twice the price)
+  ours, own target          the same refitted to each linear's own output, on all windows
+
+All but the last three need the whole model's statistics alone, whatever the share: they are collected once, by a process
+of its own, into --work (a folder, about 1.1 GB, that may be thrown away afterwards). Such a row's seconds are the
+collection's and its own, its peak memory the larger of the two.
 
 Perplexity: non-overlapping windows of 2048 tokens, tokenized once, no BOS. Speed: exported for ONNX Runtime in float32,
 by turns with the exported whole model, medians of the rounds' ratios.
@@ -24,46 +29,110 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress import data
 from tinycompress.checkpoint import load
+from tinycompress.compensate import keep_best
 from tinycompress.evaluate import environment, perplexity, tokens_per_second
 from tinycompress.files import read_json, write_json
-from tinycompress.graph import Graph, Pass
+from tinycompress.graph import Graph, Pass, cut
+from tinycompress.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
 from tinycompress.passes.prune import Prune
 from tinycompress.passes.slice import Slice
+from tinycompress.residual import fold_norms, turn
+from tinycompress.topology import axes
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"
-SHARES = (0.9, 0.8, 0.7, 0.5)
-CRITERIA = ("magnitude", "wanda_sp", "minitron", "flap", "taylor", "obs")
+SHARES = (0.8, 0.7, 0.5, 0.9)
+CRITERIA = ("wanda_sp", "magnitude", "flap", "minitron", "taylor", "obs")
 SPEED = ("ours", "layers", "hidden")  # one row for each way a model gets smaller: width, depth, stream
-Recipe = Callable[[Tensor, float, Graph], Pass]
+OPTIONS = ("model", "calibration", "evaluation", "samples", "windows")
 
 
-def alone(criterion: str, refit: bool) -> Recipe:
-    def recipe(tokens: Tensor, share: float, graph: Graph) -> Pass:
-        allocation = "global" if criterion == "flap" else "uniform"
-        own = "bias" if criterion == "flap" else False
-        return Prune(tokens, f"params={share}", criterion=criterion, allocation=allocation, refit=refit or own, probe=len(tokens))
+@dataclass(frozen=True)
+class Recipe:
+    """`cut(graph, share, tokens, statistics)`, with what COLLECT gathers under the names in `reads`."""
 
-    return recipe
+    cut: Callable[[Graph, float, Tensor, dict[str, Tensor]], Graph]
+    reads: tuple[str, ...] = ()
 
 
-def layers(tokens: Tensor, share: float, graph: Graph) -> Pass:
-    return Prune(tokens, keep={"layers": round(share * graph.config.n_layers)})
+def collect_inputs(graph: Graph, tokens: Tensor) -> dict[str, Tensor]:
+    """Of every FFN and head axis: Σ x xᵀ, E[x] and each window's mean |x|."""
+    names = [name for name in axes(graph.config) if name.endswith((".ffn", ".heads"))]
+    found = collect(graph, tokens, names)
+    return {f"{n}.{kind}": getattr(s, kind) for n, s in found.items() for kind in ("gram", "mean", "absolute")}
+
+
+def collect_gradients(graph: Graph, tokens: Tensor) -> dict[str, Tensor]:
+    """∂L/∂w over a quarter of the windows, as `Prune` measures it."""
+    found = sensitivities(graph, tokens[: max(1, len(tokens) // 4)], gradients=True, fisher=False).gradients
+    assert found is not None
+    return dict(found)
+
+
+COLLECT: dict[str, Callable[[Graph, Tensor], dict[str, Tensor]]] = {
+    "inputs": collect_inputs,
+    "gradients": collect_gradients,
+    "influence": lambda graph, tokens: {"influence": block_influence(graph, tokens)},
+    "channels": lambda graph, tokens: {"channels": hidden_importance(graph, tokens)},
+    "rotation": lambda graph, tokens: {"rotation": Slice(tokens, graph.config.hidden_size).rotation(fold_norms(graph))},
+}
+
+
+def statistics(graph: Graph, tokens: Tensor, found: dict[str, Tensor]) -> dict[str, Statistics]:
+    """The statistics of `collect_inputs` and `collect_gradients` as criteria read them."""
+    out = {}
+    for name, axis in axes(graph.config).items():
+        if f"{name}.gram" in found:
+            gradients = {n: found[n] for n in axis.cuts} if set(axis.cuts) <= found.keys() else None
+            coupled = {n: graph.tensor(n) for n in axis.cuts}
+            gram, mean, absolute = (found[f"{name}.{kind}"] for kind in ("gram", "mean", "absolute"))
+            out[name] = Statistics(axis, coupled[axis.reader], gram, mean, absolute, tokens.numel(), coupled, gradients)
+    return out
+
+
+def one_shot(criterion: str, refit: bool) -> Recipe:
+    own = "bias" if criterion == "flap" else False
+    allocation = "global" if criterion == "flap" else "uniform"
+
+    def cut_it(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
+        step = Prune(tokens, f"params={share}", criterion=criterion, allocation=allocation, refit=refit or own, probe=len(tokens), one_shot=True)
+        return step.from_statistics(graph, statistics(graph, tokens, found))
+
+    return Recipe(cut_it, ("inputs", "gradients") if criterion == "taylor" else ("inputs",))
+
+
+def by_pass(make: Callable[[Tensor, float], Pass]) -> Recipe:
+    return Recipe(lambda graph, share, tokens, found: make(tokens, share)(graph))
+
+
+def fewer_layers(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
+    return cut(graph, "layers", keep_best(found["influence"], round(share * graph.config.n_layers)))
+
+
+def narrower(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
+    return cut(graph, "hidden", keep_best(found["channels"], hidden_size(share, graph)))
+
+
+def sliced(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
+    return cut(turn(fold_norms(graph), found["rotation"]), "hidden", range(hidden_size(share, graph)))
 
 
 def hidden_size(share: float, graph: Graph) -> int:
@@ -72,28 +141,52 @@ def hidden_size(share: float, graph: Graph) -> int:
 
 
 RECIPES: dict[str, Recipe] = {
-    **{name: alone(name, False) for name in CRITERIA},
-    **{f"{name} + refit": alone(name, True) for name in CRITERIA},
-    "layers": layers,
-    "hidden": lambda tokens, share, graph: Prune(tokens, keep={"hidden": hidden_size(share, graph)}),
-    "slice": lambda tokens, share, graph: Slice(tokens, hidden_size(share, graph)),
-    "ours": lambda tokens, share, graph: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}"),
-    "ours, own target": lambda tokens, share, graph: Prune(tokens, f"params={share}", refit=True),
+    **{f"{name} + refit" if refit else name: one_shot(name, refit) for name in CRITERIA for refit in (False, True)},
+    "layers": Recipe(fewer_layers, ("influence",)),
+    "slice": Recipe(sliced, ("rotation",)),
+    "hidden": Recipe(narrower, ("channels",)),
+    "ours": by_pass(lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}")),
+    "ours, own target": by_pass(lambda tokens, share: Prune(tokens, f"params={share}", refit=True)),
+    "wanda_sp, layer by layer": by_pass(
+        lambda tokens, share: Prune(tokens, f"params={share}", criterion="wanda_sp", allocation="uniform", refit=False)
+    ),
 }
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def collector(args: argparse.Namespace, kind: str) -> None:
+    """Writes one of COLLECT into the work folder, with its seconds and peak memory."""
+    graph, calibration = opened(args)
+    started = time.perf_counter()
+    found = COLLECT[kind](graph, calibration)
+    cost = {"seconds": time.perf_counter() - started, "peak_mb": peak_mb(), "positions": calibration.numel()}
+    draft = args.work / f"{kind}.safetensors.tmp-{os.getpid()}"
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, draft)
+    draft.replace(args.work / f"{kind}.safetensors")
+    write_json(args.work / f"{kind}.json", cost | {"protocol": protocol(args)})
+
+
+def opened(args: argparse.Namespace) -> tuple[Graph, Tensor]:
+    graph = load(args.model, dtype=torch.float32)
+    return graph, data.tokens(args.calibration, graph.tokenizer, args.samples, min(1024, graph.config.max_position))
 
 
 def worker(args: argparse.Namespace) -> None:
     """One row as a line of JSON."""
     name, share = args.worker.rsplit("@", 1)
-    graph = load(args.model, dtype=torch.float32)
-    context = graph.config.max_position
-    calibration = data.tokens(args.calibration, graph.tokenizer, args.samples, min(1024, context))
-    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(2048, context), split="test")
+    graph, calibration = opened(args)
+    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(2048, graph.config.max_position), split="test")
+    recipe = RECIPES.get(name, Recipe(lambda graph, *_: graph))
+    costs = [read_json(args.work / f"{kind}.json") for kind in recipe.reads]
     started = time.perf_counter()
-    step = None if name == "float" else RECIPES[name](calibration, float(share), graph)
-    out = graph if step is None else step(graph)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {n: t for kind in recipe.reads for n, t in load_file(args.work / f"{kind}.safetensors").items()}
+    out = recipe.cut(graph, float(share), calibration, found)
+    seconds = time.perf_counter() - started + sum(cost["seconds"] for cost in costs)
+    peak = max([peak_mb(), *(cost["peak_mb"] for cost in costs)])
+    del found
     result = perplexity(out.module(), evaluation)
     row: dict[str, Any] = {
         "recipe": name,
@@ -101,11 +194,12 @@ def worker(args: argparse.Namespace) -> None:
         "kept": out.config.n_body_params / graph.config.n_body_params,
         "perplexity": result.value,
         "nll": result.nll.tolist(),
-        "seconds": seconds,
+        "seconds": None if args.no_times else seconds,
         "peak_mb": peak,
         "layers": [[layer.n_heads, layer.n_kv_heads, layer.ffn_dim] for layer in out.config.layers],
         "hidden": out.config.hidden_size,
-        "pass": repr(step),
+        "pass": out.history[-1] if out.history else "",
+        "machine": environment()["machine"],
     }
     if name in SPEED and not args.no_speed:
         row["speed"] = speed(graph, out)
@@ -137,43 +231,69 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on (default: pydoc)")
     parser.add_argument("--evaluation", default="pydoc", help="text to evaluate on, its test split (default: pydoc)")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="parameters kept (default: 0.9 0.8 0.7 0.5)")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="parameters kept, in this order (default: 0.8 0.7 0.5 0.9)")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE", help="rows (default: all)")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens (default: 64)")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens (default: 16)")
     parser.add_argument("--no-speed", action="store_true", help="leave ONNX Runtime out")
     parser.add_argument("--quick", action="store_true", help="a smoke test: two windows of each, one share, nothing written")
     parser.add_argument("--table", action="store_true", help="print the table of the results so far, and draw the plot")
+    parser.add_argument("--no-times", action="store_true", help="record no seconds: for a machine that does other work as well")
+    parser.add_argument("--work", type=Path, help="where shared statistics are kept between runs (default: a temporary folder)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--collector", choices=list(COLLECT), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args)
+    if args.collector:
+        return collector(args, args.collector)
     if args.table:
         return report()
     if args.quick:
         args.samples = args.windows = 2
         args.shares = [0.8]
-    # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
-    options = ("model", "calibration", "evaluation", "samples", "windows")
-    protocol = {o: Path(v).name if isinstance(v := getattr(args, o), str) else v for o in options}
-    found = read_json(RESULTS) if RESULTS.exists() and not args.quick else {"protocol": protocol, "rows": []}
-    if found["protocol"] != protocol:
-        parser.error(f"{RESULTS} was measured with {found['protocol']}, not {protocol}: move it away first")
+    found = read_json(RESULTS) if RESULTS.exists() and not args.quick else {"protocol": protocol(args), "rows": []}
+    if found["protocol"] != protocol(args):
+        parser.error(f"{RESULTS} was measured with {found['protocol']}, not {protocol(args)}: move it away first")
     done = {(row["recipe"], row["share"]) for row in found["rows"]}
     todo = [("float", 1.0), *((name, share) for share in args.shares for name in args.recipes)]
-    for name, share in tqdm([row for row in todo if row not in done], desc="rows", unit="row"):
-        command = [sys.executable, __file__, "--worker", f"{name}@{share}", *(f"--{o}={getattr(args, o)}" for o in options)]
-        ran = subprocess.run(command + ["--no-speed"] * args.no_speed, stdout=subprocess.PIPE, text=True)
-        if ran.returncode:
-            tqdm.write(f"{name} at {share}: failed, left out")
-            continue
-        row = json.loads(ran.stdout.splitlines()[-1])
-        found["rows"].append(row)
-        tqdm.write(f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['seconds']:.0f} s, {row['peak_mb']:.0f} MB")
-        if not args.quick:
-            write_json(RESULTS, found | {"environment": environment()})
+    with tempfile.TemporaryDirectory() as temporary:
+        args.work = args.work or Path(temporary)
+        args.work.mkdir(parents=True, exist_ok=True)
+        for name, share in tqdm([row for row in todo if row not in done], desc="rows", unit="row"):
+            if not all(ready(args, kind) for kind in (RECIPES[name].reads if name in RECIPES else ())):
+                tqdm.write(f"{name}: its statistics failed, left out")
+                continue
+            ran = run(args, "--worker", f"{name}@{share}")
+            if ran.returncode:
+                tqdm.write(f"{name} at {share}: failed, left out")
+                continue
+            row = json.loads(ran.stdout.splitlines()[-1])
+            found["rows"].append(row)
+            tqdm.write(f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['peak_mb']:.0f} MB")
+            if not args.quick:
+                write_json(RESULTS, found | {"environment": environment()})
     if not args.quick:
         report()
+
+
+def run(args: argparse.Namespace, what: str, value: str) -> subprocess.CompletedProcess[str]:
+    options = [f"--{o}={getattr(args, o)}" for o in (*OPTIONS, "work")]
+    command = [sys.executable, __file__, what, value, *options, *["--no-speed"] * args.no_speed, *["--no-times"] * args.no_times]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True)
+
+
+def ready(args: argparse.Namespace, kind: str) -> bool:
+    """Whether the statistics are there, collected now if need be."""
+    record = args.work / f"{kind}.json"
+    if record.exists() and read_json(record)["protocol"] == protocol(args):
+        return True
+    return run(args, "--collector", kind).returncode == 0
+
+
+def protocol(args: argparse.Namespace) -> dict[str, Any]:
+    """Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it."""
+    return {o: Path(v).name if isinstance(v := getattr(args, o), str) else v for o in OPTIONS}
 
 
 def report() -> None:
@@ -190,11 +310,14 @@ def report() -> None:
             f"{cell['perplexity']:.2f}" + (f" ({cell['kept']:.1%})" if abs(cell["kept"] - cell["share"]) > 0.01 else "") if cell else ""
             for cell in cells
         ]
-        print(f"| {name} | " + " | ".join(figures) + f" | {first['seconds']:.0f} s, {first['peak_mb']:.0f} MB |")
+        seconds = f"{first['seconds']:.0f} s" if first["seconds"] else "–"  # none is recorded of a machine that does other work
+        print(f"| {name} | " + " | ".join(figures) + f" | {seconds}, {first['peak_mb']:.0f} MB |")
     for share in shares:
-        if ("ours", share) in rows and ("wanda_sp", share) in rows:
-            ours, theirs = (math.log(rows[name, share]["perplexity"] / whole) for name in ("ours", "wanda_sp"))
-            print(f"\nat {share:.0%}: ours loses {ours:.3f} nats a token, Wanda-sp {theirs:.3f}: {ours / theirs:.2f} of it")
+        lost = {name: math.log(row["perplexity"] / whole) for (name, s), row in rows.items() if s == share}
+        for name in ("wanda_sp", "wanda_sp, layer by layer"):
+            if "ours" in lost and name in lost:
+                ratio = f"{lost['ours'] / lost[name]:.2f} of it"
+                print(f"\nat {share:.0%}: ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}")
     for (name, share), row in rows.items():
         if s := row.get("speed"):
             print(f"\n{name} at {share:.0%} ({row['kept']:.1%} kept): prefill × {s['prefill_ratio']:.2f}, decode × {s['decode_ratio']:.2f}")

@@ -78,21 +78,42 @@ def masked(graph: Graph, axis, keep) -> Graph:
     return graph.replace(weights=changed)
 
 
+def drawn(data, axis) -> list[int]:
+    """Some units of an axis, the same number of each group."""
+    per_group = axis.size // axis.groups
+    n = data.draw(st.integers(1, per_group))
+    return [g * per_group + i for g in range(axis.groups) for i in sorted(data.draw(st.permutations(range(per_group)))[:n])]
+
+
 @settings(max_examples=40, deadline=None)
 @given(configs(), st.data())
 def test_a_cut_is_a_mask(config, data):
     graph = double_graph(config)
     axis = data.draw(st.sampled_from([a for a in axes(config).values() if a.name != "layers"]))
-    per_group = axis.size // axis.groups
-    if axis.name.endswith(".heads"):
-        n = data.draw(st.integers(1, per_group))
-        keep = [g * per_group + i for g in range(axis.groups) for i in sorted(data.draw(st.permutations(range(per_group)))[:n])]
-    else:
-        keep = sorted(data.draw(st.sets(st.integers(0, axis.size - 1), min_size=1)))
+    keep = drawn(data, axis)
     small = cut(graph, axis, keep)
     assert {n: tuple(w.shape) for n, w in small.weights.items()} == shapes(small.config)
     reference = masked(graph, axis, keep).module()(IDS)
     assert torch.allclose(small.module()(IDS), reference, atol=1e-8, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs(), st.data())
+def test_cuts_on_all_axes_are_masks_on_all_of_them(config, data):
+    """Every axis at once, in any order, with one of heads and KV groups a layer, and at the end some layers."""
+    small = whole = double_graph(config)
+    names = [
+        data.draw(st.sampled_from(two)) for i in range(config.n_layers) if (two := [f"layers.{i}.heads", f"layers.{i}.kv_heads"])[0] in axes(config)
+    ]
+    names += ["hidden", *(f"layers.{i}.ffn" for i, layer in enumerate(config.layers) if layer.ffn_dim)]
+    for name in data.draw(st.permutations(names)):
+        axis = axes(config)[name]
+        keep = drawn(data, axis)
+        small, whole = cut(small, name, keep), masked(whole, axis, keep)
+    layers = sorted(data.draw(st.sets(st.integers(0, config.n_layers - 1), min_size=1)))
+    writers = [n for n in whole.weights if n.split(".")[-2] in ("o_proj", "down_proj") and int(n.split(".")[2]) not in layers]
+    whole = whole.replace(weights={n: torch.zeros_like(whole.weights[n]) for n in writers})
+    assert torch.allclose(cut(small, "layers", layers).module()(IDS), whole.module()(IDS), atol=1e-8, rtol=0)
 
 
 def test_an_empty_cut_removes_the_sublayer(nonuniform):

@@ -550,3 +550,104 @@ def test_the_forms_of_the_command_line():
 def test_the_repr_names_the_settings_not_the_tokens():
     step = Prune(ids(), "params=0.8")
     assert "tensor" not in repr(step) and step == dataclasses.replace(step, tokens=ids() + 1)
+
+
+# one shot: scores and refits from the whole graph's statistics
+
+
+def test_one_shot_scores_and_refits_on_what_the_whole_graph_gives():
+    graph, tokens = small(layers=(Layer(4, 2, 96),) * 2), ids()
+    out = Prune(tokens, keep={"ffn": 48}, criterion="wanda_sp", refit=True, one_shot=True, multiple_of=16)(graph)
+    for i in range(2):
+        name = f"model.layers.{i}.mlp.down_proj"
+        x, W = seen_by(graph, tokens, name).flatten(0, 1), graph.weights[f"{name}.weight"]
+        kept = (W.double().abs().mean(0) * x.square().sum(0).sqrt()).topk(48).indices.sort().values
+        assert torch.equal(out.weights[f"model.layers.{i}.mlp.up_proj.weight"], graph.weights[f"model.layers.{i}.mlp.up_proj.weight"][kept])
+        assert torch.allclose(out.weights[f"{name}.weight"], refit_columns(W, x.T @ x, kept).float(), atol=1e-4)
+    walked = Prune(tokens, keep={"ffn": 48}, criterion="wanda_sp", refit=True, multiple_of=16)(graph)
+    assert not torch.allclose(walked.weights[f"{name}.weight"], out.weights[f"{name}.weight"], atol=1e-4)  # saw a pruned layer 0
+    assert "one_shot=True" in out.history[-1]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(criterion="flap", allocation="global", refit="bias"),
+        dict(criterion="taylor", allocation="uniform", refit=True),
+        dict(criterion="obs", allocation="optimal", refit=True, sublayers=True),
+    ],
+)
+def test_one_collection_serves_every_budget(how):
+    graph, tokens = small(), ids()
+    step = Prune(tokens, "params=0.8", multiple_of=16, one_shot=True, probe=6, **how)
+    measured = step.collect(graph)
+    for target in ("params=0.8", "params=0.6"):
+        again = dataclasses.replace(step, target=target)
+        ours, theirs = again.from_statistics(graph, measured), again(graph)
+        assert ours.config == theirs.config and ours.history == theirs.history
+        assert all(torch.equal(w, theirs.weights[n]) for n, w in ours.weights.items())
+        assert ours.config.n_body_params <= float(target[7:]) * graph.config.n_body_params
+
+
+def test_statistics_of_another_graph_are_refused():
+    graph = small(layers=(Layer(4, 2, 96),) * 2)
+    step = Prune(ids(), "params=0.8", multiple_of=16, criterion="wanda_sp", allocation="uniform", refit=True, one_shot=True)
+    measured = step.collect(graph)
+    for other in (small(layers=(Layer(4, 2, 64),) * 2), random_graph(graph.config, seed=1)):
+        with pytest.raises(InputError, match=r"layers\.0\.ffn of another graph"):
+            step.from_statistics(other, measured)
+    for change, names in (
+        (dict(one_shot=False), "True where the statistics"),
+        (dict(axes=("ffn", "kv_heads"), uneven_kv=True), r"none of layers\.0\.kv_heads"),
+        (dict(allocation="optimal"), "no Fisher matrix"),
+        (dict(criterion="taylor"), "no gradients"),
+        (dict(target=None, keep={"ffn": 48, "layers": 1}), "layers and hidden width"),
+    ):
+        with pytest.raises(InputError, match=names):
+            dataclasses.replace(step, **change).from_statistics(graph, measured)
+    with pytest.raises(InputError, match="with one_shot"):
+        dataclasses.replace(step, refit="reference")
+
+
+def test_gradients_come_without_fisher_matrices(measured):
+    graph, tokens, both, _ = measured
+    alone = sensitivities(graph, tokens, gradients=True, fisher=False)
+    assert not alone.fisher and both.fisher
+    assert all(torch.equal(g, both.gradients[n]) for n, g in alone.gradients.items())
+
+
+# all axes together, and what comes after
+
+
+def test_a_refit_that_removes_nothing_changes_nothing():
+    W, x = problem()
+    assert torch.equal(refit_columns(W, x.T @ x, torch.arange(24)), W)
+
+
+def cut_on_every_axis(graph, tokens):
+    """Several passes: KV groups, then FFN channels, a layer and hidden channels, then under one budget with sublayers."""
+    first = Prune(tokens, keep={"kv_heads": 1}, multiple_of=16)
+    second = Prune(tokens, keep={"ffn": 64, "layers": 3, "hidden": 48}, multiple_of=16)
+    third = Prune(tokens, "params=0.8", multiple_of=16, sublayers=True)
+    return third(second(first(graph)))
+
+
+def test_a_graph_cut_on_every_axis_is_a_graph_like_any_other(tmp_path):
+    from tinycompress.export import export, verify
+
+    tokens = ids()
+    graph = cut_on_every_axis(small(layers=(Layer(4, 2, 96),) * 4, bos_token_id=1, eos_token_id=2), tokens)
+    assert graph.config.hidden_size == 48 and graph.config.n_layers == 3 and not graph.config.uniform
+    out = GPTQ(tokens, QuantSpec(4, 16))(ScaleRope(128)(graph))
+    save(out, tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert again.config == out.config and len(again.history) == 5
+    assert torch.equal(again.module()(tokens), out.module()(tokens))
+    limits = {"kl": 1.0, "flips": 1.0, "perplexity": 1.0}
+    export(again, tmp_path / "onnx", tokens=tokens[:2], limits=limits)
+    assert verify(tmp_path / "onnx", tokens=tokens[:2], limits=limits)["passed"]
+
+
+def test_a_hidden_width_no_runtime_takes_is_refused():
+    with pytest.raises(InputError, match="a multiple of 16"):
+        Prune(torch.zeros(0, 0, dtype=torch.long), keep={"hidden": 50}, multiple_of=16)(small(layers=(Layer(4, 2, 96),) * 2))

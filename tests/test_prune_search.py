@@ -5,9 +5,12 @@ import torch
 from conftest import random_graph
 
 from tinycompress.errors import InputError
-from tinycompress.evaluate import perplexity
+from tinycompress.evaluate import agreement, perplexity
 from tinycompress.graph import Config, Layer, cut
+from tinycompress.passes.distill import Distill
+from tinycompress.passes.prune import Prune
 from tinycompress.search import search
+from tinycompress.training import Training
 
 GRAPH = random_graph(Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=64))
 IDS = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -34,3 +37,16 @@ def test_the_best_after_healing_comes_first():
     assert trials[0].before == perplexity(narrow(GRAPH).module(), IDS).value
     with pytest.raises(InputError, match="at least one pass"):
         search(GRAPH, [], lambda g: g, IDS)
+
+
+def test_candidates_of_one_budget_heal_by_distillation():
+    """Minitron's practice as it is meant: width against depth at a like size, each healed by the whole model."""
+    width = Prune(IDS, "params=0.7", criterion="magnitude", allocation="uniform", refit=False, multiple_of=16)
+    candidates = [width, Prune(IDS, keep={"layers": 1})]
+    heal = Distill(IDS, GRAPH, Training(steps=12, lr=3e-3, batch=2))
+    trials = search(GRAPH, candidates, heal, IDS)
+    assert [trial.after for trial in trials] == sorted(trial.after for trial in trials)
+    assert all(trial.healed.history[-1].startswith("Distill") and trial.healed.config == trial.pruned.config for trial in trials)
+    module = GRAPH.module()
+    nearer = [agreement(module, t.healed.module(), IDS).kl < agreement(module, t.pruned.module(), IDS).kl for t in trials]
+    assert all(nearer)

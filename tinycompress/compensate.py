@@ -135,3 +135,10 @@ def keep_best(scores: Tensor, count: int, groups: int = 1) -> Tensor:
         raise InputError("units to keep", count, f"a multiple of {groups}, the same from each KV group")
     best = scores.view(groups, -1).topk(count // groups, dim=1).indices
     return (best + torch.arange(groups, device=scores.device)[:, None] * (len(scores) // groups)).flatten().sort().values
+
+
+def by_turns(order: Tensor, groups: int) -> Tensor:
+    """An order of removal [n] with one unit of each of as many equal runs in turn, each run's own order kept."""
+    group = order // (len(order) // groups)
+    earlier = torch.tril(group[:, None] == group[None, :], -1).sum(1)  # how many of its own group went before each
+    return order[torch.argsort(earlier, stable=True)]

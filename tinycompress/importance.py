@@ -156,7 +156,7 @@ def statistics(
         positions,
         coupled,
         None if sensitivity is None or sensitivity.gradients is None else {n: sensitivity.gradients[n].to(device) for n in axis.cuts},
-        None if sensitivity is None else sensitivity.fisher[name].to(device),
+        None if sensitivity is None or name not in sensitivity.fisher else sensitivity.fisher[name].to(device),
     )
 
 
@@ -193,24 +193,25 @@ def reads(feed: Feed) -> tuple[str, ...]:
     return {"o_proj": (f"layers.{feed.layer}.heads", f"layers.{feed.layer}.kv_heads"), "down_proj": (f"layers.{feed.layer}.ffn",)}.get(kind, ())
 
 
-def sensitivities(graph: Graph, tokens: Tensor, gradients: bool = False, seed: int = 0) -> Sensitivity:
+def sensitivities(graph: Graph, tokens: Tensor, gradients: bool = False, seed: int = 0, fisher: bool = True) -> Sensitivity:
     """Fisher matrices of the residual stream behind every sublayer from tokens [N, T], labels drawn from the model's own
-    distribution by `seed`; with `gradients`, also ∂L/∂w of the text's own next-token loss."""
+    distribution by `seed` (none without `fisher`); with `gradients`, also ∂L/∂w of the text's own next-token loss."""
     tokens = check_calibration(graph, tokens)
     dtype = torch.float32 if tokens.device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
     model = graph.dense().module(tokens.device, dtype)
     generator = torch.Generator(tokens.device).manual_seed(seed)
-    fisher: dict[str, Tensor] = {}
+    matrices: dict[str, Tensor] = {}
     windows = [piece for piece in tokens.split(1) for piece in piece.split(GRADIENT_WINDOW, dim=1) if piece.shape[1] > 1]
     positions = sum(w.shape[1] for w in windows)
     names = [n for n, _ in model.named_parameters() if n.startswith("model.layers.")]
     total: dict[str, Tensor] = {}
     for window in tqdm(windows, desc="sensitivity", unit="window", delay=2):
-        _backward(model, window, fisher, generator)
+        if fisher:
+            _backward(model, window, matrices, generator)
         if gradients:
             for name, g in zip(names, _gradients(model, window, names)):
                 total[name] = total[name] + g if name in total else g
-    return Sensitivity({name: G / positions for name, G in fisher.items()}, total if gradients else None)
+    return Sensitivity({name: G / positions for name, G in matrices.items()}, total if gradients else None)
 
 
 def _backward(model: Transformer, ids: Tensor, fisher: dict[str, Tensor], generator: torch.Generator) -> None:

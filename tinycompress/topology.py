@@ -36,6 +36,11 @@ class Axis:
     cuts: Mapping[str, tuple[int, int]]
     groups: int = 1
 
+    @property
+    def reader(self) -> str:
+        """The weight that reads an axis of a layer, channel by channel: of o_proj or down_proj."""
+        return next(name for name, (dim, _) in self.cuts.items() if dim == 1)
+
 
 def feeds(config: Config) -> tuple[Feed, ...]:
     """Every activation that linears read, in the order the model computes them; every linear is read exactly once."""

@@ -4,7 +4,8 @@ Three steps. On a few windows (`probe`) the graph is measured: what each axis of
 there costs in nats (importance.py). Then sizes are chosen within the budget (allocate.py). Then one walk over all tokens
 cuts layer by layer on the activations that the already pruned layers produce, and refits down_proj and o_proj in closed
 form (compensate.py), towards the float model's residual stream (`refit="reference"`) or to what the linear gave before
-(True).
+(True). With `one_shot` the walk is left out: scores and refits come from one collection of the whole graph's statistics
+(Minitron, LLM-Pruner, FLAP), which any number of budgets can share (`from_statistics`).
 
 The result is a plain graph whose shapes are smaller: nothing is masked and nothing is left to do at run time.
 Letters: D hidden, F ffn, K inputs of a linear, n units of an axis.
@@ -14,16 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..allocate import ALLOCATIONS, AXES, Item, Target, apply, by_threshold, check_budget, fixed_price, items, optimal, uniform
 from ..calibrate import Inputs, check_calibration, gram, stream_gram, walk
-from ..compensate import bias_for, keep_best, plain_curve, refit_columns, refit_curve, wanted_output
+from ..compensate import bias_for, by_turns, keep_best, plain_curve, refit_columns, refit_curve, wanted_output
 from ..config import Config
 from ..errors import InputError
 from ..graph import Feed, Graph, LazyTensor, Weight, cut
@@ -33,6 +35,7 @@ from ..importance import (
     Sensitivity,
     Statistics,
     block_influence,
+    collect,
     hidden_importance,
     measure,
     reads,
@@ -41,6 +44,7 @@ from ..importance import (
 )
 from ..topology import axes, feeds
 
+T = TypeVar("T")
 REFITS = (True, False, "reference", "bias")
 
 
@@ -76,7 +80,8 @@ class Prune:
     allocation: "optimal" | "global" | "uniform". refit: "reference" | True | False | "bias" (FLAP's, which gives o_proj and
     down_proj a bias). sublayers: whole sublayers may go. floors: what every layer keeps of an axis, a share or a count.
     uneven_kv: KV heads may differ between layers. probe: windows that the measuring ahead takes. propagate: how far the
-    refit to the reference goes, from 0 (what the linear gave before) to 1 (the float model's residual stream).
+    refit to the reference goes, from 0 (what the linear gave before) to 1 (the float model's residual stream). one_shot:
+    every layer is scored and refitted on the inputs that the whole graph gives it; their Gram matrices stay in memory.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -94,6 +99,7 @@ class Prune:
     damping: float = 0.01
     propagate: float = 0.5
     gradients: bool = False
+    one_shot: bool = False
 
     def __post_init__(self) -> None:
         if (self.target is None) == (self.keep is None):
@@ -119,6 +125,8 @@ class Prune:
             raise InputError("Prune.allocation", repr(self.allocation), " | ".join(ALLOCATIONS))
         if self.refit not in REFITS:
             raise InputError("Prune.refit", repr(self.refit), "True | False | 'reference' | 'bias'")
+        if self.one_shot and self.refit == "reference":
+            raise InputError("Prune.refit", "'reference' with one_shot", "True | False | 'bias': what a cut prefix gives is never seen in one shot")
         for name in ("multiple_of", "probe"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise InputError(f"Prune.{name}", value, "a positive integer")
@@ -142,7 +150,38 @@ class Prune:
                 stacklevel=2,
             )
         graph = self.reshape(graph)
+        if self.one_shot:
+            return self._in_one_shot(graph, self.collect(graph))
         return self.apply(graph, self.plan(graph)).replace(by=self)
+
+    def collect(self, graph: Graph) -> dict[str, Statistics]:
+        """What `from_statistics` reads: the statistics of every axis that is budgeted, gradients where the criterion wants them."""
+        names = [item.axis for some, _ in self.budgets(graph.config, graph.dtype.itemsize) for item in some]
+        return collect(graph, self.tokens, names, self.sensitivity(graph))
+
+    def from_statistics(self, graph: Graph, measured: Mapping[str, Statistics]) -> Graph:
+        """The cut in one shot by statistics of this graph that are there already, whatever the budget they were collected for."""
+        self.check(graph)
+        if not self.one_shot:
+            raise InputError("Prune.one_shot", False, "True where the statistics are given")
+        if reshaped := [key for key in ("layers", "hidden") if key in (self.keep or {})]:
+            raise InputError("Prune.keep", reshaped, "axes of layers: layers and hidden width change what statistics say")
+        self._check_statistics(graph, measured)
+        return self._in_one_shot(graph, measured)
+
+    def _in_one_shot(self, graph: Graph, measured: Mapping[str, Statistics]) -> Graph:
+        return self.apply(graph, self.plan(graph, measured), measured).replace(by=self)
+
+    def _check_statistics(self, graph: Graph, measured: Mapping[str, Statistics]) -> None:
+        known = axes(graph.config)
+        for axis in (item.axis for some, _ in self.budgets(graph.config, graph.dtype.itemsize) for item in some):
+            if axis not in measured:
+                raise InputError("statistics", f"none of {axis}", "those of every axis in the budget (Prune.collect)")
+            found = measured[axis]
+            if found.axis != known[axis] or not torch.equal(found.weight, graph.tensor(found.axis.reader).to(found.weight.device)):
+                raise InputError("statistics", f"{axis} of another graph", "statistics of the graph that is cut")
+            if self.allocation == "optimal" and found.sensitivity is None:
+                raise InputError("statistics", f"no Fisher matrix for {axis}", "statistics that Prune.collect made for this allocation")
 
     def check(self, graph: Graph) -> None:
         """An InputError for whatever could not work, from the config alone."""
@@ -163,6 +202,8 @@ class Prune:
         count = _count(self.keep[key], size, multiple)
         if not 0 < count <= size:
             raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"1 … {size}, or a share of them")
+        if count < size and count % multiple:
+            raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"a multiple of {multiple} (Prune.multiple_of)")
         return count
 
     def budgets(self, config: Config, itemsize: int) -> list[tuple[list[Item], int]]:
@@ -222,22 +263,33 @@ class Prune:
             sizes |= {item.axis: size for item, size in zip(some, uniform(some, limit))}
         return apply(config, sizes)
 
-    def plan(self, graph: Graph) -> Plan:
-        """The sizes, from `probe` windows where the allocation measures."""
+    def sensitivity(self, graph: Graph) -> Sensitivity | None:
+        """Fisher matrices and gradients, as far as allocation and criterion read them."""
+        named = isinstance(self.criterion, str) and self.criterion != "obs"  # reads no Fisher matrix, nor do shares of its scores
+        fisher = self.allocation == "optimal" or (self.allocation == "global" and not named)
+        if not (fisher or self._gradients):
+            return None
+        return sensitivities(graph, self.tokens[: max(1, self.probe // 4)], self._gradients, fisher=fisher or not named)
+
+    def plan(self, graph: Graph, known: Mapping[str, Statistics] | None = None) -> Plan:
+        """The sizes, where the allocation measures from `probe` windows or the statistics that are `known`."""
         budgets = self.budgets(graph.config, graph.dtype.itemsize)
         choices = [item for some, _ in budgets for item in some]
         measured = self.allocation != "uniform" and any(len(item.sizes) > 1 for item in choices)
-        sensitivity = None
-        first_order = self.allocation == "global" and isinstance(self.criterion, str) and self.criterion != "obs"
-        if choices and (self._gradients or (measured and not first_order)):
-            sensitivity = sensitivities(graph, self.tokens[: max(1, self.probe // 4)], self._gradients)
+        sensitivity = self.sensitivity(graph) if choices and known is None and (measured or self._gradients) else None
         sizes_of = {item.axis: item.sizes for item in choices}
         losses: dict[str, list[float]] = {}
         scores: dict[str, Tensor] = {}
+
+        def every(use: Callable[[Statistics], T]) -> dict[str, T]:
+            if known is not None:
+                return {name: use(known[name]) for name in sizes_of}
+            return measure(graph, self.tokens[: self.probe], sizes_of, use, sensitivity)
+
         if measured and self.allocation == "optimal":
-            losses = measure(graph, self.tokens[: self.probe], sizes_of, lambda s: self.curve(s, sizes_of[s.axis.name]), sensitivity)
+            losses = every(lambda s: self.curve(s, sizes_of[s.axis.name]))
         elif measured:
-            scores = measure(graph, self.tokens[: self.probe], sizes_of, self.scores, sensitivity)
+            scores = every(self.scores)
         sizes: dict[str, int] = {}
         for some, limit in budgets:
             if losses:
@@ -263,8 +315,8 @@ class Prune:
     def curve(self, stats: Statistics, sizes: Sequence[int]) -> list[float]:
         """The expected loss in nats a token at each size."""
         order = self.scores(stats).argsort()
-        if stats.axis.groups > 1:  # one of each group in turn
-            order = order[torch.argsort(_rank_in_group(order, stats.axis.groups), stable=True)]
+        if stats.axis.groups > 1:
+            order = by_turns(order, stats.axis.groups)
         H = stats.gram / stats.positions
         refitted = self.refit in (True, "reference")
         curve = (
@@ -272,12 +324,13 @@ class Prune:
         )
         return [float(curve[stats.axis.size - size]) for size in sizes]
 
-    def apply(self, graph: Graph, plan: Plan) -> Graph:
-        """The walk that cuts `graph` to the sizes of a plan made for it."""
+    def apply(self, graph: Graph, plan: Plan, known: Mapping[str, Statistics] | None = None) -> Graph:
+        """`graph` cut to the sizes of a plan made for it, in a walk that shows every layer what the pruned layers before it
+        give, or by the statistics that are `known`."""
         if plan.config != graph.config:
             raise InputError("plan", "sizes chosen for another graph", "a plan of the graph that is cut")
-        known = axes(graph.config)
-        todo = {axis: size for axis, size in plan.sizes.items() if size < known[axis].size}
+        every = axes(graph.config)
+        todo = {axis: size for axis, size in plan.sizes.items() if size < every[axis].size}
         if not todo:
             return graph
         graph = with_biases(graph) if self.refit == "bias" else graph
@@ -285,33 +338,45 @@ class Prune:
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
             axis = next((a for a in reads(feed) if a in todo), None)
-            if axis is None and not (self.refit == "reference" and kept and reads(feed)):
-                return None
-            name = feed.readers[0]
-            weight, hessian = graph.tensor(f"{name}.weight"), gram(feed, inputs)
-            channels = torch.arange(weight.shape[1], device=hessian.device)
-            changed: dict[str, Weight] = {}
             if axis is not None:
-                stats = statistics(graph, known[axis], feed, inputs, hessian, plan.sensitivity)
-                kept[axis] = units = keep_best(self.scores(stats), todo[axis], known[axis].groups if todo[axis] else 1)
-                channels = channels.view(-1, stats.width)[units].flatten()
-                changed = self._biases(graph, name, stats, channels)
-            # a zeroed column computes what a cut one does; shapes change once, at the end
-            masked = torch.zeros_like(weight, device=hessian.device)
-            if len(channels):
-                masked[:, channels] = self._refitted(weight.to(hessian.device), hessian, channels, inputs).to(weight.dtype)
-            return changed | {f"{name}.weight": masked.to(weight.device)}
+                stats = statistics(graph, every[axis], feed, inputs, sensitivity=plan.sensitivity)
+                kept[axis], changed = self._reduced(graph, stats, todo[axis], inputs)
+                return changed
+            if not (self.refit == "reference" and kept and reads(feed)):
+                return None
+            name = f"{feed.readers[0]}.weight"
+            weight, hessian = graph.tensor(name), gram(feed, inputs)
+            whole = torch.arange(weight.shape[1], device=hessian.device)
+            return {name: self._refitted(weight.to(hessian.device), hessian, whole, inputs).to(weight)}
 
-        out = walk(graph, self.tokens, visit, reference=self.refit == "reference", progress="Prune")
+        if known is None:
+            out = walk(graph, self.tokens, visit, reference=self.refit == "reference", progress="Prune")
+        else:
+            changed: dict[str, Weight] = {}
+            for axis, size in todo.items():
+                kept[axis], new = self._reduced(graph, known[axis], size)
+                changed |= new
+            out = graph.replace(weights=changed)
         for axis, units in kept.items():
             out = cut(out, axis, units)
         return out
 
-    def _refitted(self, weight: Tensor, hessian: Tensor, channels: Tensor, inputs: Inputs) -> Tensor:
+    def _reduced(self, graph: Graph, stats: Statistics, size: int, inputs: Inputs | None = None) -> tuple[Tensor, dict[str, Weight]]:
+        """The units of an axis that stay, and what changes of the linear that reads it: at full width, with zeros where units
+        went, as a zeroed column computes what a cut one does; shapes change once, at the end."""
+        name = stats.axis.reader
+        units = keep_best(self.scores(stats), size, stats.axis.groups if size else 1)
+        channels = torch.arange(stats.weight.shape[1], device=stats.gram.device).view(-1, stats.width)[units].flatten()
+        masked = torch.zeros_like(stats.weight)
+        if len(channels):
+            masked[:, channels] = self._refitted(stats.weight, stats.gram, channels, inputs).to(masked.dtype)
+        return units, self._biases(graph, name.removesuffix(".weight"), stats, channels) | {name: masked.to(graph.tensor(name).device)}
+
+    def _refitted(self, weight: Tensor, hessian: Tensor, channels: Tensor, inputs: Inputs | None) -> Tensor:
         if self.refit in (False, "bias"):
             return weight[:, channels]
         wanted = None
-        if self.refit == "reference":
+        if self.refit == "reference" and inputs is not None:
             wanted = wanted_output(weight, hessian, stream_gram(inputs, weight), self.propagate)
         return refit_columns(weight, hessian, channels, self.damping, wanted)
 
@@ -341,10 +406,3 @@ def with_biases(graph: Graph) -> Graph:
 def _count(wanted: float, size: int, multiple: int) -> int:
     """A share (float) of `size`, rounded to the multiple, or a count (int) as it is."""
     return wanted if isinstance(wanted, int) else round(wanted * size / multiple) * multiple
-
-
-def _rank_in_group(order: Tensor, groups: int) -> Tensor:
-    """For units in order of removal: how many of its own group went before each."""
-    group = order // (len(order) // groups)
-    earlier = torch.tril(group[:, None] == group[None, :], -1)
-    return earlier.sum(1)

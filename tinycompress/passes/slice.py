@@ -38,6 +38,11 @@ class Slice:
         if self.hidden > graph.config.hidden_size:
             raise InputError("Slice.hidden", self.hidden, f"at most the model's {graph.config.hidden_size}")
         folded = fold_norms(graph)
+        turned = turn(folded, self.rotation(folded).to(graph.weights["model.norm.weight"].device))
+        return cut(turned, "hidden", range(self.hidden)).replace(by=self)
+
+    def rotation(self, folded: Graph) -> Tensor:
+        """The principal axes Q [D, D] of a graph with folded norms; no matter how many of them stay."""
         covariances: list[Tensor] = []
 
         def visit(feed: Feed, inputs: Inputs) -> None:
@@ -45,8 +50,7 @@ class Slice:
                 covariances.append(gram(feed, inputs))
 
         walk(folded, self.tokens, visit, progress="Slice")
-        turned = turn(folded, principal_axes(covariances).to(graph.weights["model.norm.weight"].device))
-        return cut(turned, "hidden", range(self.hidden)).replace(by=self)
+        return principal_axes(covariances)
 
 
 def principal_axes(covariances: Sequence[Tensor]) -> Tensor:
