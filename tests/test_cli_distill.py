@@ -87,6 +87,13 @@ def test_inner_losses_that_fade_under_a_budget_of_tokens(made, tmp_path):
     assert steps == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_early_stop_tells_of_what_it_saved(made, tmp_path):
+    options = [*common(made)[:-4], "--steps", 9, "--lr", 1.0, "--warmup", 0, "--eval-every", 1, "--patience", 2]
+    code, text = run("distill", made / "student", "--loss", "ce", *options, "--log", tmp_path / "log", "-o", tmp_path / "out")
+    values = [json.loads(line)["perplexity"]["text"] for line in (tmp_path / "log/train.jsonl").read_text().splitlines()]
+    assert code == 0 and values[-1] > min(values) and f"perplexity on text: {values[0]:.3f} → {min(values):.3f}" in text
+
+
 def test_what_is_refused(made, tmp_path):
     base = ["distill", made / "student", *common(made), "-o", tmp_path / "no"]
     for extra, words in (

@@ -124,7 +124,7 @@ def distill(
         )
         after = pass_(before)
         if rank() == 0:
-            finish(before, after, output, overwrite, log or work)
+            finish(before, after, output, overwrite, log or work, patience is not None)
 
 
 def cache_teacher(
@@ -226,8 +226,8 @@ def read_cache(folder: Path | None, teacher: str | None) -> Any:
     return open_cache(folder, teacher=open_model(teacher) if teacher else None)
 
 
-def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path | None) -> None:
-    """Saves, and says what came of it."""
+def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path | None, best: bool) -> None:
+    """Saves, and says what came of it: of the best measurement if that is the result, else of the last."""
     from . import report
     from .checkpoint import save
 
@@ -236,8 +236,9 @@ def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path
     if log:
         lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
         measured = [line["perplexity"] for line in lines if "perplexity" in line]
-        for name in measured[0] if measured else ():
-            print(f"perplexity on {name}: {measured[0][name]:.3f} → {measured[-1][name]:.3f}")
+        result = min(measured, key=lambda m: sum(map(math.log, m.values()))) if best else measured[-1]
+        for name in measured[0]:
+            print(f"perplexity on {name}: {measured[0][name]:.3f} → {result[name]:.3f}")
 
 
 def register(app: typer.Typer) -> None:
