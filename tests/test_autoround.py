@@ -37,7 +37,7 @@ def test_the_block_walk_shows_what_the_forward_computes(nonuniform, tokens):
         walk_blocks(nonuniform, cut(nonuniform, "layers", [0, 1]), tokens, visit)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(4, None)])
+@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(4, None), QuantSpec(2, 32, False, float_zero=True)])
 def test_a_rounded_linear_starts_as_the_packed_one_and_packs_what_it_computes(spec):
     weight = rtn_quantize(torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), spec)
     linear = RoundedLinear(weight, None, torch.float32)

@@ -10,7 +10,12 @@ from tinycompress.graph import SMOLLM2_135M, Graph
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, find_grid, pack, round_to_grid, targets, unpack
 
-specs = st.builds(QuantSpec, st.sampled_from(BITS), st.sampled_from([None, 8, 16, 32]), st.booleans(), st.sampled_from(["minmax", "mse"]))
+FLOAT_ZERO = ("w2g64-floatzero", QuantSpec(2, 64, False, float_zero=True))
+groups, searches = st.sampled_from([None, 8, 16, 32]), st.sampled_from(["minmax", "mse"])
+specs = st.one_of(
+    st.builds(QuantSpec, st.sampled_from(BITS), groups, st.booleans(), searches),
+    st.builds(QuantSpec, st.sampled_from([2, 3, 4]), groups, st.just(False), searches, st.just(True)),
+)
 
 
 @given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
@@ -131,7 +136,7 @@ def test_nan_weights_are_named():
         find_grid("here", torch.full((2, 64), float("nan")), QuantSpec())
 
 
-@pytest.mark.parametrize("text, spec", [("w4g64", QuantSpec()), ("w3", QuantSpec(3, None)), ("w4g32-asym", QuantSpec(4, 32, False))])
+@pytest.mark.parametrize("text, spec", [("w4g64", QuantSpec()), ("w3", QuantSpec(3, None)), ("w4g32-asym", QuantSpec(4, 32, False)), FLOAT_ZERO])
 def test_specs_parse_and_print(text, spec):
     assert QuantSpec.parse(text) == spec and str(spec) == text
 

@@ -35,6 +35,8 @@ class QuantizeEmbedding:
         for name, spec in (("spec", self.spec), ("head_spec", self.head_spec)):
             if spec and spec.scale == "weighted":
                 raise InputError(f"QuantizeEmbedding.{name}.scale", "'weighted', which takes activation statistics", "'auto', 'minmax' or 'mse'")
+        if self.spec.float_zero:
+            raise InputError("QuantizeEmbedding.spec", str(self.spec), "integer zero points (-asym), or none: no runtime looks such rows up")
         if self.head_spec and not self.head:
             raise InputError("QuantizeEmbedding.head_spec", f"{self.head_spec} with head=False", "None, or head=True")
 

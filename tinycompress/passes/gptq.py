@@ -31,7 +31,7 @@ from torch import Tensor
 from ..calibrate import Inputs, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, nearest_ints, targets
 from ..refine import refine as refine_rounding
 
 DAMPING_TRIES = 6
@@ -154,8 +154,7 @@ def gptq_quantize(
         skew = propagate * torch.triu((cross - hessian).double()[perm][:, perm] @ U.T, 1) @ U
     ints = _round_columns(W, U.float(), perm, scales, zeros, spec, block, first, None if skew is None else skew.float())
     if refine:
-        offsets = torch.full((1, 1), float(spec.zero), device=W.device) if zeros is None else zeros.float()
-        ints, scales = refine_rounding(W, H, ints, scales, offsets, 2**spec.bits - 1, refine)
+        ints, scales, zeros = refine_rounding(W, H, ints, scales, zeros, spec, refine)
     return QuantTensor.from_ints(ints, scales, zeros, spec)
 
 
@@ -170,14 +169,13 @@ def _round_columns(
     St = scales.T[group[perm]]
     Zt = torch.full_like(St, spec.zero) if zeros is None else zeros.T[group[perm]].to(St.dtype)
     Q = torch.empty(K, N, dtype=torch.uint8, device=W.device)
-    top = 2**spec.bits - 1
     for i in range(0, K, block):
         j = min(i + block, K)
         w, u, errors = Wt[i:j], U[i:j, i:j], torch.empty(j - i, N, device=W.device)
         for c in range(j - i):
             s, z = St[i + c], Zt[i + c]
             value = first if first is not None and i + c == 0 else w[c]
-            q = (value / s).round_().add_(z).clamp_(0, top)
+            q = nearest_ints(value / s, z, spec)
             Q[i + c] = q
             torch.sub(w[c], q.sub_(z).mul_(s), out=errors[c]).div_(u[c, c])
             if c + 1 < j - i:
