@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tinycompress.errors import InputError
 from tinycompress.graph import SMOLLM2_135M, Graph
+from tinycompress.passes.hqq import hqq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, find_grid, pack, round_to_grid, targets, unpack
 
@@ -101,6 +102,16 @@ def test_the_quantized_linear_multiplies_by_the_dequantized_weight(spec, bias):
     b = torch.randn(300, generator=g) if bias else None
     x = torch.randn(2, 5, 64, generator=g)
     assert torch.allclose(QuantLinear(q, b)(x), torch.nn.functional.linear(x, q.dequantize(), b), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, None), FLOAT_ZERO[1]])
+def test_large_matrices_are_rounded_in_pieces_to_the_same_bits(spec):
+    for quantize, weights in ((rtn_quantize, 1 << 22), (hqq_quantize, 1 << 20)):  # more than are rounded at a time
+        w = torch.randn(weights // 64 + 100, 64, generator=torch.Generator().manual_seed(0))
+        whole, ends = quantize(w, spec), [quantize(w[rows], spec) for rows in (slice(0, 50), slice(-50, None))]
+        assert whole.shape == w.shape and whole.spec == spec
+        for part, rows in zip(ends, (whole.rows(0, 50), whole.rows(len(w) - 50, len(w)))):
+            assert all(torch.equal(tensor, rows.tensors()[suffix]) for suffix, tensor in part.tensors().items())
 
 
 def test_rtn_quantizes_every_linear_but_the_head(nonuniform):

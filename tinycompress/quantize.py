@@ -170,6 +170,15 @@ class QuantTensor:
         return QuantTensor(self.packed[index], self.scales[index], zeros, self.spec, (len(index), self.shape[1]))
 
 
+def stacked(parts: list[QuantTensor]) -> QuantTensor:
+    """Packed weights on one grid, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part.tensors() for part in parts]
+    joined = {suffix: torch.cat([part[suffix] for part in tensors]) for suffix in tensors[0]}
+    return QuantTensor.from_tensors(joined, parts[0].spec, (sum(part.shape[0] for part in parts), parts[0].shape[1]))
+
+
 def pack(q: Tensor, bits: int) -> Tensor:
     """Integers [..., n] in 0 … 2^bits - 1 to uint8 [..., ⌈n/8⌉·bits], low bits first."""
     q = F.pad(q.to(torch.uint8), (0, -q.shape[-1] % 8))

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
+ROWS = 1 << 20  # weights at a time: an iterate has eight temporaries of their size
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class HQQ:
 
 def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> QuantTensor:
     """weight float [N, K] to a QuantTensor; of the iterates the one with the smallest ‖error‖_p is kept, group by group."""
-    weight = weight.float()
+    rows = max(1, ROWS // weight.shape[1])
+    return stacked([_half_quadratic(part.float(), spec, name) for part in weight.split(rows)])
+
+
+def _half_quadratic(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
     scales, zeros = find_grid(name, weight, dataclasses.replace(spec, scale="minmax"))
     w = weight.reshape(*scales.shape, -1)  # (N, G, g)
     top = 2**spec.bits - 1
