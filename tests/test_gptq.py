@@ -265,6 +265,14 @@ def test_descent_leaves_no_single_better_integer():
             assert (error(other) >= best * (1 - 1e-9)).all()
 
 
+def test_calibration_shorter_than_a_width_names_the_linear_before_any_work(nonuniform, tokens):
+    with pytest.raises(
+        InputError, match=r"calibration tokens for model\.layers\.0\.mlp\.down_proj: found 64 positions for its 96 inputs.*at least 96"
+    ):
+        GPTQ(tokens[:2], SPEC)(nonuniform)
+    assert GPTQ(tokens[:3], SPEC)(nonuniform).history  # 96 positions are enough
+
+
 def test_unknown_options_are_named():
     tokens = torch.zeros(1, 4, dtype=torch.long)
     for options, names in (({"order": "desc"}, "act"), ({"correction": "x"}, "qronos"), ({"refine": -1}, "refine"), ({"damping": 0}, "damping")):

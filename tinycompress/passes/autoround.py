@@ -16,7 +16,7 @@ Letters: N out_features, K in_features, G groups, W windows, T positions, D hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,13 +165,14 @@ def tune(
     scale_rate: float,
     generator: torch.Generator,
 ) -> None:
-    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]."""
+    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]: every one once before any comes again."""
+    picks = draws(len(inputs), batch, generator)
     latents = [linear.u for linear in block.rounded.values()]
     deltas = [linear.delta for linear in block.rounded.values()]
     gains = [m.weight for m in block.norms.values()]
     starts = [p.detach().abs() for p in gains]
     for step in range(steps):
-        pick = torch.randint(len(inputs), (batch,), generator=generator)
+        pick = next(picks)
         with torch.enable_grad():
             loss = block.error(inputs[pick], targets[pick], tables).mean()
             grads = torch.autograd.grad(loss, latents + deltas + gains)
@@ -180,3 +181,14 @@ def tune(
             p.add_(grad.sign_(), alpha=-left * (rate if p.dim() == 3 else scale_rate))
         for p, grad, size in zip(gains, grads[len(latents) + len(deltas) :], starts):
             p.addcmul_(grad.sign_(), size, value=-left * scale_rate)
+
+
+def draws(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of indices below `count`, from one random order after another: with few epochs, drawing with replacement
+    would leave some windows out and see others twice as often."""
+    pool = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(pool) < batch:
+            pool = torch.cat((pool, torch.randperm(count, generator=generator)))
+        yield pool[:batch]
+        pool = pool[batch:]

@@ -22,13 +22,13 @@ Letters: N out_features, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..calibrate import Inputs, cross_gram, gram, stream_gram, walk
+from ..calibrate import Inputs, check_calibration, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
 from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, nearest_ints, targets
@@ -76,6 +76,7 @@ class GPTQ:
 
     def __call__(self, graph: Graph) -> Graph:
         todo = targets(graph, self.spec, self.head)
+        check_length(graph, self.tokens, todo)
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
             rows = {name: graph.tensor(graph.config.weight_name(name)).to(self.tokens.device) for name in feed.readers if name in todo}
@@ -113,6 +114,17 @@ class GPTQ:
             return out
 
         return walk(graph, self.tokens, visit, reference=self.propagate > 0, progress=f"GPTQ {self.spec}").replace(by=self)
+
+
+def check_length(graph: Graph, tokens: Tensor, names: Iterable[str]) -> None:
+    """An `InputError` for calibration with fewer positions than a linear has inputs: its Hessian would be singular, and what
+    damping makes of it fits the text alone."""
+    check_calibration(graph, tokens)
+    for name in names:
+        width = graph.weights.entries[graph.config.weight_name(name)].shape[1]
+        if tokens.numel() < width:
+            accepted = f"at least {width} positions, better ten times as many (more windows, or longer ones)"
+            raise InputError(f"calibration tokens for {name}", f"{tokens.numel()} positions for its {width} inputs", accepted)
 
 
 def gptq_quantize(
