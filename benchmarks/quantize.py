@@ -1,12 +1,14 @@
 """What each step of the quantization recipe gives at equal bits, and what it costs.
 
     python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
-        [--rows NAME …] [--again] [--quick]
+        [--rows NAME …] [--again] [--quick] [--peer gptqmodel|auto-round --peer-python VENV/bin/python]
 
 Protocol: every linear but the head, on calibration windows of 1024 tokens taken from the start of the text; perplexity
 over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in a process of its own, so that its peak
 memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of one float forward over the
 calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are kept: a killed run goes on where it was.
+`--peer` runs another library instead of rows of ours, in its own Python (peers/run_*.py say which venv), on the same weights
+and tokens; what it saves is loaded and measured here.
 Differences are paired: mean NLL a token against the row named in the table, with a 95% bootstrap over windows.
 """
 
@@ -17,6 +19,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress import data
-from tinycompress.checkpoint import load
+from tinycompress.checkpoint import load, save
 from tinycompress.evaluate import Interval, environment, paired_difference, perplexity
 from tinycompress.files import write_json, write_text
 from tinycompress.graph import Graph
@@ -72,6 +75,8 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
 
 
 TIMED = ("gptq",)
+PEERS = {"gptqmodel": "run_gptqmodel.py", "auto-round": "run_auto_round.py"}
+COMPARED = {name: other for name, (other, _) in ROWS.items()} | {"gptqmodel": "gptq", "auto-round": "gptq + refine + qep, block tuning"}
 
 
 def seconds_of_forward(graph: Graph, tokens: Tensor) -> float:
@@ -84,11 +89,33 @@ def seconds_of_forward(graph: Graph, tokens: Tensor) -> float:
     return round(time.perf_counter() - start, 1)
 
 
+def peer(args: argparse.Namespace, graph: Graph, tokens: Tensor) -> tuple[Graph, dict[str, object]]:
+    """What another library makes of the same weights and tokens in its own process, and what it says of its cost."""
+    from safetensors.torch import save_file
+
+    spec = QuantSpec.parse(args.spec[0])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, ids, out = (Path(temporary) / name for name in ("model", "tokens.safetensors", "out"))
+        save(graph, folder)
+        save_file({"tokens": tokens}, ids)
+        script = Path(__file__).parent / "peers" / PEERS[args.worker]
+        command = [args.peer_python, script, folder, ids, out, spec.bits, spec.group_size or -1]
+        command += [2] if args.quick and args.worker == "auto-round" else []
+        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+        said = json.loads(done.stdout.splitlines()[-1])
+        quantized = load(next(out.rglob("config.json")).parent).dense(torch.float32)
+        return graph.replace(weights={name: quantized.tensor(name).clone() for name in quantized.weights}), said
+
+
 def one(args: argparse.Namespace) -> dict[str, object]:
     """One row, measured in this process."""
     graph = load(args.model, dtype=torch.float32)
     tokens = data.tokens(args.calibration, graph.tokenizer, args.samples, 1024)
     evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, 2048, split="test")
+    if args.worker in PEERS:
+        out, said = peer(args, graph, tokens)
+        p = perplexity(out.module(), evaluation)
+        return {"perplexity": p.value, "nll": p.nll.tolist(), "forward_seconds": None, "machine": environment()["machine"]} | said
     forward = seconds_of_forward(graph, tokens) if args.worker in TIMED else None
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
@@ -118,11 +145,11 @@ def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, ob
             "| | perplexity | ΔNLL a token | against | seconds (one forward) | peak MB | machine |",
             "|---|---|---|---|---|---|---|",
         ]
-        for name in ROWS:
+        for name in COMPARED:
             row = rows.get(name)
             if row is None:
                 continue
-            other = ROWS[name][0]
+            other = COMPARED[name]
             delta = "" if other is None or other not in rows else str(_difference(row, rows[other]))
             cost = (
                 "shared machine"
@@ -131,7 +158,8 @@ def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, ob
                 if name != "float"
                 else ""
             )
-            lines.append(f"| {name} | {row['perplexity']:.2f} | {delta} | {other if delta else ''} | {cost} | {row['peak_mb']} | {row['machine']} |")
+            what, against = row.get("peer", name), other if delta else ""
+            lines.append(f"| {what} | {row['perplexity']:.2f} | {delta} | {against} | {cost} | {row['peak_mb']} | {row['machine']} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -151,6 +179,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
+    parser.add_argument("--peer", choices=list(PEERS), help="measure this library instead of rows of ours")
+    parser.add_argument("--peer-python", help="the Python of the venv that --peer is installed in")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -158,15 +188,18 @@ def main() -> None:
     if args.worker:
         print(json.dumps(one(args)))
         return
+    if bool(args.peer) != bool(args.peer_python):
+        parser.error("--peer and --peer-python go together (benchmarks/peers/*.py say how to make the venv)")
     protocol = {k: Path(str(getattr(args, k))).name for k in ("model", "calibration", "evaluation", "samples", "windows")}
     path = RESULTS / "quantize.json"
     known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
     found = known.get("rows", {}) if known.get("protocol") == protocol else {}
     for spec in args.spec:
-        for name in args.rows:
+        for name in [args.peer] if args.peer else args.rows:
             if name in found.get(spec, {}) and not args.again:
                 continue
             options = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation, "--spec", spec]
+            options += [*(["--quick"] if args.quick else []), *(["--peer-python", args.peer_python] if args.peer else [])]
             options += ["--samples", str(args.samples), "--windows", str(args.windows)]
             out = subprocess.run([sys.executable, __file__, "--worker", name, *options], stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(out.stdout.splitlines()[-1])

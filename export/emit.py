@@ -99,8 +99,9 @@ def check(graph: Graph, profile: Profile, accuracy_level: int = 4) -> None:
 
 
 def _check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
-    if profile.symmetric and weight.zeros is not None:
-        raise InputError(f"grid of {name}", str(weight.spec), f"a symmetric one (no -asym) for the {profile.name} profile")
+    profile.check_zeros(name, weight.spec)
+    if name == EMBEDDING and weight.spec.float_zero:  # GatherBlockQuantized has no such form
+        raise InputError(f"grid of {name}", f"{weight.spec}: float zero points", "integer ones (-asym), or none, for the embedding")
     profile.block(name, weight.shape[1] // weight.scales.shape[1], weight.shape[1])
     if name == EMBEDDING and weight.shape[1] % 2:
         raise InputError(f"{name} for export", f"{weight.shape[1]} packed columns", "an even number, or a dense embedding")

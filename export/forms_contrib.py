@@ -101,7 +101,7 @@ def linear(draw: Draw, name: str, x: ir.Value) -> ir.Value:
 
 def packed(draw: Draw, name: str, flat: bool = False) -> list[ir.Value]:
     """A packed parameter as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales float [N, blocks] and, when
-    asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉]."""
+    asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉] or float [N, blocks]."""
     weight: QuantTensor = draw.entry(name)
     bits, (group, K) = draw.profile.container(weight.spec.bits), groups(weight)
     block = draw.profile.block(name, group, K)
@@ -112,7 +112,10 @@ def packed(draw: Draw, name: str, flat: bool = False) -> list[ir.Value]:
         draw.lazy(f"{name}.packed", torch.uint8, shape, lambda: _blocks(weight, bits, blocks * width).reshape(shape)),
         draw.scales(f"{name}.scales", (N, blocks), lambda: weight.scales.repeat_interleave(repeats, 1)),
     ]
-    if weight.zeros is not None:
+    if weight.zeros is not None and weight.spec.float_zero:
+        zeros = weight.zeros
+        values.append(draw.lazy(f"{name}.zeros", torch.float32, (N, blocks), lambda: zeros.repeat_interleave(repeats, 1)))
+    elif weight.zeros is not None:
         zeros, nbytes = weight.zeros, -(-blocks * bits // 8)
         values.append(draw.lazy(f"{name}.zeros", torch.uint8, (N, nbytes), lambda: pack(zeros.repeat_interleave(repeats, 1), bits)[:, :nbytes]))
     return values

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tinycompress.errors import InputError
+from tinycompress.quantize import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Profile:
     powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
     shares_cache: bool = True  # past and present of a layer may be one buffer
     symmetric: bool = False  # no zero points
+    float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
     grouped: bool = False  # every layer with attention has fewer KV heads than heads
     width_multiple: int = 1  # of hidden, FFN, head and vocabulary
     position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
@@ -43,6 +45,13 @@ class Profile:
     def container(self, bits: int) -> int:
         """The narrowest width the runtime has that holds `bits`."""
         return min(b for b in self.bits if b >= bits)
+
+    def check_zeros(self, name: str, spec: QuantSpec) -> None:
+        """An `InputError` for zero points that the runtime does not take."""
+        if self.symmetric and not spec.symmetric:
+            raise InputError(f"grid of {name}", str(spec), f"a symmetric one (no -asym) for the {self.name} profile")
+        if spec.float_zero and self.container(spec.bits) not in self.float_zeros:
+            raise InputError(f"grid of {name}", f"{spec}: float zero points", f"integer ones (-asym) for the {self.name} profile, or the ort profile")
 
     def block(self, name: str, group: int, in_features: int) -> int:
         """The block length for a weight with groups of `group` along K = `in_features`: the largest power of two that
@@ -93,12 +102,13 @@ ORT = Profile(
     min_block=16,
     max_block=128,  # above it 2-bit weights lose the int8 kernel, and activations share one int8 scale over too many channels
     head_dim_multiple=16,
+    float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
     floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2"),
     limits=LIMITS,
 )
 
 # The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer.
-WEB = dataclasses.replace(ORT, name="web", layout="transformers.js", largest_file=2**31 - 1)
+WEB = dataclasses.replace(ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1)
 
 # Any runtime of the ONNX standard. Two and three bits travel in four: opset 24 has no int2.
 STD = Profile(

@@ -146,7 +146,9 @@ def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spe
     packed = packed.view(N, nbytes)
     scales = _ungroup(f"{name}.scales", _scales(stored, f"{name}.scales", (N, blocks)), repeats)
     zeros = None
-    if not spec.symmetric:
+    if spec.float_zero:
+        zeros = _ungroup(f"{name}.zeros", _get(stored, f"{name}.zeros", (N, blocks), torch.float32), repeats)
+    elif not spec.symmetric:
         raw = _get(stored, f"{name}.zeros", (N, -(-blocks * bits // 8)), torch.uint8)
         zeros = _ungroup(f"{name}.zeros", unpack(raw, bits, blocks).contiguous(), repeats)
     if bits != spec.bits or nbytes * 8 != K * bits:  # another container, or a part-filled last block: pack anew

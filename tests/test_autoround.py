@@ -6,7 +6,7 @@ import torch
 from tinycompress.calibrate import walk_blocks
 from tinycompress.errors import InputError
 from tinycompress.graph import cut
-from tinycompress.passes.autoround import AutoRound, RoundedLinear
+from tinycompress.passes.autoround import AutoRound, RoundedLinear, draws
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import QuantSpec, QuantTensor
@@ -37,7 +37,7 @@ def test_the_block_walk_shows_what_the_forward_computes(nonuniform, tokens):
         walk_blocks(nonuniform, cut(nonuniform, "layers", [0, 1]), tokens, visit)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(4, None)])
+@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(4, None), QuantSpec(2, 32, False, float_zero=True)])
 def test_a_rounded_linear_starts_as_the_packed_one_and_packs_what_it_computes(spec):
     weight = rtn_quantize(torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), spec)
     linear = RoundedLinear(weight, None, torch.float32)
@@ -69,6 +69,13 @@ def test_gradients_are_straight_through_and_exact_in_the_scales():
         assert torch.allclose(((linear(x) - y) * by).sum() / 1e-6, to_delta[1, 1], rtol=1e-4)
 
 
+def test_every_window_is_drawn_once_before_any_comes_again():
+    picks = draws(7, 3, torch.Generator().manual_seed(0))
+    seen = torch.cat([next(picks) for _ in range(14)])
+    assert len(seen) == 42 and all(sorted(epoch.tolist()) == list(range(7)) for epoch in seen.split(7))
+    assert not torch.equal(seen[:7], seen[7:14]) and len(next(draws(2, 5, torch.Generator()))) == 5
+
+
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
     spec = QuantSpec(3, 16)
@@ -84,6 +91,13 @@ def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
     assert torch.equal(tuned.weights["model.embed_tokens.weight"], nonuniform.weights["model.embed_tokens.weight"])
     again = AutoRound(tokens, nonuniform, steps=60, batch=4)(quantized)
     assert all(torch.equal(again.weights[n].ints(), tuned.weights[n].ints()) for n in packed)  # a seed decides
+
+
+def test_broken_activations_are_named(nonuniform, tokens):
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = nonuniform.replace(weights={name: torch.full_like(nonuniform.weights[name], 1e38)})
+    with pytest.raises(InputError, match=r"output of model\.layers\.1: found NaN or infinite"):
+        AutoRound(tokens[:2], broken, steps=1)(RTN(QuantSpec(4, 16))(nonuniform))
 
 
 def test_norms_stay_on_request_and_options_are_checked(nonuniform, tokens):

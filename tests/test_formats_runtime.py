@@ -21,8 +21,10 @@ HERE = Path(__file__).parent / "runtimes"
 CONFIG = Config(vocab_size=96, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 256),) * 2, max_position=64)
 IDS = [list(range(1, 25))]
 # What stands in the place of a linear, and how far logits (up to 5) may be from ours: float16 arithmetic is AWQ's.
+AUTOAWQ = ("awq", "WQLinear_GEMM", 2e-2)
 GPTQ, AWQ, CT = ("gptq", "TorchQuantLinear", 1e-4), ("awq", "AwqTorchQuantLinear", 2e-2), ("compressed-tensors", "CompressedLinear", 1e-4)
 CASES = [(GPTQ, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w2g32", "w8g32")] + [(AWQ, g) for g in ("w4g32", "w4g32-asym")]
+CASES += [((*AUTOAWQ, "autoawq"), g) for g in ("w4g32", "w4g32-asym", "w4g64-asym")]
 CASES += [(CT, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w8")]
 
 
@@ -42,13 +44,14 @@ def run(name: str, script: str, *arguments, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("format, grid", CASES, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize("format, grid", CASES, ids=lambda value: value if isinstance(value, str) else value[-1] if len(value) > 3 else value[0])
 def test_logits_are_ours(format, grid, tmp_path):
-    name, kind, limit = format
-    python("transformers")
+    name, kind, limit, *own = format
+    venv, script = ("autoawq", "autoawq_logits.py") if own else ("transformers", "transformers_logits.py")
+    python(venv)
     save(RTN(QuantSpec.parse(grid))(random_graph(CONFIG)), tmp_path / "m", format=name)
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
-    printed = run("transformers", "transformers_logits.py", tmp_path / "m", tmp_path / "ids.json", tmp_path / "out", cwd=tmp_path)
+    printed = run(venv, script, tmp_path / "m", tmp_path / "ids.json", tmp_path / "out", cwd=tmp_path)
     assert kind in printed
     theirs = load_file(tmp_path / "out")["logits"]
     ours = load(tmp_path / "m", dtype=torch.float32).module()(torch.tensor(IDS))

@@ -36,7 +36,8 @@ def naive_gptq(W, H, spec, scales, zeros, order, damping):
         column = order[j] // g
         s = scales[:, column].double()
         z = spec.zero if zeros is None else zeros[:, column].double()
-        Q[:, j] = ((W[:, j] / s).round() + z).clamp(0, 2**spec.bits - 1)
+        steps = W[:, j] / s
+        Q[:, j] = ((steps + z).round() if spec.float_zero else steps.round() + z).clamp(0, 2**spec.bits - 1)
         e = (W[:, j] - (Q[:, j] - z) * s) / U[j, j]
         W[:, j:] -= e[:, None] * U[j, j:]
     out = torch.zeros_like(Q)
@@ -45,7 +46,7 @@ def naive_gptq(W, H, spec, scales, zeros, order, damping):
 
 
 @pytest.mark.parametrize("order", ["act", "gar", "natural"])
-@pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(3, None), QuantSpec(2, 32, False)])
+@pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(3, None), QuantSpec(2, 32, False), QuantSpec(2, 32, False, float_zero=True)])
 @pytest.mark.parametrize("block", [8, 128])
 def test_gptq_equals_the_naive_loop(order, spec, block):
     x = correlated(400, 96)
@@ -222,7 +223,7 @@ def test_refinement_never_raises_the_error_and_solves_for_the_scales(spec):
     W, H = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)).double(), x.T @ x
     q = gptq_quantize(W.float(), H, spec)
     zeros = torch.full((1, 1), float(spec.zero)) if q.zeros is None else q.zeros.double()
-    top, target = 2**spec.bits - 1, W @ H
+    target = W @ H
 
     def error(ints, scales):
         steps = (ints.double().view(*scales.shape, -1) - zeros.double()[..., None]) * scales.double()[..., None]
@@ -236,7 +237,7 @@ def test_refinement_never_raises_the_error_and_solves_for_the_scales(spec):
     assert (fitted <= before * (1 + 1e-9)).all()
     nudged = error(ints, scales * (1 + 1e-3 * torch.randn(scales.shape, generator=torch.Generator().manual_seed(0))))
     assert (fitted < nudged).all()
-    ints = descend(ints, H, target, scales, zeros.double(), top)
+    ints = descend(ints, H, target, scales, zeros.double(), spec)
     assert (error(ints, scales) <= fitted * (1 + 1e-9)).all() and error(ints, scales).sum() < 0.99 * fitted.sum()
     rounds = [gptq_quantize(W.float(), H, spec, refine=n) for n in (0, 1, 3)]
     sums = [error(r.ints(), r.scales).sum() for r in rounds]
@@ -250,7 +251,7 @@ def test_descent_leaves_no_single_better_integer():
     q = gptq_quantize(W.float(), H, spec)
     ints, scales, zeros = q.ints(), q.scales.double(), torch.full((1, 1), 4.0).double()
     for _ in range(50):
-        ints = descend(ints, H, W @ H, scales, zeros, 7)
+        ints = descend(ints, H, W @ H, scales, zeros, spec)
 
     def error(ints):
         D = (ints.double().view(4, 2, 8) - 4).mul(scales[..., None]).view(4, 16) - W
@@ -262,6 +263,14 @@ def test_descent_leaves_no_single_better_integer():
             other = ints.clone()
             other[:, j] = value
             assert (error(other) >= best * (1 - 1e-9)).all()
+
+
+def test_calibration_shorter_than_a_width_names_the_linear_before_any_work(nonuniform, tokens):
+    with pytest.raises(
+        InputError, match=r"calibration tokens for model\.layers\.0\.mlp\.down_proj: found 64 positions for its 96 inputs.*at least 96"
+    ):
+        GPTQ(tokens[:2], SPEC)(nonuniform)
+    assert GPTQ(tokens[:3], SPEC)(nonuniform).history  # 96 positions are enough
 
 
 def test_unknown_options_are_named():

@@ -109,9 +109,9 @@ def test_the_knapsack_finds_what_brute_force_finds(items, limit):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([None, 8, 32]), st.booleans(), st.integers(1, 9))
-def test_packed_bytes_are_what_a_packed_weight_takes(bits, group, symmetric, rows):
-    spec, weight = QuantSpec(bits, group, symmetric), torch.randn(rows, 64)
+@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([None, 8, 32]), st.sampled_from(["none", "int", "float"]), st.integers(1, 9))
+def test_packed_bytes_are_what_a_packed_weight_takes(bits, group, zeros, rows):
+    spec, weight = QuantSpec(bits, group, zeros == "none", float_zero=zeros == "float" and bits < 8), torch.randn(rows, 64)
     assert packed_bytes((rows, 64), spec) == nearest(weight, torch.eye(64), spec).nbytes
 
 

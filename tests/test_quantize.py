@@ -7,10 +7,16 @@ from hypothesis import strategies as st
 
 from tinycompress.errors import InputError
 from tinycompress.graph import SMOLLM2_135M, Graph
+from tinycompress.passes.hqq import hqq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, find_grid, pack, round_to_grid, targets, unpack
 
-specs = st.builds(QuantSpec, st.sampled_from(BITS), st.sampled_from([None, 8, 16, 32]), st.booleans(), st.sampled_from(["minmax", "mse"]))
+FLOAT_ZERO = ("w2g64-floatzero", QuantSpec(2, 64, False, float_zero=True))
+groups, searches = st.sampled_from([None, 8, 16, 32]), st.sampled_from(["minmax", "mse"])
+specs = st.one_of(
+    st.builds(QuantSpec, st.sampled_from(BITS), groups, st.booleans(), searches),
+    st.builds(QuantSpec, st.sampled_from([2, 3, 4]), groups, st.just(False), searches, st.just(True)),
+)
 
 
 @given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
@@ -98,6 +104,16 @@ def test_the_quantized_linear_multiplies_by_the_dequantized_weight(spec, bias):
     assert torch.allclose(QuantLinear(q, b)(x), torch.nn.functional.linear(x, q.dequantize(), b), atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [QuantSpec(3, None), FLOAT_ZERO[1]])
+def test_large_matrices_are_rounded_in_pieces_to_the_same_bits(spec):
+    for quantize, weights in ((rtn_quantize, 1 << 22), (hqq_quantize, 1 << 20)):  # more than are rounded at a time
+        w = torch.randn(weights // 64 + 100, 64, generator=torch.Generator().manual_seed(0))
+        whole, ends = quantize(w, spec), [quantize(w[rows], spec) for rows in (slice(0, 50), slice(-50, None))]
+        assert whole.shape == w.shape and whole.spec == spec
+        for part, rows in zip(ends, (whole.rows(0, 50), whole.rows(len(w) - 50, len(w)))):
+            assert all(torch.equal(tensor, rows.tensors()[suffix]) for suffix, tensor in part.tensors().items())
+
+
 def test_rtn_quantizes_every_linear_but_the_head(nonuniform):
     out = RTN(QuantSpec(4, 16))(nonuniform)
     packed = {n for n, w in out.weights.items() if isinstance(w, QuantTensor)}
@@ -131,7 +147,7 @@ def test_nan_weights_are_named():
         find_grid("here", torch.full((2, 64), float("nan")), QuantSpec())
 
 
-@pytest.mark.parametrize("text, spec", [("w4g64", QuantSpec()), ("w3", QuantSpec(3, None)), ("w4g32-asym", QuantSpec(4, 32, False))])
+@pytest.mark.parametrize("text, spec", [("w4g64", QuantSpec()), ("w3", QuantSpec(3, None)), ("w4g32-asym", QuantSpec(4, 32, False)), FLOAT_ZERO])
 def test_specs_parse_and_print(text, spec):
     assert QuantSpec.parse(text) == spec and str(spec) == text
 

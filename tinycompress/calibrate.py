@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .config import layer_prefix
 from .decode import check_ids
 from .errors import InputError
 from .graph import Feed, Graph, Weight, feeds
@@ -109,6 +110,8 @@ def walk_blocks(graph: Graph, reference: Graph, tokens: Tensor, visit: BlockVisi
     changed: dict[str, Weight] = {}
     for layer in tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None):
         there.step(Block(reference, layer, device, dtype))
+        if not all(torch.isfinite(h).all() for h in there.hidden):
+            raise InputError(f"output of {layer_prefix(layer)}", "NaN or infinite values", "finite activations (look at the weights before it)")
         new = visit(layer, here.hidden, there.hidden, here.tables) or {}
         changed |= new
         here.step(Block(graph.replace(weights=new).dense(dtype), layer, device, dtype))

@@ -364,8 +364,10 @@ def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
     if profile.form == "static":
         return check_static(config, profile, spec, linear_inputs(config))
     emit(Graph(config, Weights({n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()})), profile)
-    for linear, width in linear_inputs(config).items() if spec else ():
-        profile.block(linear, spec.group(linear, width), width)  # type: ignore[union-attr]
+    if spec:
+        for linear, width in linear_inputs(config).items():
+            profile.check_zeros(linear, spec)
+            profile.block(linear, spec.group(linear, width), width)
 
 
 def is_export(name: str) -> bool:

@@ -44,7 +44,7 @@ class _FakeQuantize(torch.autograd.Function):
         spec, grad = ctx.spec, grads[0].reshape(*scales.shape, -1)
         zero = rest[0].to(weight.dtype)[..., None] if rest else float(spec.zero)
         u = weight.reshape(grad.shape) / scales[..., None]
-        q = u.round().add_(zero)
+        q = u.add(zero).round_() if spec.float_zero else u.round().add_(zero)
         inside = (q >= 0) & (q <= 2**spec.bits - 1)
         to_scales = None
         if ctx.needs_input_grad[1]:

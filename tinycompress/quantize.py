@@ -4,12 +4,15 @@ A weight [N, K] is cut along K into groups of g; each group has a scale s and (a
 
     w ≈ (q - z) · s,   q in 0 … 2^bits - 1,   z = 2^(bits-1) when symmetric
 
-Symmetric scales may be negative: the grid reaches one step further on one side, and the sign chooses which.
+Symmetric scales may be negative: the grid reaches one step further on one side, and the sign chooses which. With `float_zero`
+z is a float: at 2 bits, where a step is a third of the range, rounding z costs more than the four bytes it takes (NeUQI,
+arXiv:2505.17595).
 Letters: N out_features, K in_features, g group_size, G = K / g groups.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +29,7 @@ from .product import product
 
 BITS = (2, 3, 4, 8)
 SCALES = ("auto", "minmax", "mse", "weighted", "lpbq")
+SHRINKS, FITS = (0.0, 0.06, 0.12, 0.18), 3  # of the search for float zero points: parts of the range cut off at an end
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class QuantSpec:
     """A weight grid. `group_size` None is one group a row (per-channel). `scale` says how scales are searched:
     "minmax" covers the range, "mse" minimises the squared error, "weighted" the squared error weighted by E[x²] of
     each input channel, "auto" is weighted where activation statistics are at hand and minmax otherwise; "lpbq" searches
-    positive scales of the form that Qualcomm's HTP stores (lpbq.py)."""
+    positive scales of the form that Qualcomm's HTP stores (lpbq.py). `float_zero` is for asymmetric grids of 2 to 4 bits,
+    where a runtime takes it (ONNX Runtime does)."""
 
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = True
     scale: str = "auto"
+    float_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -49,17 +55,21 @@ class QuantSpec:
             raise InputError("QuantSpec.scale", repr(self.scale), " | ".join(SCALES))
         if self.scale == "lpbq" and not self.symmetric:
             raise InputError("QuantSpec.scale", "'lpbq' with zero points", "symmetric=True")
+        if self.float_zero and (self.symmetric or self.bits > 4):
+            raise InputError("QuantSpec.float_zero", f"True, {self.bits} bits, symmetric={self.symmetric}", "2, 3 or 4 bits, symmetric=False")
 
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """`w4g64` (symmetric, groups of 64), `w4` (per-channel), `w4g64-asym` (integer zero points), `w4g64-lpbq` (scales for Qualcomm's HTP)."""
-        match = re.fullmatch(r"w(\d)(?:g(\d+))?(?:(-asym)|(-lpbq))?", text)
+        """`w4g64` (symmetric, groups of 64), `w4` (per-channel), `w4g64-asym` (integer zero points), `w2g64-floatzero`, `w4g64-lpbq` (scales for
+        Qualcomm's HTP)."""
+        match = re.fullmatch(r"w(\d)(?:g(\d+))?(-asym|-floatzero|-lpbq)?", text)
         if not match:
-            raise InputError("quantization", repr(text), "w<bits>[g<group>][-asym|-lpbq], such as w4g64, w3g64, w8 or w4g32-asym")
-        return QuantSpec(int(match[1]), int(match[2]) if match[2] else None, match[3] is None, "lpbq" if match[4] else "auto")
+            raise InputError("quantization", repr(text), "w<bits>[g<group>][-asym|-floatzero|-lpbq], such as w4g64, w3g64, w8 or w4g32-asym")
+        group, kind = int(match[2]) if match[2] else None, match[3]
+        return QuantSpec(int(match[1]), group, kind in (None, "-lpbq"), "lpbq" if kind == "-lpbq" else "auto", kind == "-floatzero")
 
     def __str__(self) -> str:
-        suffix = "-asym" if not self.symmetric else "-lpbq" if self.scale == "lpbq" else ""
+        suffix = "-floatzero" if self.float_zero else "-asym" if not self.symmetric else "-lpbq" if self.scale == "lpbq" else ""
         return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "") + suffix
 
     def group(self, name: str, in_features: int) -> int:
@@ -78,7 +88,7 @@ class QuantSpec:
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A packed weight [N, K]: `packed` uint8 [N, G, ⌈g·bits/8⌉] (low bits first along K; for 2, 4 and 8 bits this is
-    MatMulNBits' layout), `scales` float [N, G], `zeros` uint8 [N, G] or None (symmetric)."""
+    MatMulNBits' layout), `scales` float [N, G], `zeros` [N, G], uint8 or (float_zero) of the scales' dtype, or None (symmetric)."""
 
     packed: Tensor
     scales: Tensor
@@ -91,7 +101,8 @@ class QuantTensor:
         """`q` integers [N, K] in 0 … 2^bits - 1, `scales` and `zeros` [N, G]."""
         N, K = q.shape
         packed = pack(q.reshape(N, scales.shape[1], -1), spec.bits)
-        return QuantTensor(packed, scales.contiguous(), None if zeros is None else zeros.to(torch.uint8), spec, (N, K))
+        kind = scales.dtype if spec.float_zero else torch.uint8
+        return QuantTensor(packed, scales.contiguous(), None if zeros is None else zeros.to(kind), spec, (N, K))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +131,9 @@ class QuantTensor:
             raise InputError(
                 "packed weight", f"packed {tuple(packed.shape)}, scales {tuple(scales.shape)}", f"{(shape[0], G, width)} and {(shape[0], G)}"
             )
+        if zeros is not None and (zeros.shape != scales.shape or zeros.is_floating_point() != spec.float_zero):
+            kind = "floats" if spec.float_zero else "uint8"
+            raise InputError("zero points of a packed weight", f"{zeros.dtype} {tuple(zeros.shape)}", f"{kind} {tuple(scales.shape)} for {spec}")
         return QuantTensor(packed, scales, zeros, spec, shape)
 
     def ints(self) -> Tensor:
@@ -135,7 +149,7 @@ class QuantTensor:
         return q.sub_(zero).mul_(self.scales.to(dtype)[..., None]).reshape(self.shape)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantTensor:
-        zeros = None if self.zeros is None else self.zeros.to(device)
+        zeros = None if self.zeros is None else self.zeros.to(device, dtype if self.spec.float_zero else None)
         return QuantTensor(self.packed.to(device), self.scales.to(device, dtype), zeros, self.spec, self.shape)
 
     def rows(self, start: int, stop: int) -> QuantTensor:
@@ -154,6 +168,15 @@ class QuantTensor:
         index = index.to(self.device)
         zeros = None if self.zeros is None else self.zeros[index]
         return QuantTensor(self.packed[index], self.scales[index], zeros, self.spec, (len(index), self.shape[1]))
+
+
+def stacked(parts: list[QuantTensor]) -> QuantTensor:
+    """Packed weights on one grid, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part.tensors() for part in parts]
+    joined = {suffix: torch.cat([part[suffix] for part in tensors]) for suffix in tensors[0]}
+    return QuantTensor.from_tensors(joined, parts[0].spec, (sum(part.shape[0] for part in parts), parts[0].shape[1]))
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
@@ -187,14 +210,22 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qu
     """The nearest grid points as uint8 [N, K], for float `weight` [N, K] and per-group `scales`, `zeros` [N, G]."""
     w = weight.reshape(*scales.shape, -1)
     zero = spec.zero if zeros is None else zeros[..., None].to(w.dtype)
-    return (w / scales[..., None].to(w.dtype)).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8).reshape(weight.shape)
+    return nearest_ints(w / scales[..., None].to(w.dtype), zero, spec).to(torch.uint8).reshape(weight.shape)
+
+
+def nearest_ints(steps: Tensor, zero: Tensor | float, spec: QuantSpec) -> Tensor:
+    """The grid's integers nearest to steps + zero, in place, as floats; steps = w / s. An integer zero point is added after
+    rounding, so that no bit of a small `steps` is lost to it."""
+    steps = steps.add_(zero).round_() if spec.float_zero else steps.round_().add_(zero)
+    return steps.clamp_(0, 2**spec.bits - 1)
 
 
 def find_grid(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points [N, G] for a float weight [N, K]; `importance` is E[x²] of the inputs, [K].
 
     The searches try shrunken ranges; symmetric candidates are scored after a least-squares refit of the scale
-    (s = Σh·w·q / Σh·q², so the error falls by (Σh·w·q)² / Σh·q²), in both signs.
+    (s = Σh·w·q / Σh·q², so the error falls by (Σh·w·q)² / Σh·q²), in both signs; those with float zero points after one of
+    scale and zero point together.
     """
     g = spec.group(name, weight.shape[1])
     if not torch.isfinite(weight).all():
@@ -213,7 +244,8 @@ def find_grid(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | N
     rows = max(1, 65536 // weight.shape[1])  # a chunk of rows that stays in the processor's cache over the search
     for chunk in weight.split(rows):
         w = chunk.reshape(len(chunk), -1, g)
-        s, z = (_symmetric if spec.symmetric else _asymmetric)(w, h, spec.bits, search=how != "minmax")
+        find = _symmetric if spec.symmetric else _float_zero if spec.float_zero else _asymmetric
+        s, z = find(w, h, spec.bits, search=how != "minmax")
         scales.append(s)
         zeros.append(z)
     if spec.scale == "lpbq":
@@ -258,6 +290,35 @@ def _asymmetric(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[T
         best = loss if best is None else torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero.to(torch.uint8)
+
+
+def _float_zero(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[Tensor, Tensor]:
+    """Groups w [n, G, g]. Every candidate range (shrunk from either end) and its `FITS` Lloyd steps, integers to the nearest
+    and then a line through (q, w), is scored by the error of that line: each lowers it."""
+    top = 2**bits - 1
+    low, high = w.amin(-1), w.amax(-1)
+    span = (high - low).clamp_min(1e-10)
+    scale, zero = span / top, -low / span * top
+    if not search:
+        return scale, zero
+    weights = torch.ones_like(w) if h is None else h.expand_as(w)
+    total = weights.sum(-1).clamp_min(1e-30)
+    mean = (weights * w).sum(-1) / total
+    best = torch.full_like(low, torch.inf)
+    for below, above in itertools.product(SHRINKS, SHRINKS):
+        s, z = span * (1 - below - above) / top, -(low + below * span) / (span * (1 - below - above)) * top
+        for _ in range(FITS):
+            q = (w / s[..., None]).add_(z[..., None]).round_().clamp_(0, top)
+            level = (weights * q).sum(-1) / total
+            spread = (weights * q * q).sum(-1) - total * level * level
+            s = ((weights * q * w).sum(-1) - total * level * mean) / spread
+            z = level - mean / s
+            sound = (spread > 1e-10 * total) & (s > 1e-10)
+            error = (q.sub_(z[..., None]).mul_(s[..., None]).sub_(w).square_().mul_(weights)).sum(-1)
+            better = sound & (error < best)
+            best, scale, zero = torch.where(better, error, best), torch.where(better, s, scale), torch.where(better, z, zero)
+            s, z = torch.where(sound, s, span / top), torch.where(sound, z, -low / span * top)
+    return scale, zero
 
 
 class LinearSpecs(Mapping[str, QuantSpec]):

@@ -4,9 +4,10 @@ GPTQ rounds each column once and never looks back. With H = Σ x xᵀ and the fl
 
     E = tr((Q - W) H (Q - W)ᵀ)
 
-a quadratic in the scales of a row (q fixed): they are solved jointly over its groups, G equations in G unknowns; and in
-one integer (all else fixed): q_j moves to the grid point nearest to Q_j - ((Q - W) H)_j / H_jj (cyclic coordinate
-descent, as in QuantEase, arXiv:2309.01885). Neither step can raise E, so alternating them cannot either.
+a quadratic in the scales of a row (q fixed): they are solved jointly over its groups, G equations in G unknowns; likewise
+in the offsets -z·s where zero points are floats; and in one integer (all else fixed): q_j moves to the grid point nearest
+to Q_j - ((Q - W) H)_j / H_jj (cyclic coordinate descent, as in QuantEase, arXiv:2309.01885). No step can raise E, so
+alternating them cannot either.
 Letters: N out_features, K in_features, g group_size, G = K / g.
 """
 
@@ -15,21 +16,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .quantize import QuantSpec, nearest_ints
+
 BLOCK = 128  # columns whose updates of the others are gathered into one product
 
 
-def refine(weight: Tensor, hessian: Tensor, ints: Tensor, scales: Tensor, zeros: Tensor, top: int, rounds: int) -> tuple[Tensor, Tensor]:
-    """`rounds` times: scales for the integers, then integers for the scales; ends with scales.
+def refine(
+    weight: Tensor, hessian: Tensor, ints: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, rounds: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`rounds` times: scales (and float zero points) for the integers, then integers for those; ends with the former.
 
-    weight float [N, K], hessian [K, K] positive definite, ints [N, K] in 0 … top, scales [N, G], zeros [N, G] or [1, 1].
-    Returns (ints uint8 [N, K], scales [N, G]).
+    weight float [N, K], hessian [K, K] positive definite, ints [N, K], scales [N, G], zeros [N, G] or None (symmetric).
+    Returns (ints uint8 [N, K], scales [N, G], zeros).
     """
     H = hessian.to(weight.dtype)
     target = weight @ H  # (N, K)
-    for _ in range(rounds):
-        scales = refit_scales(ints, H, target, scales, zeros)
-        ints = descend(ints, H, target, scales, zeros, top)
-    return ints, refit_scales(ints, H, target, scales, zeros) if rounds else scales
+    offsets = torch.full((1, 1), float(spec.zero), dtype=H.dtype, device=H.device) if zeros is None else zeros.to(H.dtype)
+    for done in range(rounds + 1):
+        if rounds:
+            scales = refit_scales(ints, H, target, scales, offsets)
+        if rounds and spec.float_zero:
+            offsets = refit_zeros(ints, H, target, scales, offsets)
+        if done < rounds:
+            ints = descend(ints, H, target, scales, offsets, spec)
+    return ints, scales, offsets if spec.float_zero else zeros
 
 
 def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -49,7 +59,17 @@ def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros:
     return torch.where(new.abs() > 1e-10, new, scales)
 
 
-def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
+def refit_zeros(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The float zero points [N, G] that minimise E for these integers and scales; target = W·H [N, K]."""
+    N, G = scales.shape
+    Q = ((ints.to(H.dtype).view(N, G, -1) - zeros[..., None]) * scales.to(H.dtype)[..., None]).view(N, -1)
+    A = H.double().view(G, -1, G, H.shape[0] // G).sum((1, 3))  # the same for every row: offsets move whole groups
+    A.diagonal().add_(1e-6 * A.diagonal().mean().clamp_min(1e-30))
+    residual = (target - Q @ H).view(N, G, -1).sum(-1).double()
+    return zeros - (torch.linalg.solve(A, residual.T).T / scales).to(zeros.dtype)
+
+
+def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor, spec: QuantSpec) -> Tensor:
     """One sweep of coordinate descent over the columns; target = W·H [N, K]. Returns uint8 [N, K]."""
     N, G = scales.shape
     K = ints.shape[1]
@@ -66,7 +86,7 @@ def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tens
         for c in range(j - i):
             s, z = S[group[i + c]], Z[group[i + c]]
             value = Q[i + c] - r[c] / h[c, c]
-            new = (value / s).round_().add_(z).clamp_(0, top)
+            new = nearest_ints(value / s, z, spec)
             q[i + c] = new
             moved[c] = (new - z).mul_(s) - Q[i + c]
             if c + 1 < j - i:

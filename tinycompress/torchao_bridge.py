@@ -37,6 +37,8 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
     dtype, spec = dtype or weight.dtype, weight.spec
     if dtype not in FLOATS:
         raise InputError("dtype for torchao", dtype, " | ".join(map(str, FLOATS)))
+    if spec.float_zero:
+        raise InputError("a weight for torchao", str(spec), "integer zero points, or none")
     q = (weight.ints().to(torch.int16) - spec.zero).to(torch.int8)
     zeros = torch.zeros_like(weight.scales, dtype=torch.int8) if weight.zeros is None else (weight.zeros.to(torch.int16) - spec.zero).to(torch.int8)
     block = (1, weight.shape[1] // weight.scales.shape[1])

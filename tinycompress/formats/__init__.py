@@ -80,6 +80,9 @@ def _packed(graph: Graph, format: str) -> dict[str, QuantTensor]:
         raise InputError(f"format {format}", "a quantized embedding", "a dense one (or format native, gguf)")
     if not found:
         raise InputError(f"format {format}", "a graph without quantized weights", "a quantized one (or format native)")
+    for name, weight in found.items():
+        if weight.spec.float_zero:
+            raise InputError(f"{name} in format {format}", f"{weight.spec}: float zero points", "integer ones (-asym), or format native or gguf")
     return {name.removesuffix(".weight"): weight for name, weight in found.items()}
 
 

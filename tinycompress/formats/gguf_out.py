@@ -4,7 +4,7 @@
     Q4_1   float16 d, float16 m, 16 bytes    w = d · q + m,       m = -z · d
     Q8_0   float16 d, 32 signed bytes        w = d · (q - 128)
 
-A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one on Q4_1's, 8 bits symmetric on Q8_0's: the integers
+A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one (z a float or not) on Q4_1's, 8 bits symmetric on Q8_0's: the integers
 stay, d is the group's scale (of either sign) in float16, repeated where a group spans several blocks. Other grids are an
 `InputError`, unless `requantize` names the type to round them to. Dense weights stay dense; norms and biases are F32.
 llama.cpp turns neighbouring channels, so the rows of q and k are reordered (gguf_file.unpermute is the inverse).

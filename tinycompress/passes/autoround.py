@@ -4,7 +4,7 @@ Takes a graph that is already quantized (by RTN, GPTQ, …) and the float graph 
 quantized prefix's inputs and the float graph's outputs as the target, signed gradient descent moves, for every packed
 linear of the block, a latent u [N, K] and the scales s [N, G]:
 
-    ŵ = (clamp(round(u) + z, 0, 2^bits - 1) - z) · s        u starts at the given integers (- z), s at the given scales
+    ŵ = (clamp(round(u), 0, 2^bits - 1) - z) · s            u starts at the given integers, s at the given scales
     v ← v - η · sign(∂L/∂v)                                 η falls linearly to 0; round is passed straight through
 
 u starts in the middle of its step, so an integer moves only where the signs agree over many steps. The norms' weights of the block, which stay
@@ -16,7 +16,7 @@ Letters: N out_features, K in_features, G groups, W windows, T positions, D hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,20 +84,22 @@ class AutoRound:
 
 
 class _Round(torch.autograd.Function):
-    """u [N, G, g] in grid steps around zero, scales [N, G], zeros [N, G] or a number, to the weight [N, K]."""
+    """u [N, G, g] in grid steps, scales [N, G], zeros [N, G, 1] or a number, to the weight [N, K]."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
-        q = u.round().clamp_(-zeros, top - zeros)
+    def forward(ctx: Any, u: Tensor, scales: Tensor, zeros: Tensor | float, top: int) -> Tensor:
+        q = u.round().clamp_(0, top)
         ctx.save_for_backward(u, q, scales)
-        return (q * scales[..., None]).flatten(1)
+        ctx.zeros = zeros
+        return (q - zeros).mul_(scales[..., None]).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         u, q, scales = ctx.saved_tensors
         grad = grads[0].view_as(u)
-        inside = (u - q).abs() <= 0.5
-        return grad * scales[..., None] * inside, (grad * q).sum(-1), None, None
+        inside = (u - q).abs_() <= 0.5
+        to_scales = (grad * (q - ctx.zeros)).sum(-1)
+        return (grad * inside).mul_(scales[..., None]), to_scales, None, None
 
 
 class RoundedLinear(nn.Module):
@@ -106,9 +108,9 @@ class RoundedLinear(nn.Module):
     def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec, self.shape, self.bias = weight.spec, weight.shape, bias
-        zeros = torch.full_like(weight.scales, weight.spec.zero) if weight.zeros is None else weight.zeros
-        self.zeros, self.start = zeros.to(dtype)[..., None], weight.scales.to(dtype)
-        self.u = nn.Parameter(weight.ints().view(*self.start.shape, -1).to(dtype) - self.zeros)
+        self.zeros: Tensor | float = float(weight.spec.zero) if weight.zeros is None else weight.zeros.to(dtype)[..., None]
+        self.start = weight.scales.to(dtype)
+        self.u = nn.Parameter(weight.ints().view(*self.start.shape, -1).to(dtype))
         self.delta = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,10 +119,9 @@ class RoundedLinear(nn.Module):
 
     def packed(self) -> QuantTensor:
         with torch.no_grad():
-            q = (self.u.round() + self.zeros).clamp_(0, 2**self.spec.bits - 1).view(self.shape)
-            return QuantTensor.from_ints(
-                q.to(torch.uint8), self.start * (1 + self.delta), None if self.spec.symmetric else self.zeros[..., 0], self.spec
-            )
+            q = self.u.round().clamp_(0, 2**self.spec.bits - 1).view(self.shape)
+            zeros = self.zeros[..., 0] if isinstance(self.zeros, Tensor) else None
+            return QuantTensor.from_ints(q.to(torch.uint8), self.start * (1 + self.delta), zeros, self.spec)
 
 
 class TunableBlock(nn.Module):
@@ -164,13 +165,14 @@ def tune(
     scale_rate: float,
     generator: torch.Generator,
 ) -> None:
-    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]."""
+    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]: every one once before any comes again."""
+    picks = draws(len(inputs), batch, generator)
     latents = [linear.u for linear in block.rounded.values()]
     deltas = [linear.delta for linear in block.rounded.values()]
     gains = [m.weight for m in block.norms.values()]
     starts = [p.detach().abs() for p in gains]
     for step in range(steps):
-        pick = torch.randint(len(inputs), (batch,), generator=generator)
+        pick = next(picks)
         with torch.enable_grad():
             loss = block.error(inputs[pick], targets[pick], tables).mean()
             grads = torch.autograd.grad(loss, latents + deltas + gains)
@@ -179,3 +181,14 @@ def tune(
             p.add_(grad.sign_(), alpha=-left * (rate if p.dim() == 3 else scale_rate))
         for p, grad, size in zip(gains, grads[len(latents) + len(deltas) :], starts):
             p.addcmul_(grad.sign_(), size, value=-left * scale_rate)
+
+
+def draws(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of indices below `count`, from one random order after another: with few epochs, drawing with replacement
+    would leave some windows out and see others twice as often."""
+    pool = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(pool) < batch:
+            pool = torch.cat((pool, torch.randperm(count, generator=generator)))
+        yield pool[:batch]
+        pool = pool[batch:]

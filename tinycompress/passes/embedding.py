@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, stacked
 
 ROWS = 4096  # of a table at a time: no float32 copy of it whole
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -35,6 +34,8 @@ class QuantizeEmbedding:
         for name, spec in (("spec", self.spec), ("head_spec", self.head_spec)):
             if spec and spec.scale == "weighted":
                 raise InputError(f"QuantizeEmbedding.{name}.scale", "'weighted', which takes activation statistics", "'auto', 'minmax' or 'mse'")
+        if self.spec.float_zero:
+            raise InputError("QuantizeEmbedding.spec", str(self.spec), "integer zero points (-asym), or none: no runtime looks such rows up")
         if self.head_spec and not self.head:
             raise InputError("QuantizeEmbedding.head_spec", f"{self.head_spec} with head=False", "None, or head=True")
 
@@ -70,6 +71,4 @@ def quantize_table(table: Tensor, spec: QuantSpec, name: str = "table") -> Quant
             scales, zeros = find_grid(name, weight, spec)
             done.append(QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec))
             bar.update(len(rows))
-    parts = [part.tensors() for part in done]
-    joined = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
-    return QuantTensor.from_tensors(joined, spec, (table.shape[0], table.shape[1]))
+    return stacked(done)

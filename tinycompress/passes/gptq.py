@@ -22,16 +22,16 @@ Letters: N out_features, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..calibrate import Inputs, cross_gram, gram, stream_gram, walk
+from ..calibrate import Inputs, check_calibration, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, nearest_ints, targets
 from ..refine import refine as refine_rounding
 
 DAMPING_TRIES = 6
@@ -76,6 +76,7 @@ class GPTQ:
 
     def __call__(self, graph: Graph) -> Graph:
         todo = targets(graph, self.spec, self.head)
+        check_length(graph, self.tokens, todo)
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
             rows = {name: graph.tensor(graph.config.weight_name(name)).to(self.tokens.device) for name in feed.readers if name in todo}
@@ -113,6 +114,17 @@ class GPTQ:
             return out
 
         return walk(graph, self.tokens, visit, reference=self.propagate > 0, progress=f"GPTQ {self.spec}").replace(by=self)
+
+
+def check_length(graph: Graph, tokens: Tensor, names: Iterable[str]) -> None:
+    """An `InputError` for calibration with fewer positions than a linear has inputs: its Hessian would be singular, and what
+    damping makes of it fits the text alone."""
+    check_calibration(graph, tokens)
+    for name in names:
+        width = graph.weights.entries[graph.config.weight_name(name)].shape[1]
+        if tokens.numel() < width:
+            accepted = f"at least {width} positions, better ten times as many (more windows, or longer ones)"
+            raise InputError(f"calibration tokens for {name}", f"{tokens.numel()} positions for its {width} inputs", accepted)
 
 
 def gptq_quantize(
@@ -154,8 +166,7 @@ def gptq_quantize(
         skew = propagate * torch.triu((cross - hessian).double()[perm][:, perm] @ U.T, 1) @ U
     ints = _round_columns(W, U.float(), perm, scales, zeros, spec, block, first, None if skew is None else skew.float())
     if refine:
-        offsets = torch.full((1, 1), float(spec.zero), device=W.device) if zeros is None else zeros.float()
-        ints, scales = refine_rounding(W, H, ints, scales, offsets, 2**spec.bits - 1, refine)
+        ints, scales, zeros = refine_rounding(W, H, ints, scales, zeros, spec, refine)
     return QuantTensor.from_ints(ints, scales, zeros, spec)
 
 
@@ -170,14 +181,13 @@ def _round_columns(
     St = scales.T[group[perm]]
     Zt = torch.full_like(St, spec.zero) if zeros is None else zeros.T[group[perm]].to(St.dtype)
     Q = torch.empty(K, N, dtype=torch.uint8, device=W.device)
-    top = 2**spec.bits - 1
     for i in range(0, K, block):
         j = min(i + block, K)
         w, u, errors = Wt[i:j], U[i:j, i:j], torch.empty(j - i, N, device=W.device)
         for c in range(j - i):
             s, z = St[i + c], Zt[i + c]
             value = first if first is not None and i + c == 0 else w[c]
-            q = (value / s).round_().add_(z).clamp_(0, top)
+            q = nearest_ints(value / s, z, spec)
             Q[i + c] = q
             torch.sub(w[c], q.sub_(z).mul_(s), out=errors[c]).div_(u[c, c])
             if c + 1 < j - i:

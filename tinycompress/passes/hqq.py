@@ -2,12 +2,13 @@
 
 Fits the zero point of each group so that the rounding error is sparse rather than small: minimise ‖W - s·(Q - z)‖_p^p,
 p < 1, by alternating a shrinkage of the error, e = shrink(W - s·(Q - z), β), and z = mean(Q - (W - e) / s), β growing.
-An integer zero point rarely moves in that scheme, and a symmetric one never, so the scale is fitted in the same sweep:
-s = Σ(W - e)·(Q - z) / Σ(Q - z)². Letters: N, K, G and g as in `quantize`.
+An integer zero point rarely moves in that scheme (a float one does), and a symmetric one never, so the scale is fitted in the
+same sweep: s = Σ(W - e)·(Q - z) / Σ(Q - z)². Letters: N, K, G and g as in `quantize`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
+ROWS = 1 << 20  # weights at a time: an iterate has eight temporaries of their size
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,19 @@ class HQQ:
 
 def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> QuantTensor:
     """weight float [N, K] to a QuantTensor; of the iterates the one with the smallest ‖error‖_p is kept, group by group."""
-    weight = weight.float()
-    scales, zeros = find_grid(name, weight, QuantSpec(spec.bits, spec.group_size, spec.symmetric, "minmax"))
+    rows = max(1, ROWS // weight.shape[1])
+    return stacked([_half_quadratic(part.float(), spec, name) for part in weight.split(rows)])
+
+
+def _half_quadratic(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
+    scales, zeros = find_grid(name, weight, dataclasses.replace(spec, scale="minmax"))
     w = weight.reshape(*scales.shape, -1)  # (N, G, g)
     top = 2**spec.bits - 1
     s, z = scales[..., None].clone(), torch.full_like(scales, spec.zero)[..., None] if zeros is None else zeros[..., None].float()
     best_s, best_z, best = s, z, torch.full_like(s, float("inf"))
     beta = BETA
     for _ in range(ITERATIONS):
-        kept = z.round().clamp(0, top)
+        kept = z if spec.float_zero else z.round().clamp(0, top)
         q = (w / s + kept).round_().clamp_(0, top)
         error = w - (q - kept) * s
         loss = error.abs().pow(P).sum(-1, keepdim=True)
@@ -64,5 +70,5 @@ def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> Quant
         s = ((w - e) * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(1e-10)
         s = torch.where(s.abs() < 1e-10, best_s, s)
         beta *= KAPPA
-    scales, zeros = best_s[..., 0].contiguous(), None if spec.symmetric else best_z[..., 0].to(torch.uint8)
+    scales, zeros = best_s[..., 0].contiguous(), None if spec.symmetric else best_z[..., 0] if spec.float_zero else best_z[..., 0].to(torch.uint8)
     return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)

@@ -112,7 +112,7 @@ def packed_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     """What a QuantTensor [N, K] takes: integers, float32 scales and, where there are any, zero points."""
     N, K = shape
     g = spec.group("a packed weight", K)
-    return N * (K // g) * (-(-g // 8) * spec.bits + 4 + (not spec.symmetric))
+    return N * (K // g) * (-(-g // 8) * spec.bits + 4 + (0 if spec.symmetric else 4 if spec.float_zero else 1))
 
 
 @torch.no_grad()

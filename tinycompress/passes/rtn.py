@@ -9,7 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
+from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
+
+ROWS = 1 << 22  # weights that are rounded at a time, so that no float32 copy of a large matrix is made
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class RTN:
 
 def rtn_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> QuantTensor:
     """weight float [N, K] to the nearest points of the grid that `spec` finds for it."""
-    weight = weight.float()
+    rows = max(1, ROWS // weight.shape[1])
+    return stacked([_nearest(part.float(), spec, name) for part in weight.split(rows)])
+
+
+def _nearest(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
     scales, zeros = find_grid(name, weight, spec)
     return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)
