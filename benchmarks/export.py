@@ -8,7 +8,7 @@
   speed    decode tokens/s at --threads threads: our folders and the builder's model, both by ONNX Runtime with one shared
            cache buffer, and llama.cpp on our groups of 32 as Q4_0, by turns
 
---builder-python is an interpreter with onnxruntime-genai, torch and transformers >= 5, --llama-python one with
+--builder-python is an interpreter with onnxruntime-genai, torch and transformers >= 5, --llama-python one with a native build of
 llama-cpp-python; without them their rows are missing. The row `speed` wants the folders of `export` in DIR. A row that is in
 --json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round of eight tokens.
 Peak memory is VmHWM of the process that exports (Linux); the checkpoints are written once and not part of any time.
@@ -56,11 +56,22 @@ def make_graphs(work: Path, layers: int) -> None:
 
     if not (work / "dense").is_dir():
         save(dense(layers), work / "dense")
+        write_tokenizer(work / "dense")
     for group in (32, 128):
         if not (work / f"packed{group}").is_dir():
             save(packed(layers, group), work / f"packed{group}")
     if not (work / GGUF).is_file():
         save(packed(layers, 32), work / GGUF, format="gguf")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words that nobody reads: the builder asks for a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer_config.json", names)
 
 
 def dense(layers: int) -> Graph:
@@ -145,9 +156,10 @@ def _by_turns(prefill: Callable[[], None], step: Callable[[int], None], tokens: 
 
 BUILDER = """
 import json, sys, time
-from onnxruntime_genai.models.builder import create_model
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
 work, start = sys.argv[1], time.perf_counter()
-create_model(None, work + "/dense", work + "/out/builder", "int4", "cpu", work + "/cache", int4_accuracy_level="4", int4_block_size="32")
+places = (None, work + "/dense", work + "/out/builder", "int4", "cpu", work + "/cache")
+create_model(*places, **parse_extra_options(*places, ["int4_accuracy_level=4", "int4_block_size=32"]))
 seconds = time.perf_counter() - start
 peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"seconds": seconds, "peak_mb": peak}))
