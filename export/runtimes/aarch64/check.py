@@ -2,8 +2,8 @@
 
     python check.py FOLDER … [--json FILE]
 
-`python` is that of .venv, which `environment` made: an arm64 Debian's, emulated. Kernels are chosen as on the core that
-QEMU_CPU names (default cortex-a76, a Raspberry Pi 5's; cortex-a72 is a Raspberry Pi 4's, without int8 dot products).
+`python` is that of .venv, which `environment` made: an arm64 Debian's, emulated as a Cortex-A76, the core of a
+Raspberry Pi 5; the kernels of a Raspberry Pi 4, which has no int8 dot products, are not run.
 """
 
 from __future__ import annotations
