@@ -38,8 +38,8 @@ runtime: $(STAMP) ## a third-party runtime in an environment of its own, and its
 	$(PYTHON) export/support.py --runtime "$(NAME)" --quick
 
 runtimes: $(STAMP) ## all of them
-	@for name in $$(cd export/runtimes && ls -d */ | tr -d /); do export/runtimes/install $$name || exit 1; done
-	$(PYTHON) export/support.py --quick
+	@for name in $$(cd export/runtimes && ls -d */ | tr -d /); do export/runtimes/install $$name || missing="$$missing $$name"; done; \
+	$(PYTHON) export/support.py --quick && { [ -z "$$missing" ] || { echo "error: not installed:$$missing" >&2; exit 1; }; }
 
 support: $(STAMP) ## every profile in every installed runtime; writes docs/support.md (long)
 	$(PYTHON) export/support.py --out docs/support.md

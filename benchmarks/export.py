@@ -1,14 +1,17 @@
 """Export of TinyLlama's shape (random weights), 4 bits with a quantized head and embedding, against its peers.
 
-    python benchmarks/export.py --work DIR [--quick] [--rows export,speed] [--rounds 3] [--json benchmarks/results/export.json]
+    python benchmarks/export.py --work DIR --builder-python PYTHON --llama-python PYTHON [--rows export,speed] [--rounds 5]
+        [--quick] [--json benchmarks/results/export.json]
 
   export   file size, time and peak memory of tinycompress' export (groups of 32 and 128, scales in float32 and float16)
-           and of onnxruntime-genai's builder (--builder-python) on the same shape, a process of its own each
-  speed    decode tokens/s at --threads threads: our folders, the builder's model, both by ONNX Runtime with one shared
-           cache buffer, and llama.cpp's Q4_0 (--llama-python: an interpreter that has llama_cpp, --gguf: its model), by turns
+           and of onnxruntime-genai's builder on the same shape, a process of its own each
+  speed    decode tokens/s at --threads threads: our folders and the builder's model, both by ONNX Runtime with one shared
+           cache buffer, and llama.cpp on our groups of 32 as Q4_0, by turns
 
-A row that is in --json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round.
-Peak memory is VmHWM of the process that exports (Linux); the checkpoint (bfloat16) is written once and not part of any time.
+--builder-python is an interpreter with onnxruntime-genai, torch and transformers >= 5, --llama-python one with a native build of
+llama-cpp-python; without them their rows are missing. The row `speed` wants the folders of `export` in DIR. A row that is in
+--json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round of eight tokens.
+Peak memory is VmHWM of the process that exports (Linux); the checkpoints are written once and not part of any time.
 """
 
 from __future__ import annotations
@@ -32,8 +35,15 @@ from tinycompress.files import write_json
 from tinycompress.graph import Graph
 from tinycompress.quantize import QuantSpec, QuantTensor
 
+GGUF = "q4_0.gguf"
 OURS = {"g32": (32, "float32"), "g32-half": (32, "float16"), "g128": (128, "float32"), "g128-half": (128, "float16")}
-PROMPT, TOKENS = 32, 32
+PROMPT = 32
+AIMS = {  # of the whole shape: what, of which rows, at most
+    "g32, MB": (lambda row: row["g32"]["bytes"] / 1e6, 700.0),
+    "g128, MB": (lambda row: row["g128"]["bytes"] / 1e6, 590.0),
+    "time, g32 / builder": (lambda row: row["g32"]["seconds"] / row["builder"]["seconds"], 0.5),
+    "peak memory, g32 / builder": (lambda row: row["g32"]["peak_mb"] / row["builder"]["peak_mb"], 1 / 3),
+}
 
 
 def config(layers: int) -> Any:
@@ -41,15 +51,39 @@ def config(layers: int) -> Any:
 
 
 def make_graphs(work: Path, layers: int) -> None:
-    """The checkpoints that the processes start from: bfloat16 for the builder, packed ones for us."""
+    """What the processes start from: bfloat16 for the builder, packed checkpoints for us, one of them as Q4_0 too."""
     from tinycompress.checkpoint import save
 
     if not (work / "dense").is_dir():
-        graph = Graph.random(config(layers), 0)
-        save(Graph(graph.config, {n: w.to(torch.bfloat16) for n, w in graph.weights.items()}), work / "dense")
+        save(dense(layers), work / "dense")
+        write_tokenizer(work / "dense")
     for group in (32, 128):
         if not (work / f"packed{group}").is_dir():
             save(packed(layers, group), work / f"packed{group}")
+    if not (work / GGUF).is_file():
+        save(packed(layers, 32), work / GGUF, format="gguf")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words that nobody reads: the builder asks for a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer_config.json", names)
+
+
+def dense(layers: int) -> Graph:
+    """Random weights in bfloat16, never more than one of them in float32."""
+    from tinycompress.graph import shapes
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for name, shape in shapes(config(layers)).items():
+        weight = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+        drawn[name] = weight.bfloat16()
+    return Graph(config(layers), drawn, history=("random",))
 
 
 def packed(layers: int, group: int) -> Graph:
@@ -80,8 +114,8 @@ def export_ours(work: Path, name: str) -> None:
     _print({"seconds": time.perf_counter() - start, "peak_mb": _peak()})
 
 
-def decode(folder: Path, threads: int) -> None:
-    """For each line of standard input: tokens a second of TOKENS steps behind PROMPT ids, in one shared cache buffer."""
+def decode(folder: Path, threads: int, tokens: int) -> None:
+    """For each line of standard input: tokens a second of `tokens` steps behind PROMPT ids, in one shared cache buffer."""
     import numpy as np
     import onnxruntime as ort
 
@@ -90,7 +124,7 @@ def decode(folder: Path, threads: int) -> None:
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     caches = {
-        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + TOKENS + 4, n.shape[3]), np.float32))
+        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + tokens + 4, n.shape[3]), np.float32))
         for n in session.get_inputs()
         if n.name.startswith("past_key_values.")
     }
@@ -107,24 +141,25 @@ def decode(folder: Path, threads: int) -> None:
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
 
-    _by_turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1))
+    _by_turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1), tokens)
 
 
-def _by_turns(prefill: Callable[[], None], step: Callable[[int], None]) -> None:
+def _by_turns(prefill: Callable[[], None], step: Callable[[int], None], tokens: int) -> None:
     for _ in sys.stdin:
         prefill()
         step(0)
         start = time.perf_counter()
-        for i in range(1, TOKENS + 1):
+        for i in range(1, tokens + 1):
             step(i)
-        print(TOKENS / (time.perf_counter() - start), flush=True)
+        print(tokens / (time.perf_counter() - start), flush=True)
 
 
 BUILDER = """
 import json, sys, time
-from onnxruntime_genai.models.builder import create_model
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
 work, start = sys.argv[1], time.perf_counter()
-create_model(None, work + "/dense", work + "/out/builder", "int4", "cpu", work + "/cache", int4_accuracy_level="4", int4_block_size="32")
+places = (None, work + "/dense", work + "/out/builder", "int4", "cpu", work + "/cache")
+create_model(*places, **parse_extra_options(*places, ["int4_accuracy_level=4", "int4_block_size=32"]))
 seconds = time.perf_counter() - start
 peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"seconds": seconds, "peak_mb": peak}))
@@ -133,15 +168,16 @@ print(json.dumps({"seconds": seconds, "peak_mb": peak}))
 LLAMA = """
 import sys, time
 from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=256, n_threads=int(sys.argv[2]), n_threads_batch=int(sys.argv[2]), logits_all=False, verbose=False)
+path, threads, tokens, prompt = sys.argv[1], *map(int, sys.argv[2:])
+model = Llama(path, n_ctx=256, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False)
 for _ in sys.stdin:
     model.reset()
-    model.eval([1] * PROMPT)
+    model.eval([1] * prompt)
     model.eval([1])
     start = time.perf_counter()
-    for _ in range(TOKENS):
+    for _ in range(tokens):
         model.eval([1])
-    print(TOKENS / (time.perf_counter() - start), flush=True)
+    print(tokens / (time.perf_counter() - start), flush=True)
 """
 
 
@@ -166,6 +202,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One export in a process of its own."""
     command = [sys.executable, __file__, "--worker", name, str(args.work)]
     if name == "builder":
+        if not args.builder_python:
+            return {"failed": "not run: no --builder-python"}
         command = [args.builder_python, "-c", BUILDER, str(args.work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -175,12 +213,11 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def speeds(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over rounds, each round a turn of every engine."""
-    commands = {f"ours {n}": [sys.executable, __file__, "--worker", "decode", str(args.work / "out" / n)] for n in (*OURS, "builder")}
-    commands["builder"] = commands.pop("ours builder")
-    commands = {n: [*c, str(args.threads)] for n, c in commands.items() if (Path(c[-1]) / "model.onnx").is_file()}
-    if args.llama_python and args.gguf:
-        code = LLAMA.replace("PROMPT", str(PROMPT)).replace("TOKENS", str(TOKENS))
-        commands["llama.cpp Q4_0"] = [args.llama_python, "-c", code, str(args.gguf), str(args.threads)]
+    folders = {**{f"ours {n}": args.work / "out" / n for n in OURS}, "builder": args.work / "out" / "builder"}
+    counts = [str(args.threads), str(args.tokens)]
+    commands = {n: [sys.executable, __file__, "--worker", "decode", str(f), *counts] for n, f in folders.items() if (f / "model.onnx").is_file()}
+    if args.llama_python:
+        commands["llama.cpp Q4_0"] = [args.llama_python, "-c", LLAMA, str(args.work / GGUF), *counts, str(PROMPT)]
     out: dict[str, list[float]] = {name: [] for name in commands}
     engines = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
     try:
@@ -193,33 +230,41 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         for engine in engines.values():
             engine.terminate()
-    return {name: {"median": median(values), "rounds": values} for name, values in out.items()}
+    peers = [out[name] for name in ("builder", "llama.cpp Q4_0") if name in out]
+    rows: dict[str, Any] = {name: {"median": median(values), "rounds": values} for name, values in out.items()}
+    for name, row in rows.items() if peers else ():
+        row["of_best_peer"] = median(v / max(best) for v, *best in zip(out[name], *peers))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="a folder for checkpoints and exports (8 GB; 2 GB with --quick)")
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints and exports (9 GB; 2 GB with --quick)")
     parser.add_argument("--rows", default="export,speed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32, help="of a turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--builder-python", default=sys.executable, help="an interpreter with onnxruntime-genai, torch and transformers >= 5")
+    parser.add_argument("--builder-python", help="an interpreter with onnxruntime-genai, torch and transformers >= 5")
     parser.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--gguf", type=Path, help="TinyLlama's shape as Q4_0")
     parser.add_argument("--json", type=Path, help="results; rows found there are kept")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         kind, *rest = args.worker
         if kind == "decode":
-            return decode(Path(rest[0]), int(rest[1]))
+            return decode(Path(rest[0]), int(rest[1]), int(rest[2]))
         return export_ours(Path(rest[0]), kind)
     if args.work is None:
         parser.error("--work is needed")
-    rounds, layers = (1, 4) if args.quick else (args.rounds, TINYLLAMA_1_1B.n_layers)
-    args.rounds = rounds
+    if args.quick:
+        args.rounds, args.tokens = 1, 8
+    layers = 4 if args.quick else TINYLLAMA_1_1B.n_layers
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
-    results["protocol"] = {"layers": layers, "threads": args.threads, "rounds": rounds, "prompt": PROMPT, "tokens": TOKENS}
+    protocol = {"layers": layers, "threads": args.threads, "rounds": args.rounds, "prompt": PROMPT, "tokens": args.tokens}
+    if results and results["protocol"] != protocol:
+        parser.error(f"--json {args.json} holds rows of another protocol: {results['protocol']}, not {protocol}")
+    results["protocol"] = protocol
     args.work.mkdir(parents=True, exist_ok=True)
     make_graphs(args.work, layers)
     if "export" in args.rows:
@@ -244,8 +289,16 @@ def show(results: dict[str, Any]) -> None:
     for name, row in results.get("export", {}).items():
         words = row.get("failed") or f"{row['bytes'] / 1e6:7.0f} MB  {row['seconds']:6.1f} s  {row['peak_mb']:6.0f} MB peak"
         print(f"export {name:12s} {words}")
+    if results["protocol"]["layers"] == TINYLLAMA_1_1B.n_layers:
+        for what, (figure, most) in AIMS.items():
+            try:
+                found = figure(results["export"])
+            except KeyError:
+                continue  # a row that did not run
+            print(f"aim    {what:27s} {found:7.2f}, at most {most:.2f}: {'holds' if found <= most else 'does not hold'}")
     for name, row in results.get("speed", {}).items():
-        print(f"decode {name:16s} {row['median']:6.1f} tok/s  ({', '.join(f'{v:.1f}' for v in row['rounds'])})")
+        ratio = f"  {row['of_best_peer']:.2f} of the faster peer" if "of_best_peer" in row else ""
+        print(f"decode {name:16s} {row['median']:6.1f} tok/s  ({', '.join(f'{v:.1f}' for v in row['rounds'])}){ratio}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ PAIRS = {  # (profile, runtime)
     ("ort", "onnxruntime-genai"): "",
     ("ort", "optimum"): "config.json of layers that differ is not Llama's, and Optimum takes the cache's shape from there",
     ("ort", "ort-mobile"): "",
+    ("ort", "aarch64"): "",
     ("web", "transformers-js"): "",
     ("web", "chromium"): "",
     ("std", "onnxruntime"): "",

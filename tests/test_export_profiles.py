@@ -232,6 +232,18 @@ def test_runtime(name, tmp_path):
     assert not result["passed"] and result["failures"]
 
 
+@pytest.mark.runtime
+def test_aarch64_with_int8_activations(tmp_path):
+    """As shipped, in the kernels of a core with int8 dot products."""
+    if not (RUNTIMES / "aarch64" / ".venv" / "bin" / "python").is_file():
+        pytest.skip("make runtime NAME=aarch64")
+    graph = quantized(small(**(WIDE | {"layers": (Layer(4, 2, 192),) * 2})), "w4g64", embedding=True)
+    export(graph, tmp_path / "out", check=False)
+    result = run_check("aarch64", tmp_path / "out", prepare(graph), "ort")
+    assert result["passed"] and result["versions"]["aarch64 core"] == "cortex-a76"
+    assert result["figures"]["error"] > 1e-4  # float kernels would be closer
+
+
 def test_operators_by_profile(tmp_path):
     graph = quantized(small(), "w4g32", embedding=True)
     export(graph, tmp_path / "std", "std", check=False)
