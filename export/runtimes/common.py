@@ -63,9 +63,9 @@ def greedy_agrees(reference: Reference, tokens: list[int], largest_margin: float
 
 
 def is_exact(folder: Path) -> bool:
-    """Whether an export computes in float32: nothing packed, or at accuracy level 0."""
+    """Whether an export computes in float32: nothing packed, or at accuracy level 0, and a float cache."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return manifest["accuracy_level"] == 0 or not manifest["quantized"]
+    return not manifest.get("kv") and (manifest["accuracy_level"] == 0 or not manifest["quantized"])
 
 
 def judge(reference: Reference, found: dict[str, float], exact: bool = False) -> list[str]:
