@@ -1,8 +1,9 @@
 """Export: a Graph to a folder that a runtime opens, read back and verified. The runtimes are imported when used."""
 
 from tinycompress.export.emit import emit, prepare
+from tinycompress.export.kv_cache import cache_scales
 from tinycompress.export.profiles import ORT, PROFILES, Profile
-from tinycompress.export.read import read
+from tinycompress.export.read import kv_scales, read
 from tinycompress.export.reference import write_reference
 from tinycompress.export.runtime import run_check
 from tinycompress.export.session import OrtCache, OrtModel
@@ -21,9 +22,11 @@ __all__ = [
     "Profile",
     "StaticChoices",
     "StaticModel",
+    "cache_scales",
     "check_static",
     "emit",
     "export",
+    "kv_scales",
     "prepare",
     "read",
     "run_check",

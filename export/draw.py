@@ -5,8 +5,8 @@ A form (`forms_contrib`, `forms_standard`) draws with it; it knows names and ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,12 @@ KINDS = {
 @dataclass(frozen=True)
 class Choices:
     """What a caller may choose within a profile. `accuracy_level` is that of quantized products; `half_scales` stores
-    their scales as float16 (a graph prepared so holds no other values)."""
+    their scales as float16 (a graph prepared so holds no other values); `kv_scales` are those of an int8 cache
+    (`kv_cache.cache_scales`), empty for a float one."""
 
     accuracy_level: int = 4
     half_scales: bool = False
+    kv_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Draw:

@@ -14,9 +14,11 @@ Letters: B batch, T new positions, S all positions, D hidden, H heads, K KV head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tinycompress.config import layer_prefix
 from tinycompress.errors import InputError
@@ -53,15 +55,22 @@ def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph
     return floats.replace(weights={n: w.to(dtype=torch.float32) for n, w in packed.items()})  # the scales; integers are shared
 
 
-def emit(graph: Graph, profile: Profile, dtype: str = "auto", accuracy_level: int = 4, scales: str = "float32") -> ir.Model:
+def emit(
+    graph: Graph,
+    profile: Profile,
+    dtype: str = "auto",
+    accuracy_level: int = 4,
+    scales: str = "float32",
+    kv_scales: Mapping[str, Tensor] | None = None,
+) -> ir.Model:
     """The ONNX model of a graph.
 
     Inputs: input_ids, attention_mask int64 [B, T] and [B, S] (and position_ids where the profile has them);
-    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention. Outputs: logits
-    float [B, T, V]; present.{j}.key, .value [B, K, S, d].
+    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention; int8 with `kv_scales`.
+    Outputs: logits float [B, T, V]; present.{j}.key, .value [B, K, S, d].
     """
     check(graph, profile, accuracy_level)
-    draw = Draw(prepare(graph, dtype, scales), profile, Choices(accuracy_level, scales == "float16"))
+    draw = Draw(prepare(graph, dtype, scales), profile, Choices(accuracy_level, scales == "float16", kv_scales or {}))
     _walk(draw, FORMS[profile.form])
     return draw.model()
 
@@ -122,6 +131,7 @@ def _walk(draw: Draw, form: Any) -> None:
     ids = draw.input("input_ids", "INT64", ["batch_size", "sequence_length"])
     mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
     shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
+    cached = "INT8" if draw.choices.kv_scales else "FLOAT"
     x, residual, slot = form.embedding(draw, ids), None, 0
     presents: list[tuple[int, list[ir.Value]]] = []
     # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises
@@ -130,7 +140,7 @@ def _walk(draw: Draw, form: Any) -> None:
         if layer.n_heads:
             n, residual = form.norm(draw, f"{at}.input_layernorm", x, residual)
             qkv = [_linear(draw, form, f"{at}.self_attn.{part}_proj", n) for part in "qkv"]
-            past = [draw.input(f"past_key_values.{slot}.{kind}", "FLOAT", _cache(config, layer, "past")) for kind in ("key", "value")]
+            past = [draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past")) for kind in ("key", "value")]
             y, new = form.attention(draw, f"{at}.self_attn", qkv, past, shared, layer.n_heads, layer.n_kv_heads)
             presents.append((i, new))
             x, slot = _linear(draw, form, f"{at}.self_attn.o_proj", y), slot + 1
@@ -141,7 +151,7 @@ def _walk(draw: Draw, form: Any) -> None:
     draw.output("logits", _linear(draw, form, "lm_head", n), ["batch_size", "sequence_length", config.vocab_size])
     for slot, (i, new) in enumerate(presents):
         for kind, value in zip(("key", "value"), new):
-            draw.output(f"present.{slot}.{kind}", value, _cache(config, config.layers[i], "total"))
+            draw.output(f"present.{slot}.{kind}", value, _cache(config, config.layers[i], "total"), cached)
 
 
 def _cache(config: Config, layer: Any, span: str) -> list[str | int]:

@@ -2,7 +2,7 @@
 
   attention_mask ─┬─ ReduceSum ─ Sub 1 ─ Cast ─ seqlens_k [B] ───────┐
                   └─ Shape ─ Gather 1 ─ Cast ─ total_sequence_length ┴─ every GroupQueryAttention
-  q, k, v, past key, past value, lengths, cos, sin ─ GroupQueryAttention ─ heads, present key, present value
+  q, k, v, past key, past value, lengths, cos, sin (, scales of an int8 cache) ─ GroupQueryAttention ─ heads, present key, present value
 
 Operators: docs/ContribOperators.md of ONNX Runtime (GroupQueryAttention, MatMulNBits, GatherBlockQuantized,
 SkipSimplifiedLayerNormalization, FusedMatMul). Where GroupQueryAttention does not take the config, export/attention.py
@@ -14,7 +14,7 @@ out_features, K in_features, b block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +81,18 @@ def attention(
     [B, T, H·d] and the present key and value [B, K, S, d]."""
     if isinstance(shared, plain.Positions):
         return plain.attention(draw, at, *qkv, past, shared, heads, kv_heads)
-    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 0, "scale": draw.config.head_dim**-0.5}
-    y, *present = draw.ops(at, "GroupQueryAttention", [*qkv, *past, *shared, *draw.rope()], 3, MS, **attributes)
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "do_rotary": 1,
+        "rotary_interleaved": 0,
+        "scale": draw.config.head_dim**-0.5,
+    }
+    inputs: list[ir.Value | None] = [*qkv, *past, *shared, *draw.rope()]
+    if draw.choices.kv_scales:
+        inputs += [None, None, None, *(draw.constant(name, draw.choices.kv_scales[name]) for name in (f"{at}.key_scale", f"{at}.value_scale"))]
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    y, *present = draw.ops(at, "GroupQueryAttention", inputs, 3, MS, **attributes)
     return y, present
 
 

@@ -32,6 +32,7 @@ class Profile:
     limits: Mapping[str, float] = field(default_factory=dict)  # the gate: check → largest figure that passes
     powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
     shares_cache: bool = True  # past and present of a layer may be one buffer
+    caches: tuple[str, ...] = ("float32",)  # what keys and values may be kept as
     symmetric: bool = False  # no zero points
     float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
     grouped: bool = False  # every layer with attention has fewer KV heads than heads
@@ -103,12 +104,14 @@ ORT = Profile(
     max_block=128,  # above it 2-bit weights lose the int8 kernel, and activations share one int8 scale over too many channels
     head_dim_multiple=16,
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
-    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2"),
+    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
     limits=LIMITS,
+    caches=("float32", "int8"),
 )
 
-# The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer.
-WEB = dataclasses.replace(ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1)
+# The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer; transformers.js
+# makes float caches.
+WEB = dataclasses.replace(ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1, caches=("float32",))
 
 # Any runtime of the ONNX standard. Two and three bits travel in four: opset 24 has no int2.
 STD = Profile(

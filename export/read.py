@@ -22,7 +22,9 @@ from tinycompress.quantize import QuantSpec, QuantTensor, unpack
 from tinycompress.tokenizer import Tokenizer
 
 from .draw import EMBEDDING
+from .emit import attention_layers
 from .forms_standard import nibbles
+from .kv_cache import scale_names
 from .profiles import Profile, profile_of
 from .static_read import host_file, static_weights
 
@@ -61,6 +63,18 @@ def read(folder: str | Path) -> Graph:
         return Graph(config, Weights(static_weights(stored, specs, config)), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
     weights = {name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()}
     return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
+
+
+def kv_scales(folder: str | Path) -> dict[str, Tensor]:
+    """The scales of an int8 cache by the names of `kv_cache.scale_names`, float32 [1, K, 1, d]; empty for a float cache."""
+    stored, manifest = initializers(folder), read_manifest(folder)
+    if not manifest.get("kv"):
+        return {}
+    config, out = Config.from_dict(manifest["config"]), {}
+    for names, i in zip(scale_names(config), attention_layers(config)):
+        shape = (1, config.layers[i].n_kv_heads, 1, config.head_dim)
+        out |= {name: _get(stored, name, shape, torch.float32) for name in names}
+    return out
 
 
 def model_path(folder: str | Path) -> Path:

@@ -3,6 +3,7 @@
 The cache is shared: past and present of a layer are one buffer [B, K, max_length, d] that GroupQueryAttention writes
 in place, as onnxruntime-genai does, so a step costs the new positions only. Buffers are torch tensors, bound by address.
 Where attention is drawn in standard operators (export/attention.py), past and present are two: a step copies the past.
+Buffers are int8 where the file's cache is (export/kv_cache.py).
 """
 
 from __future__ import annotations
@@ -26,24 +27,34 @@ from .emit import LEVELS, attention_layers
 from .profiles import profile_of
 from .read import check_sizes, load_proto, model_path, read_manifest
 
+NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8}
+FLOAT, INT8 = 1, 3  # onnx.TensorProto's
+
 
 class OrtCache:
     """Keys and values of every attention layer, [B, K, max_length, d] each; `length` positions are filled."""
 
-    def __init__(self, config: Config, batch: int, max_length: int) -> None:
+    def __init__(self, config: Config, batch: int, max_length: int, dtype: torch.dtype = torch.float32) -> None:
         if max_length > config.max_position:
             raise InputError("positions", max_length, f"at most {config.max_position}: the rotary tables in the file end there")
         self.length, self.batch, self.max_length = 0, batch, max_length
-        self.layers = [
-            tuple(torch.zeros(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for _ in "kv") for i in attention_layers(config)
-        ]
+        shapes = [(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for i in attention_layers(config)]
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype) for _ in "kv") for shape in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, filled or not."""
+        return sum(part.nbytes for pair in self.layers for part in pair)
 
 
 class OrtModel:
-    """A folder written by `export`. `accuracy_level` overrides the file's; `threads` None leaves the choice to the runtime;
-    `spin` False lets its threads sleep between runs, for runs that alternate with torch's."""
+    """A folder written by `export`. `accuracy_level` overrides the file's; `float_cache` keeps keys and values in float32
+    where the file's cache is int8; `threads` None leaves the choice to the runtime; `spin` False lets its threads sleep
+    between runs, for runs that alternate with torch's."""
 
-    def __init__(self, folder: str | Path, accuracy_level: int | None = None, threads: int | None = None, spin: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, accuracy_level: int | None = None, threads: int | None = None, spin: bool = True, *, float_cache: bool = False
+    ) -> None:
         import onnxruntime as ort
 
         self.folder = Path(folder)
@@ -52,6 +63,8 @@ class OrtModel:
         self.config = Config.from_dict(manifest["config"])
         profile = profile_of(manifest["profile"])
         self.shared = fused(self.config, profile)
+        int8 = bool(manifest.get("kv")) and not float_cache
+        self.cache_dtype = torch.int8 if int8 else torch.float32
         self.tokenizer = Tokenizer.from_folder(folder)
         options = ort.SessionOptions()
         if threads:
@@ -63,8 +76,8 @@ class OrtModel:
         level = manifest.get("accuracy_level") if accuracy_level is None else accuracy_level
         if profile.form == "standard":  # the runtime fuses DequantizeLinear and MatMul and asks here for the level
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
-        elif accuracy_level is not None:
-            source = _with_level(folder, accuracy_level)
+        elif accuracy_level is not None or (float_cache and manifest.get("kv")):
+            source = _changed(folder, level, float_cache)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.absolute()))
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in self.session.get_inputs()]
@@ -75,7 +88,7 @@ class OrtModel:
         return self.step(ids, self.new_cache(*ids.shape))
 
     def new_cache(self, batch: int, max_length: int) -> OrtCache:
-        return OrtCache(self.config, batch, max_length)
+        return OrtCache(self.config, batch, max_length, self.cache_dtype)
 
     def step(self, ids: Tensor, cache: OrtCache, mask: Tensor | None = None) -> Tensor:
         """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions] is 0
@@ -141,12 +154,11 @@ class OrtModel:
 
 
 def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
-    dtype = np.float32 if tensor.dtype == torch.float32 else np.int64
-    bind(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+    bind(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
 
 
-def _with_level(folder: str | Path, accuracy_level: int) -> bytes:
-    """model.onnx with another accuracy_level; the weights stay in their file."""
+def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> bytes:
+    """model.onnx with another accuracy_level and, if asked for, a float cache; the weights stay in their file."""
     if accuracy_level not in LEVELS:
         raise InputError("accuracy_level", accuracy_level, LEVELS)
     proto: Any = load_proto(folder)
@@ -154,4 +166,13 @@ def _with_level(folder: str | Path, accuracy_level: int) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = accuracy_level
+        if float_cache and node.op_type == "GroupQueryAttention":
+            del node.input[9:]  # the scales and what is left out before them
+            kept = [attribute for attribute in node.attribute if attribute.name not in ("k_quant_type", "v_quant_type", "kv_cache_bit_width")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    if float_cache:
+        for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+            if value.type.tensor_type.elem_type == INT8:
+                value.type.tensor_type.elem_type = FLOAT
     return proto.SerializeToString()

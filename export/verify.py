@@ -8,15 +8,16 @@
   padding          level 0: two prompts of different lengths in one batch, the shorter padded on the right, and steps
   beyond_context   level 0: steps across the original context, where RoPE scaling must have arrived in the file
   end_of_context   level 0: the last positions the file's tables hold
+  kv_cache         as shipped, an int8 cache only: mean KL(torch ‖ exported) of steps behind a prompt; the limit is that of kl
   kl, flips        as shipped: mean KL(torch ‖ exported) a token in nats; share of positions with another top token
   perplexity       as shipped: |perplexity of exported / perplexity of torch - 1|
   openvino         where the profile is for it: what its check of export/runtimes found, in an environment of its own
 
-Level 0 is the runtime's float arithmetic: it isolates mistakes of the export from what int8 activations cost, which
-the shipped level shows. Far positions are reached without computing everything before them: both runtimes get the
-same past in their caches and decode from there. That past is real text, its keys turned to where they now stand: a
-random one drives a model where float32 itself is off by 1e-2 (SmolLM2 in torch, against float64). Every check is "at
-most its limit"; NaN fails.
+Level 0 is the runtime's float arithmetic and a float cache: it isolates mistakes of the export from what int8
+activations and an int8 cache cost, which the shipped form shows. Far positions are reached without computing everything
+before them: both runtimes get the same past in their caches and decode from there. That past is real text, its keys
+turned to where they now stand: a random one drives a model where float32 itself is off by 1e-2 (SmolLM2 in torch,
+against float64). Every check is "at most its limit"; NaN fails.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def gate(
             bar.update()
         del exact
         shipped = _open(folder, manifest, exact=False)
+        if manifest.get("kv"):
+            _record(report, "kv_cache", *_cached(shipped, torch_model, ids[:1], limit["kl"]))
         _shipped(report, shipped, torch_model, ids, bar)
         del shipped
     runtime, optional = profile_of(manifest["profile"]).runtime, profile_of(manifest["profile"]).form == "static"
@@ -155,7 +158,7 @@ def _open(folder: str | Path, manifest: Mapping[str, Any], exact: bool) -> Any:
     """The exported model as shipped, or `exact`, with float arithmetic."""
     if profile_of(manifest["profile"]).form == "static":
         return StaticModel(folder, exact=exact, spin=False)
-    return OrtModel(folder, accuracy_level=0 if exact else None, spin=False)
+    return OrtModel(folder, accuracy_level=0 if exact else None, spin=False, float_cache=exact)
 
 
 def changed_files(folder: str | Path, progress: bool = True) -> list[str]:
@@ -224,6 +227,18 @@ def _decode(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float,
         if not unrotated_keys(model.config) or model.config.rope.trained >= T:  # else the past was computed at other frequencies
             pairs.append((got, whole[:, start:stop]))
     return *_compare(pairs), f"{T - prompt} steps behind {prompt} tokens"
+
+
+def _cached(exported: OrtModel, model: Transformer, ids: Tensor, limit: float) -> tuple[float, float, str]:
+    """Mean KL of the steps behind a prompt, its limit, and a description: what a rounded cache costs those who read it."""
+    prompt = min(PROMPT, ids.shape[1] // 2)
+    T = min(prompt + TILE, ids.shape[1])
+    cache, rows = exported.new_cache(1, T), []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
+        rows.append(exported.step(ids[:, start:stop], cache)[0, -1])
+    expected, got = model(ids[:, :T])[0, prompt - 1 :].log_softmax(-1), torch.stack(rows).log_softmax(-1)
+    kl = F.kl_div(got, expected, log_target=True, reduction="batchmean").item()
+    return kl, limit, f"nats a token over {T - prompt} steps behind {prompt} tokens, {cache.nbytes // T:,} bytes a position"
 
 
 def _padding(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:

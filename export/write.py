@@ -23,12 +23,15 @@ from tinycompress.quantize import QuantTensor
 
 from .configs import paths, write_configs
 from .emit import emit, features, prepare
+from .kv_cache import cache_scales, check_cache
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
 from .runtime import python_of
-from .static_write import StaticChoices, export_static
+from .static_write import StaticChoices, calibration_text, export_static
 from .verify import GateError, gate, sha256
+
+CHUNK = 128  # calibration windows of an int8 cache are four times as long
 
 
 def export(
@@ -39,6 +42,8 @@ def export(
     dtype: str = "auto",
     scales: str = "float32",
     accuracy_level: int = 4,
+    kv: str = "float32",
+    calibration: Tensor | None = None,
     check: bool = True,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
@@ -50,7 +55,9 @@ def export(
     """Writes the folder and returns its manifest. It appears complete and checked, or not at all.
 
     `dtype` "auto" keeps packed weights packed and makes dense ones float32; "float32" makes all dense;
-    `scales` "float16" rounds the scales of packed weights and stores them in half the bytes. `check` runs the
+    `scales` "float16" rounds the scales of packed weights and stores them in half the bytes. `kv` "int8" keeps keys and
+    values in a quarter of the bytes, on scales from the text `calibration` [windows, T] (export/kv_cache.py; by default the
+    "pydoc" train split, or random ids without a tokenizer). `check` runs the
     gate on `tokens` (see `verify`) with `limits` over the profile's; a figure beyond its limit is a `GateError`.
     Memory needed for writing is that of one weight. `mobile` adds model.ort and the operator list of a reduced build
     (export/mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
@@ -58,6 +65,7 @@ def export(
     profile = profile_of(profile)
     if mobile and profile.form != "contrib":
         raise InputError("mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators")
+    check_cache(kv, graph.config, profile)
     if profile.form == "static":
         common: dict[str, Any] = {"dtype": dtype, "check": check, "tokens": tokens, "limits": limits, "overwrite": overwrite, "progress": progress}
         return export_static(graph, folder, profile, static or StaticChoices(), **common)
@@ -65,12 +73,20 @@ def export(
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
     model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales)  # bad input fails here, before anything is written
+    about = None
+    if kv == "int8":
+        text, what = calibration_text(prepared, calibration, CHUNK)
+        found = cache_scales(prepared, text, progress)
+        model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=found)
+        about = {"type": kv, "scales": "one a channel of a KV head", "text": what}
     with new_folder(folder, overwrite) as work:
         _write_model(model, work, paths(prepared, profile), profile, progress)
         if mobile:
             write_ort(work / paths(prepared, profile)[0], work)
         write_configs(prepared, profile, work)
-        manifest = _manifest(prepared, profile, dtype, scales, accuracy_level)
+        manifest = _manifest(prepared, profile, dtype, scales, accuracy_level) | {"kv": about}
+        if about:
+            manifest["minimum_onnxruntime"] = profile.minimum_version(features(prepared, profile) | {"kv_int8"})
         manifest["files"] = {name: {"sha256": sha256(work / name), "bytes": (work / name).stat().st_size} for name in _files(work)}
         write_json(work / MANIFEST, manifest)
         if check:

@@ -214,6 +214,21 @@ def test_reference(tmp_path):
         write_reference(graph, tmp_path, ids=torch.tensor([1, 2]), prompt=6)
 
 
+def test_flips_are_judged_where_torch_had_decided(tmp_path):
+    """Two tokens as good as level may change places; a token that torch holds far less likely may not."""
+    graph = small()
+    write_reference(graph, tmp_path, "ort", ids=ids_of(graph, 20)[0])
+    reference = common.Reference(tmp_path)
+    reference.logits = reference.logits * 0
+    reference.logits[:, 0], reference.logits[:, 1], reference.logits[:, 2] = 8.0, 7.9, 7.0
+    level, wrong = reference.logits.copy(), reference.logits.copy()
+    level[:, 1], wrong[:, 2] = 8.05, 8.05
+    found = common.figures(reference, level)
+    assert found["flips"] == 1 and found["decided_flips"] == 0 and not any("flips" in words for words in common.judge(reference, found))
+    found = common.figures(reference, wrong)
+    assert found["flips"] == found["decided_flips"] == 1 and any("decided_flips" in words for words in common.judge(reference, found))
+
+
 @pytest.mark.runtime
 @pytest.mark.parametrize("name", names())
 def test_runtime(name, tmp_path):

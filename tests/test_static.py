@@ -416,7 +416,7 @@ def test_lpbq_in_the_spec():
     assert (spec.scale, str(spec), spec.symmetric) == ("lpbq", "w4g32-lpbq", True)
     with pytest.raises(InputError, match="lpbq"):
         QuantSpec(4, 32, symmetric=False, scale="lpbq")
-    with pytest.raises(InputError, match=r"\[-asym\|-lpbq\]"):
+    with pytest.raises(InputError, match=r"\[-asym\|-floatzero\|-lpbq\]"):
         QuantSpec.parse("w4g32-asym-lpbq")
     with pytest.raises(InputError, match=r"scales: found \(2, 3\)"):
         snap_scales(torch.ones(2, 16), torch.ones(2, 3), 4)

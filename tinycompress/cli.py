@@ -270,10 +270,11 @@ def export_command(
     scales: Annotated[str, typer.Option(help="Scales of quantized weights: float32, or float16 (rounded, half the bytes).")] = "float32",
     accuracy_level: Annotated[int, typer.Option(help="Of quantized matrix products: 0 computes in float32, 4 in int8.")] = 4,
     overwrite: Overwrite = False,
+    kv: Annotated[str, typer.Option(help="ort: the cache of keys and values: float32, or int8 on scales from the calibration text.")] = "float32",
     mobile: Annotated[bool, typer.Option("--mobile", help="ort, web: add model.ort and the operator list of a reduced mobile build.")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Run the parity gate, or skip it.")] = True,
     context: Annotated[int | None, typer.Option(min=2, help="qnn, static: slots of the cache.  [default: the model's, at most 2048]")] = None,
-    calibration: Annotated[str | None, typer.Option(metavar="PATH-OR-NAME", help="qnn: text for activation ranges.  [default: pydoc]")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="PATH-OR-NAME", help="qnn, int8 cache: text for ranges.  [default: pydoc]")] = None,
     ranges: Annotated[str, typer.Option(help="qnn: minmax, percentile or mse.")] = "minmax",
     epcontext: Annotated[str | None, typer.Option(metavar="ARCH", help="qnn: compile for HTP 73, 75, 79 or 81 too.")] = None,
 ) -> None:
@@ -282,6 +283,7 @@ def export_command(
     \b
     Examples:
       tinycompress export small --profile ort -o small-onnx
+      tinycompress export small --kv int8 --calibration wikitext2 -o small-onnx
       tinycompress export smollm2-135m --dtype float32 -o reference-onnx
       tinycompress export small --profile openvino-npu --verify -o small-npu
       tinycompress export smollm2-135m --profile qnn --context 1024 --calibration wikitext2 -o small-qnn
@@ -295,6 +297,7 @@ def export_command(
     text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
     static = StaticChoices(context, text, ranges, epcontext)
     options: dict[str, Any] = {"dtype": dtype, "scales": scales, "accuracy_level": accuracy_level, "check": check, "static": static, "mobile": mobile}
+    options |= {"kv": kv, "calibration": text}
     manifest = export(graph, output, profile=profile, overwrite=overwrite, **options)
     if manifest["checks"]:
         print("\n".join(summary(manifest["checks"])))

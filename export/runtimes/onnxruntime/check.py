@@ -33,11 +33,13 @@ class Stepper:
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = [node.name for node in self.session.get_inputs()]
         self.outputs = [node.name for node in self.session.get_outputs()]
-        self.shapes = {n.name: (n.shape[1], n.shape[3]) for n in self.session.get_inputs() if n.name.startswith("past_key_values.")}
+        pasts = [n for n in self.session.get_inputs() if n.name.startswith("past_key_values.")]
+        self.shapes = {n.name: (n.shape[1], n.shape[3]) for n in pasts}
+        self.type = np.int8 if pasts and pasts[0].type == "tensor(int8)" else np.float32
         self.reset(batch)
 
     def reset(self, batch: int = 1) -> None:
-        self.past = {name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width) in self.shapes.items()}
+        self.past = {name: np.zeros((batch, heads, 0, width), self.type) for name, (heads, width) in self.shapes.items()}
         self.length = 0
 
     def step(self, ids: np.ndarray) -> np.ndarray:

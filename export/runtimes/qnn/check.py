@@ -33,6 +33,8 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     cpu = logits(StaticSession.from_folder(folder), reference.ids)
     found = figures(reference, device)
     failures = judge(reference, found)
+    alone = figures(reference, cpu)  # what rounding the activations costs without HTP
+    found |= {"cpu_kl": alone["kl"], "cpu_flips": alone["flips"]}
     return found | {"htp_to_cpu": float(np.abs(device - cpu).max()), "peak": float(np.abs(cpu).max()), "htp": int(ARCH)}, failures
 
 
