@@ -40,6 +40,7 @@ def worker(engine: str, args: argparse.Namespace) -> None:
     with torch.inference_mode():
         for run in runs.values():  # at full size: the first pages that a process touches come from the system, slowly
             run(ids)
+        print("ready", flush=True)
         for line in sys.stdin:
             start = time.perf_counter()
             runs[line.strip()](ids)
@@ -102,6 +103,8 @@ def main() -> None:
         engine: subprocess.Popen([sys.executable, __file__, "--worker", engine, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for engine in ENGINES
     }
+    for process in workers.values():  # none measures while another still loads
+        assert process.stdout and process.stdout.readline() == "ready\n"
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in tqdm(range(args.rounds), desc="rounds"):
         rounds.append({run: {engine: ask(workers[engine], run) for engine in ENGINES} for run in ("without", "with")})
