@@ -18,7 +18,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -59,10 +58,8 @@ def worker(args: argparse.Namespace) -> None:
     loaded = peak_mb()
     if args.kind == "evaluate":
         ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        perplexity(model, ids[:, :512], progress=False)  # warms up
-        start = time.perf_counter()
         perplexity(model, ids, progress=False)
-        row = {"length": length, "tokens_per_second": length / (time.perf_counter() - start)}
+        row: dict[str, Any] = {"length": length}  # no speed: a first forward is not a measure of it
     else:
         row = asdict(footprint(model, length, int8=args.kind == "int8"))
     print(json.dumps(row | {"load_mb": loaded, "peak_mb": peak_mb()}))
