@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-KEYS = {"error": "error", "kl": "kl", "flips": "decided_flips", "perplexity": "perplexity"}  # limit → the figure it is for
+KEYS = ("error", "kl", "flips", "perplexity")
 UNDECIDED = 0.25  # nats: torch holds the other token for at least 78% as likely as its own first
 
 
@@ -42,9 +42,8 @@ def figures(reference: Reference, logits: np.ndarray, first: int = 0) -> dict[st
     """Logits [T - first, V] of positions `first` and later: largest difference, mean KL in nats, share of changed top tokens, the
     share of those that torch had decided, and the relative change of perplexity.
 
-    A top token is decided where the other one is more than UNDECIDED behind it in torch. Only those are judged: where two
-    tokens are as good as level any rounding turns them over, so the share of all flips says how far apart the logits of
-    the graph are (random weights: a median of 0.3), not how far the runtime is from torch, which KL does."""
+    A top token is decided where the other one is more than UNDECIDED behind it in torch. All flips are judged; the decided ones are
+    there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any rounding turns them over."""
     expected, got = reference.logits[first:].astype(np.float64), np.asarray(logits, np.float64)
     if got.shape != expected.shape:
         raise ValueError(f"logits of shape {got.shape}, expected {expected.shape}")
@@ -76,7 +75,7 @@ def is_exact(folder: Path) -> bool:
 
 def judge(reference: Reference, found: dict[str, float], exact: bool = False) -> list[str]:
     """The figures beyond their limits; `exact` holds the largest difference to that of float32 arithmetic too."""
-    limits = {figure: reference.limits[k] for k, figure in KEYS.items() if k in reference.limits}
+    limits = {k: reference.limits[k] for k in KEYS if k in reference.limits}
     if exact:
         limits["error"] = reference.limits["prefill"] * max(1.0, float(np.abs(reference.logits).max()) / 10)
     return [f"{k} {found[k]:.3g} > {limit:.3g}" for k, limit in limits.items() if not found[k] <= limit]
