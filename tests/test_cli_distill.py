@@ -87,6 +87,14 @@ def test_inner_losses_that_fade_under_a_budget_of_tokens(made, tmp_path):
     assert steps == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_teacher_reads_in_pieces(made, tmp_path):
+    command = ["distill", made / "student", "--teacher", made / "teacher", *common(made), "--teacher-context"]
+    assert run(*command, 8, "-o", tmp_path / "out")[0] == 0
+    assert "teacher_context=8" in checkpoint.load(tmp_path / "out").history[-1]
+    code, text = run(*command, 7, "-o", tmp_path / "no")
+    assert code == 2 and "a divisor of the windows' 16 tokens" in text
+
+
 def test_an_early_stop_tells_of_what_it_saved(made, tmp_path):
     options = [*common(made)[:-4], "--steps", 9, "--lr", 1.0, "--warmup", 0, "--eval-every", 1, "--patience", 2]
     code, text = run("distill", made / "student", "--loss", "ce", *options, "--log", tmp_path / "log", "-o", tmp_path / "out")

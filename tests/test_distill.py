@@ -380,6 +380,32 @@ def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
     assert losses == pytest.approx([math.log(128)] * 8, rel=1e-5)
 
 
+# a teacher of a shorter context
+
+
+def test_the_teacher_reads_long_windows_in_pieces(tiny, tmp_path):
+    """The KL of the first step is that of the pieces, put together; a student that is its teacher has none at T = piece."""
+    tokens, student = windows(tiny, 4, 32), perturbed(tiny)
+
+    def first_loss(**how):
+        training = Training(steps=1, lr=1e-9, batch=4, micro_batch=3)
+        log = tmp_path / str(how)
+        Distill(tokens, tiny, training, log=log, **how)(student)
+        return json.loads((log / "train.jsonl").read_text().splitlines()[0])["loss"]
+
+    with torch.no_grad():
+        theirs = tiny.module()(tokens.reshape(8, 16)).reshape(4, 32, -1)[:, :-1].log_softmax(-1)
+        whole = tiny.module()(tokens)[:, :-1].log_softmax(-1)
+        ours = student.module()(tokens)[:, :-1].log_softmax(-1)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert first_loss(teacher_context=16) == pytest.approx(expected, rel=1e-4)
+    plain = (whole.exp() * (whole - ours)).sum(-1).mean().item()
+    assert abs(plain - expected) > 1e-2 * expected  # the test can tell
+    assert first_loss() == first_loss(teacher_context=64) == pytest.approx(plain, rel=1e-4)  # windows that fit are read whole
+    short = tiny.replace(config=dataclasses.replace(tiny.config, max_position=16))
+    assert same(*(Distill(tokens, teacher, FAST, teacher_context=16)(student) for teacher in (short, tiny)))
+
+
 # a real model
 
 
@@ -420,6 +446,10 @@ def test_bad_input_is_named_before_any_work(tiny, nonuniform):
         (lambda: LoRA(rank=0), "LoRA.rank"),
         (lambda: HiddenLoss("dot"), "cosine | mse | relation | attention"),
         (lambda: Distill(tokens, tiny, FAST, grid="fixed"), "refind | learn"),
+        (lambda: Distill(tokens, tiny, FAST, teacher_context=5), "a divisor of the windows' 16 tokens"),
+        (lambda: Distill(tokens, None, FAST, losses=(Loss("ce"),), teacher_context=8), "a Graph as the teacher"),
+        (lambda: Distill(tokens, tiny, FAST, hidden=(HiddenLoss("relation"),), teacher_context=8), "no relations"),
+        (lambda: Distill(tokens, tiny.replace(config=dataclasses.replace(tiny.config, max_position=8)), FAST)(tiny), "or a teacher_context"),
     ):
         with pytest.raises(InputError, match=words.replace("|", r"\|")):
             make()

@@ -50,6 +50,7 @@ def distill(
     grid: Annotated[str, typer.Option(help="Of --fake-quant: refind, or learn.")] = "refind",
     stable_embedding: Annotated[bool, typer.Option("--stable-embedding", help="Train the embedding behind a norm (folded away).")] = False,
     on_policy: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on text that the student writes.")] = 0.0,
+    teacher_context: Annotated[int | None, typer.Option(min=1, help="The teacher reads windows in pieces of so many tokens.")] = None,
     seed: int = 0,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again: less memory, a third slower.")] = False,
@@ -119,6 +120,7 @@ def distill(
             grid,
             stable_embedding,
             on_policy,
+            teacher_context,
             work,
             log or work,
         )

@@ -55,6 +55,8 @@ class Distill:
     lora, fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
     mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward saw.
     stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
+    teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
+    context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
     """
@@ -70,6 +72,7 @@ class Distill:
     grid: str = "refind"
     stable_embedding: bool = False
     on_policy: float = 0.0
+    teacher_context: int | None = None
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False)
 
@@ -91,6 +94,16 @@ class Distill:
             raise InputError("Distill", "lora together with stable_embedding", "one of the two (with LoRA the embedding does not learn)")
         if not 0 <= self.on_policy <= 1:
             raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
+        if self.teacher_context is not None:
+            if not isinstance(self.teacher, Graph) or not all(loss.of_states for loss in self.hidden):
+                raise InputError("Distill.teacher_context", self.teacher_context, "None, or a Graph as the teacher and no relations of its tokens")
+            if self.teacher_context < 1 or self.tokens.shape[-1] % self.piece:
+                raise InputError("Distill.teacher_context", self.teacher_context, f"a divisor of the windows' {self.tokens.shape[-1]} tokens")
+
+    @property
+    def piece(self) -> int:
+        """Tokens that the teacher reads at a time."""
+        return min(self.teacher_context or self.tokens.shape[-1], self.tokens.shape[-1])
 
     def __call__(self, graph: Graph) -> Graph:
         self.check(graph)
@@ -129,7 +142,7 @@ class Distill:
             if windows.dim() != 2 or not 2 <= windows.shape[1] <= graph.config.max_position:
                 raise InputError(f"held-out set {name}", tuple(windows.shape), f"windows [N, T] of 2 … {graph.config.max_position} tokens")
         if isinstance(self.teacher, Graph):
-            check_teacher(self.teacher, graph, self.tokens.shape[1])
+            check_teacher(self.teacher, graph, self.piece)
             for loss in self.hidden:
                 loss.pairs(graph.config, self.teacher.config)
         elif self.teacher is not None:
@@ -156,7 +169,7 @@ class Distill:
         teacher = self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
         settings = asdict(replace(self.training, save_every=1))
         parts = [graph.fingerprint(), str(teacher), json.dumps(settings), repr((self.losses, self.hidden, self.lora, self.fake_quant))]
-        digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy}"]).encode())
+        digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece}"]).encode())
         measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
         for windows in (self.tokens, *measured):
             digest.update(windows.cpu().contiguous().numpy().data)
@@ -269,7 +282,8 @@ class Lesson:
             found.extend((head, states))
             return hidden
 
-        hidden = self.teacher(ids, keep, [tap for how, _, t in self.pairs for tap in how.taps(t)])
+        pieces = ids.reshape(-1, self.of.piece)
+        hidden = self.teacher(pieces, keep, [tap for how, _, t in self.pairs for tap in how.taps(t)])
         return HiddenTarget(hidden.flatten(0, 1), found[0]), found[1]
 
     def _own_text(self, ids: Tensor, labels: Tensor, index: Tensor, step: int) -> tuple[Tensor, Tensor, int]:
@@ -297,7 +311,7 @@ def check_teacher(teacher: Graph, student: Graph, seq_len: int) -> None:
         if different:
             raise InputError("teacher", f"another tokenizer ({len(different)} entries differ, such as {different[0]})", "the student's tokenizer")
     if seq_len > teacher.config.max_position:
-        raise InputError("windows", f"{seq_len} tokens", f"at most the teacher's context, {teacher.config.max_position}")
+        raise InputError("windows", f"{seq_len} tokens", f"at most the teacher's context, {teacher.config.max_position}, or a teacher_context")
 
 
 def check_cache(cache: TeacherCache, student: Graph, tokens: Tensor) -> None:
