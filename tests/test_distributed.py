@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from tinycompress import checkpoint, training
+from tinycompress import checkpoint, train_state, training
 from tinycompress.graph import Config, Graph, Layer
 from tinycompress.passes.distill import Distill, HiddenLoss
 from tinycompress.training import Training
@@ -57,6 +57,7 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
             shutil.copytree(work, tmp_path / "continued")
 
     monkeypatch.setattr(training, "save_state", save_and_copy)
+    monkeypatch.setattr(train_state, "FILE_BYTES", 4000)
     tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
     one = Distill(
         tokens,
@@ -67,6 +68,7 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
         work=tmp_path / "one",
         log=tmp_path / "one",
     )(student)
+    assert len(list((tmp_path / "continued/step-00000003").glob("*.safetensors"))) > 2  # a large state is several files
     script = tmp_path / "run.py"
     script.write_text(RUN % TRAINING)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

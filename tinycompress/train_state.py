@@ -24,6 +24,7 @@ from .errors import InputError
 from .files import read_json, write_json
 
 STEP = re.compile(r"step-(\d{8})")
+FILE_BYTES = 1 << 29  # of whole tensors: the writer holds copies of all that goes into one file
 
 
 def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -33,7 +34,7 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
     target = work / f"step-{step:08}"
     with shared_folder(target) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
         save(dict(tensors), storage_writer=writer, no_dist=world() == 1)
         if rank() == 0:
             write_json(folder / "state.json", {"step": step, **about})
@@ -41,6 +42,17 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
         for old in work.glob("step-*"):
             if STEP.fullmatch(old.name) and old != target:
                 shutil.rmtree(old)
+
+
+def file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes to."""
+    out, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        out[name], filled = number, filled + size
+    return out
 
 
 def latest_state(work: Path, key: str) -> Path | None:
