@@ -155,7 +155,8 @@ def write_readme() -> None:
         notes.append(
             f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "
             f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py "
-            f"--calibration {p['calibration']} --evaluation {p['evaluation']} --windows {p['windows']}`, {result['minutes']} minutes."
+            f"--calibration {p['calibration']} --evaluation {p['evaluation']} --windows {p['windows']} --samples {p['samples']} "
+            f"--seeds {p['seeds']}`, {result['minutes']} minutes."
         )
     write_text(HERE / "README.md", "\n".join([*lines, "", *notes, "", "A new claim is a copy of one file.", ""]))
 
