@@ -380,6 +380,34 @@ def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
     assert losses == pytest.approx([math.log(128)] * 8, rel=1e-5)
 
 
+# tokens that count more than others
+
+
+def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):
+    """The logged loss is the weighted mean over the step, whatever the micro-batches; weights of 0 and 1 are a mask."""
+    tokens, student = windows(tiny, 4), perturbed(tiny)
+    weights = 3 * torch.rand(4, 16, generator=torch.Generator().manual_seed(1)) * (tokens % 3 > 0)
+    with torch.no_grad():
+        theirs, ours = (g.module()(tokens)[:, :-1].log_softmax(-1) for g in (tiny, student))
+    kl_ = (theirs.exp() * (theirs - ours)).sum(-1)
+    ce = -ours.gather(-1, tokens[:, 1:, None])[..., 0]
+    expected = ((kl_ + 0.5 * ce) * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    outs = []
+    for micro in (4, 3, 1):
+        training, log = Training(steps=2, lr=1e-3, batch=4, micro_batch=micro), tmp_path / str(micro)
+        pass_ = Distill(tokens, tiny, training, losses=(Loss("kl"), Loss("ce", 0.5)), token_weights=weights, log=log)
+        outs.append(pass_(student))
+        assert json.loads((log / "train.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    for other in outs[1:]:
+        for name, weight in outs[0].weights.items():
+            torch.testing.assert_close(other.weights[name], weight, rtol=1e-3, atol=1e-5)
+    ones, none = (Distill(tokens, tiny, FAST, token_weights=w)(student) for w in (torch.ones(4, 16), None))
+    for name, weight in none.weights.items():
+        torch.testing.assert_close(ones.weights[name], weight, rtol=1e-4, atol=1e-6)
+    pass_ = Distill(tokens, tiny, FAST, token_weights=weights)
+    assert pass_.key(student) != dataclasses.replace(pass_, token_weights=None).key(student)
+
+
 # a teacher of a shorter context
 
 
@@ -446,6 +474,9 @@ def test_bad_input_is_named_before_any_work(tiny, nonuniform):
         (lambda: LoRA(rank=0), "LoRA.rank"),
         (lambda: HiddenLoss("dot"), "cosine | mse | relation | attention"),
         (lambda: Distill(tokens, tiny, FAST, grid="fixed"), "refind | learn"),
+        (lambda: Distill(tokens, tiny, FAST, token_weights=torch.ones(12, 15)), r"12, 15\)?.*at least 0"),
+        (lambda: Distill(tokens, tiny, FAST, token_weights=torch.full((12, 16), math.nan)), "finite numbers"),
+        (lambda: Distill(tokens, tiny, FAST, token_weights=torch.ones(12, 16), on_policy=0.5), "with on_policy"),
         (lambda: Distill(tokens, tiny, FAST, teacher_context=5), "a divisor of the windows' 16 tokens"),
         (lambda: Distill(tokens, None, FAST, losses=(Loss("ce"),), teacher_context=8), "a Graph as the teacher"),
         (lambda: Distill(tokens, tiny, FAST, hidden=(HiddenLoss("relation"),), teacher_context=8), "no relations"),

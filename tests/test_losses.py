@@ -74,17 +74,18 @@ def dense(loss, z, labels, teacher, w):
     return tau**2 * kl(*pair)
 
 
-def oracle(hidden, head, losses, labels=None, teacher=None, valid=None, denominator=None):
+def oracle(hidden, head, losses, labels=None, teacher=None, token_weights=None, denominator=None):
     """Value and gradients to hidden and head, dense and in float64."""
     h, W = (x.detach().double().requires_grad_() for x in (hidden, head))
     w = None
     if isinstance(teacher, HiddenTarget):
         w = teacher.head.double() if isinstance(teacher.head, torch.Tensor) else teacher.head.dequantize(torch.float64)
-    keep = torch.ones(len(h), dtype=torch.bool) if valid is None else valid.clone()
+    weights = torch.ones(len(h), dtype=torch.float64) if token_weights is None else token_weights.double()
     if labels is not None:
-        keep &= labels != -100
-    total = sum(loss.weight * dense(loss, h @ W.T, labels, teacher, w)[keep].sum() for loss in losses)
-    total = total / (max(int(keep.sum()), 1) if denominator is None else denominator)
+        weights = weights * (labels != -100)
+    keep = weights > 0
+    total = sum(loss.weight * (weights * dense(loss, h @ W.T, labels, teacher, w))[keep].sum() for loss in losses)
+    total = total / ((weights.sum() if keep.any() else 1) if denominator is None else denominator)
     total.backward()
     return total.detach(), h.grad, W.grad
 
@@ -137,14 +138,16 @@ LOSSES = st.builds(
     chunk=st.integers(1, 12),
     losses=st.lists(LOSSES, min_size=1, max_size=3),
     ce=st.booleans(),
-    masked=st.booleans(),
+    counted=st.sampled_from(["all", "some", "weighted"]),
+    denominator=st.sampled_from([7.0, None]),
     seed=st.integers(0, 99),
 )
-def test_any_mixture_in_any_chunks(n, V, D, chunk, losses, ce, masked, seed):
+def test_any_mixture_in_any_chunks(n, V, D, chunk, losses, ce, counted, denominator, seed):
     hidden, head, labels, teacher = problem(n, V, D, D + 1, seed)
     losses = [*losses, Loss("ce", 0.5)] if ce else losses
-    valid = torch.rand(n, generator=rng(seed)) < 0.7 if masked else None
-    arguments = {"labels": labels if ce else None, "teacher": teacher, "valid": valid, "denominator": 7.0}
+    drawn = torch.rand(n, generator=rng(seed), dtype=torch.float64)
+    weights = {"all": None, "some": drawn < 0.7, "weighted": 3 * drawn * (drawn < 0.7)}[counted]
+    arguments = {"labels": labels if ce else None, "teacher": teacher, "token_weights": weights, "denominator": denominator}
     assert_equal(ours(hidden, head, losses, chunk=chunk, **arguments), oracle(hidden, head, losses, **arguments), 1e-9)
 
 
@@ -198,7 +201,7 @@ def test_an_ignored_token_can_hold_anything():
 
 def test_no_valid_token_is_a_loss_of_zero():
     hidden, head, _, teacher = problem()
-    for value in ours(hidden, head, [Loss()], teacher=teacher, valid=torch.zeros(11, dtype=torch.bool)):
+    for value in ours(hidden, head, [Loss()], teacher=teacher, token_weights=torch.zeros(11, dtype=torch.bool)):
         assert not value.any()
 
 
@@ -321,7 +324,9 @@ def test_bad_arguments_are_named():
         ({"teacher": TopKTarget(torch.full((11, 2), 37), torch.full((11, 2), 0.1))}, "teacher.ids: found 37 … 37"),
         ({"teacher": sample, "losses": [Loss("reverse_kl")]}, "reverse_kl with a sampled teacher"),
         ({"teacher": sample, "losses": [Loss("kl", temperature=2.0)]}, "2.0 with a cached teacher"),
-        ({"teacher": teacher, "valid": torch.ones(11)}, "valid: found torch.float32"),
+        ({"teacher": teacher, "token_weights": torch.ones(10)}, r"token_weights: found torch.float32 \(10,\)"),
+        ({"teacher": teacher, "token_weights": torch.full((11,), -1.0)}, "at least 0"),
+        ({"teacher": teacher, "token_weights": torch.full((11,), math.nan)}, "finite"),
         ({"teacher": teacher, "chunk": 0}, "chunk: found 0"),
     ]:
         losses = arguments.pop("losses", [Loss()])

@@ -121,8 +121,8 @@ def distill(
             stable_embedding,
             on_policy,
             teacher_context,
-            work,
-            log or work,
+            work=work,
+            log=log or work,
         )
         after = pass_(before)
         if rank() == 0:

@@ -96,7 +96,7 @@ def fused_loss(
     *,
     labels: Tensor | None = None,
     teacher: Target | None = None,
-    valid: Tensor | None = None,
+    token_weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
     chunk: int = 1024,
 ) -> Tensor:
@@ -106,28 +106,37 @@ def fused_loss(
     other operations, or packed (then it gets no gradient). bfloat16, float16, float32 or float64; a scalar float32 or
     float64 comes out.
     labels: int [n], the next tokens, -100 where there is none; needed by ce, and a mask for all losses.
-    teacher: needed by all other losses, n rows. valid: bool [n], further tokens to leave out.
-    denominator: the valid tokens of the whole step, over all of its micro-batches and processes; by default those here.
+    teacher: needed by all other losses, n rows. token_weights: float or bool [n], how much each token counts (0: not at all).
+    denominator: the sum of these weights over the whole step, all of its micro-batches and processes; by default those here.
     chunk: tokens whose logits exist at a time. Raises InputError for arguments that do not fit together.
     """
     _check(hidden, head, losses, labels, teacher, chunk)
-    index = _counted(hidden, labels, valid)
+    weights = _token_weights(hidden, labels, token_weights)
+    index = weights.nonzero()[:, 0]
     counting = tuple(loss for loss in losses if loss.weight)
     if all(loss.kind == "ce" for loss in counting):
         teacher = None  # nothing asks it
     elif isinstance(teacher, SampledTarget | TopKTarget):
         teacher = teacher.to(hidden.device)  # a cache is read on the CPU
-    work = _Work(counting, labels, teacher, index, chunk)
+    work = _Work(counting, labels, teacher, None if token_weights is None else weights, index, chunk)
     total = _Fused.apply(hidden, head, work) if torch.is_grad_enabled() else work.run(hidden, head, False, False)[0]
-    return total / (max(len(index), 1) if denominator is None else denominator)
+    if denominator is None:
+        denominator = max(len(index), 1) if token_weights is None or not len(index) else weights.sum()
+    return total / denominator
 
 
-def _counted(hidden: Tensor, labels: Tensor | None, valid: Tensor | None) -> Tensor:
-    """The positions that count, int64 [≤ n]."""
-    mask = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if valid is None else valid
-    if tuple(mask.shape) != (len(hidden),) or mask.dtype != torch.bool:
-        raise InputError("valid", f"{mask.dtype} {tuple(mask.shape)}", f"bool [{len(hidden)}], one for each token")
-    return (mask if labels is None else mask & (labels != IGNORED)).nonzero()[:, 0]
+def _token_weights(hidden: Tensor, labels: Tensor | None, given: Tensor | None) -> Tensor:
+    """How much each token counts, float [n]; one without a label does not."""
+    n = len(hidden)
+    if given is None:
+        weights = torch.ones(n, device=hidden.device)
+    elif tuple(given.shape) != (n,) or not (given.dtype == torch.bool or given.is_floating_point()):
+        raise InputError("token_weights", f"{given.dtype} {tuple(given.shape)}", f"floats or bools [{n}], one for each token")
+    elif not bool((given >= 0).all() & given.isfinite().all()):
+        raise InputError("token_weights", f"{given.min().item()} … {given.max().item()}", "finite numbers of at least 0")
+    else:
+        weights = given.to(hidden.device, torch.promote_types(given.dtype, torch.float32))
+    return weights if labels is None else weights.masked_fill(labels == IGNORED, 0)
 
 
 def _check(hidden: Tensor, head: Tensor | QuantTensor, losses: Sequence[Loss], labels: Tensor | None, teacher: Target | None, chunk: int) -> None:
@@ -199,6 +208,7 @@ class _Work:
     losses: tuple[Loss, ...]
     labels: Tensor | None
     teacher: Target | None
+    weights: Tensor | None  # of the tokens; None: all are 1
     index: Tensor  # of the tokens that count
     chunk: int
 
@@ -233,17 +243,19 @@ class _Work:
             target = t
         elif self.teacher is not None:
             target = self.teacher.rows(rows)
+        weights = None if self.weights is None else self.weights[rows].to(z.dtype)
         step = max(1, (BLOCK if z.device.type == "cpu" else GPU_BLOCK) // z.shape[1])
         total = z.new_zeros((), dtype=torch.float64)
         for i in range(0, len(z), step):
             some = slice(i, i + step)
             known = target[some] if isinstance(target, Tensor) else None if target is None else target.rows(some)
-            total += _mixture(self.losses, z[some], None if labels is None else labels[some], known)
+            answers, shares = (None if x is None else x[some] for x in (labels, weights))
+            total += _mixture(self.losses, z[some], answers, shares, known)
         return total
 
 
-def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, target: Known) -> Tensor:
-    """The weighted losses over logits z [r, V], summed in float64; z becomes the gradient."""
+def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Tensor | None, target: Known) -> Tensor:
+    """The weighted losses over logits z [r, V] of tokens of `weights` [r], summed in float64; z becomes the gradient."""
     total = z.new_zeros((), dtype=torch.float64)
     gradient: Tensor | None = None
     students: dict[float, Softmax] = {}  # by temperature
@@ -266,11 +278,11 @@ def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, target: K
         else:
             assert target is not None
             value, grad = bucketed(loss, target.ids.long(), target.probs.to(z.dtype), q)
-        total += value.sum(dtype=torch.float64) * (loss.weight * tau**2)
+        total += (value if weights is None else value * weights).sum(dtype=torch.float64) * (loss.weight * tau**2)
         grad *= loss.weight * tau
         gradient = grad if gradient is None else gradient.add_(grad)
     assert gradient is not None
-    z.copy_(gradient)
+    z.copy_(gradient if weights is None else gradient.mul_(weights[:, None]))
     return total
 
 

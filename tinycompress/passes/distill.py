@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibrate import check_calibration
@@ -57,6 +58,8 @@ class Distill:
     stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
     teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
     context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
+    token_weights: [N, T], how much each token counts as one to predict (0: not at all), for losses of logits: answers without
+    their questions, rare tokens more than others. A step's loss is divided by the sum of its weights.
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
     """
@@ -73,6 +76,7 @@ class Distill:
     stable_embedding: bool = False
     on_policy: float = 0.0
     teacher_context: int | None = None
+    token_weights: Tensor | None = field(default=None, repr=False, compare=False)
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False)
 
@@ -94,6 +98,14 @@ class Distill:
             raise InputError("Distill", "lora together with stable_embedding", "one of the two (with LoRA the embedding does not learn)")
         if not 0 <= self.on_policy <= 1:
             raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
+        if self.token_weights is not None:
+            found, shape = self.token_weights, tuple(self.tokens.shape)
+            if tuple(found.shape) != shape or not bool((found >= 0).all() & found.isfinite().all()):
+                raise InputError(
+                    "Distill.token_weights", f"{found.dtype} {tuple(found.shape)}", f"finite numbers of at least 0, {shape} as the tokens"
+                )
+            if self.on_policy:
+                raise InputError("Distill.token_weights", f"with on_policy {self.on_policy}", "one of the two: of its own text all counts")
         if self.teacher_context is not None:
             if not isinstance(self.teacher, Graph) or not all(loss.of_states for loss in self.hidden):
                 raise InputError("Distill.teacher_context", self.teacher_context, "None, or a Graph as the teacher and no relations of its tokens")
@@ -171,7 +183,8 @@ class Distill:
         parts = [graph.fingerprint(), str(teacher), json.dumps(settings), repr((self.losses, self.hidden, self.lora, self.fake_quant))]
         digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece}"]).encode())
         measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
-        for windows in (self.tokens, *measured):
+        weights = () if self.token_weights is None else (self.token_weights.double(),)
+        for windows in (self.tokens, *weights, *measured):
             digest.update(windows.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -239,7 +252,7 @@ class Lesson:
         if self.of.on_policy:
             ids, labels, counted = self._own_text(ids, labels, index, step)
         target, theirs = self._target(ids, index)
-        share, denominator = len(ids) / training.batch, training.batch * counted
+        share, weights, denominator = len(ids) / training.batch, *self._token_weights(index, step, training.batch * counted)
         autocast, total_steps = training.autocast(ids.device), training.total_steps(*self.of.tokens.shape)
         losses = [part.at(step, total_steps) for part in self.of.losses]
 
@@ -247,7 +260,15 @@ class Lesson:
             with torch.autocast(ids.device.type, enabled=False):
                 if autocast._enabled:
                     hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
-                total = fused_loss(hidden.flatten(0, 1), head, losses, labels=labels.flatten(), teacher=target, denominator=denominator)
+                total = fused_loss(
+                    hidden.flatten(0, 1),
+                    head,
+                    losses,
+                    labels=labels.flatten(),
+                    teacher=target,
+                    token_weights=weights,
+                    denominator=denominator,
+                )
                 ours, others = iter(states), iter(theirs)
                 for i, (how, s, _) in enumerate(self.pairs):  # also where a weight is 0 for now: AdamW counts the steps of a projection
                     mine, other = (list(islice(side, len(how.taps(s)))) for side in (ours, others))
@@ -256,6 +277,15 @@ class Lesson:
 
         with autocast:
             return network(ids, loss, [tap for how, s, _ in self.pairs for tap in how.taps(s)])
+
+    def _token_weights(self, index: Tensor, step: int, plain: float) -> tuple[Tensor | None, float]:
+        """Of the tokens that follow those of windows `index`, [B·T], and their sum over the whole step (`plain` without)."""
+        given = self.of.token_weights
+        if given is None:
+            return None, plain
+        whole_step = self.of.training.windows_of(step, len(given))
+        following = F.pad(given[index.to(given.device), 1:].float(), (0, 1))
+        return following.flatten(), given[whole_step.to(given.device), 1:].double().sum().item() or 1.0
 
     def _distance(self, i: int, mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
         """The i-th pair's loss, from what was tapped [B, T, width] of both models: a mean over tokens."""
