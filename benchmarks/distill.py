@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from tinycompress.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
 from tinycompress.graph import Graph, Weights
-from tinycompress.passes.distill import Distill, Lesson
+from tinycompress.lesson import Lesson
+from tinycompress.passes.distill import Distill
 from tinycompress.student import Network
 from tinycompress.training import Run, Training
 

@@ -357,7 +357,7 @@ def test_a_cached_teacher_teaches(nonuniform, tmp_path, kind):
 
 
 def test_on_policy_text_is_the_students_and_repeatable(nonuniform, monkeypatch):
-    import tinycompress.passes.distill as where
+    import tinycompress.lesson as where
 
     tokens, student, seen, plain = windows(nonuniform), perturbed(nonuniform), [], where.fused_loss
     monkeypatch.setattr(where, "fused_loss", lambda *args, **kwargs: (seen.append(kwargs["labels"]), plain(*args, **kwargs))[1])

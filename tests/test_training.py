@@ -122,7 +122,7 @@ def test_early_stop_gives_the_best_weights_back(tmp_path):
 
 
 def test_a_nan_stops_and_keeps_the_state_before_it(tmp_path, monkeypatch):
-    import tinycompress.passes.distill as where
+    import tinycompress.lesson as where
 
     teacher, student = pair()
     pass_ = Distill(windows(), teacher, Training(steps=5, lr=1e-2, batch=2), work=tmp_path / "work")
