@@ -1,13 +1,16 @@
 """Grids and packing: round trips, optimality against brute force, errors that name the linear."""
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinycompress import checkpoint
 from tinycompress.errors import InputError
 from tinycompress.graph import SMOLLM2_135M, Graph
-from tinycompress.passes.hqq import hqq_quantize
+from tinycompress.passes.hqq import HQQ, hqq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, find_grid, pack, round_to_grid, targets, unpack
 
@@ -156,3 +159,37 @@ def test_specs_parse_and_print(text, spec):
 def test_bad_specs_say_what_is_accepted(text):
     with pytest.raises(InputError):
         QuantSpec.parse(text)
+
+
+@pytest.mark.parametrize("make", [RTN, HQQ])
+def test_large_results_are_kept_on_disk(nonuniform, tmp_path, monkeypatch, make):
+    """Past the limit the packed weights are mapped files without a name, equal bit for bit, and save."""
+    plain = make(QuantSpec(4, 16, symmetric=False))(nonuniform)
+    monkeypatch.setattr("tinycompress.spill.IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made, real = [], torch.from_file
+    monkeypatch.setattr("torch.from_file", lambda *args, **how: (made.append(args[0]), real(*args, **how))[1])
+    out = make(QuantSpec(4, 16, symmetric=False))(nonuniform)
+    packed = {n: w for n, w in out.weights.items() if isinstance(w, QuantTensor)}
+    assert len(made) == 3 * len(packed) and not list(tmp_path.iterdir())
+    checkpoint.save(out, tmp_path / "out")
+    for graph in (out, checkpoint.load(tmp_path / "out")):
+        for name in packed:
+            for suffix, tensor in plain.weights[name].tensors().items():
+                assert torch.equal(graph.weights[name].tensors()[suffix], tensor)
+
+
+def test_a_full_disk_is_named(nonuniform, monkeypatch):
+    monkeypatch.setattr("tinycompress.spill.IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    real = tempfile.NamedTemporaryFile
+
+    def full(*args, **how):
+        file = real(*args, **how)
+        file.file = open("/dev/full", "wb")  # noqa: SIM115 (every write to it: no space left on device)
+        file.write, file.flush = file.file.write, file.file.flush
+        return file
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    with pytest.raises(InputError, match=r"whose disk is full.*TMPDIR"):
+        RTN(QuantSpec(4, 16))(nonuniform)

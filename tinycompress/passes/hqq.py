@@ -9,6 +9,7 @@ same sweep: s = Σ(W - e)·(Q - z) / Σ(Q - z)². Letters: N, K, G and g as in `
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from ..graph import Graph
 from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
+from ..spill import keeper
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
 ROWS = 1 << 20  # weights at a time: an iterate has eight temporaries of their size
@@ -25,7 +27,8 @@ ROWS = 1 << 20  # weights at a time: an iterate has eight temporaries of their s
 
 @dataclass(frozen=True)
 class HQQ:
-    """Quantizes every linear (the head only if `head`), or those that a mapping names; layer by layer, no data."""
+    """Quantizes every linear (the head only if `head`), or those that a mapping names; layer by layer, no data; a large
+    model's results are kept on disk (spill.py)."""
 
     spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=lambda: QuantSpec(symmetric=False))
     head: bool = False
@@ -34,9 +37,11 @@ class HQQ:
         object.__setattr__(self, "spec", named_specs(self.spec))
 
     def __call__(self, graph: Graph) -> Graph:
+        found = {graph.config.weight_name(name): (name, spec) for name, spec in targets(graph, self.spec, self.head).items()}
+        keep = keeper((math.prod(graph.weights.entries[weight].shape), spec.bits) for weight, (_, spec) in found.items())
         changed = {}
-        for name, spec in tqdm(targets(graph, self.spec, self.head).items(), desc=f"HQQ {self.spec}", unit="linear", delay=2):
-            changed[graph.config.weight_name(name)] = hqq_quantize(graph.tensor(graph.config.weight_name(name)), spec, name)
+        for weight, (name, spec) in tqdm(found.items(), desc=f"HQQ {self.spec}", unit="linear", delay=2):
+            changed[weight] = keep(hqq_quantize(graph.tensor(weight), spec, name))
         return graph.replace(weights=changed, by=self)
 
 

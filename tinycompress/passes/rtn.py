@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from ..graph import Graph
 from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
+from ..spill import keeper
 
 ROWS = 1 << 22  # weights that are rounded at a time, so that no float32 copy of a large matrix is made
 
@@ -17,7 +19,7 @@ ROWS = 1 << 22  # weights that are rounded at a time, so that no float32 copy of
 @dataclass(frozen=True)
 class RTN:
     """Quantizes every linear (the head only if `head`), or those that a mapping names, to the nearest point of its grid;
-    layer by layer, no data."""
+    layer by layer, no data; a large model's results are kept on disk (spill.py)."""
 
     spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
     head: bool = False
@@ -26,9 +28,11 @@ class RTN:
         object.__setattr__(self, "spec", named_specs(self.spec))
 
     def __call__(self, graph: Graph) -> Graph:
+        found = {graph.config.weight_name(name): (name, spec) for name, spec in targets(graph, self.spec, self.head).items()}
+        keep = keeper((math.prod(graph.weights.entries[weight].shape), spec.bits) for weight, (_, spec) in found.items())
         changed = {}
-        for name, spec in tqdm(targets(graph, self.spec, self.head).items(), desc=f"RTN {self.spec}", unit="linear", delay=2):
-            changed[graph.config.weight_name(name)] = rtn_quantize(graph.tensor(graph.config.weight_name(name)), spec, name)
+        for weight, (name, spec) in tqdm(found.items(), desc=f"RTN {self.spec}", unit="linear", delay=2):
+            changed[weight] = keep(rtn_quantize(graph.tensor(weight), spec, name))
         return graph.replace(weights=changed, by=self)
 
 
