@@ -403,7 +403,11 @@ def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):
             torch.testing.assert_close(other.weights[name], weight, rtol=1e-3, atol=1e-5)
     ones, none = (Distill(tokens, tiny, FAST, token_weights=w)(student) for w in (torch.ones(4, 16), None))
     for name, weight in none.weights.items():
-        torch.testing.assert_close(ones.weights[name], weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ones.weights[name], weight, rtol=1e-3, atol=1e-5)
+    by_kind = {"kl": weights, "ce": torch.ones(4, 16)}
+    Distill(tokens, tiny, Training(steps=1, batch=4), losses=(Loss("kl"), Loss("ce", 0.5)), token_weights=by_kind, log=tmp_path / "k")(student)
+    expected = (kl_ * weights[:, 1:]).sum() / weights[:, 1:].sum() + 0.5 * ce.mean()
+    assert json.loads((tmp_path / "k/train.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(expected.item(), rel=1e-4)
     pass_ = Distill(tokens, tiny, FAST, token_weights=weights)
     assert pass_.key(student) != dataclasses.replace(pass_, token_weights=None).key(student)
 
@@ -476,6 +480,7 @@ def test_bad_input_is_named_before_any_work(tiny, nonuniform):
         (lambda: Distill(tokens, tiny, FAST, grid="fixed"), "refind | learn"),
         (lambda: Distill(tokens, tiny, FAST, token_weights=torch.ones(12, 15)), r"12, 15\)?.*at least 0"),
         (lambda: Distill(tokens, tiny, FAST, token_weights=torch.full((12, 16), math.nan)), "finite numbers"),
+        (lambda: Distill(tokens, tiny, FAST, token_weights={"ce": torch.ones(12, 16)}), r"for each of the losses: \['kl'\]"),
         (lambda: Distill(tokens, tiny, FAST, token_weights=torch.ones(12, 16), on_policy=0.5), "with on_policy"),
         (lambda: Distill(tokens, tiny, FAST, teacher_context=5), "a divisor of the windows' 16 tokens"),
         (lambda: Distill(tokens, None, FAST, losses=(Loss("ce"),), teacher_context=8), "a Graph as the teacher"),

@@ -80,12 +80,15 @@ def oracle(hidden, head, losses, labels=None, teacher=None, token_weights=None, 
     w = None
     if isinstance(teacher, HiddenTarget):
         w = teacher.head.double() if isinstance(teacher.head, torch.Tensor) else teacher.head.dequantize(torch.float64)
-    weights = torch.ones(len(h), dtype=torch.float64) if token_weights is None else token_weights.double()
-    if labels is not None:
-        weights = weights * (labels != -100)
-    keep = weights > 0
-    total = sum(loss.weight * (weights * dense(loss, h @ W.T, labels, teacher, w))[keep].sum() for loss in losses)
-    total = total / ((weights.sum() if keep.any() else 1) if denominator is None else denominator)
+    total = 0.0
+    for loss in losses:
+        given = token_weights.get(loss.kind) if isinstance(token_weights, dict) else token_weights
+        weights = torch.ones(len(h), dtype=torch.float64) if given is None else given.double()
+        if labels is not None:
+            weights = weights * (labels != -100)
+        keep = weights > 0
+        value = loss.weight * (weights * dense(loss, h @ W.T, labels, teacher, w))[keep].sum()
+        total = total + value / ((weights.sum() if keep.any() else 1) if denominator is None else denominator)
     total.backward()
     return total.detach(), h.grad, W.grad
 
@@ -138,7 +141,7 @@ LOSSES = st.builds(
     chunk=st.integers(1, 12),
     losses=st.lists(LOSSES, min_size=1, max_size=3),
     ce=st.booleans(),
-    counted=st.sampled_from(["all", "some", "weighted"]),
+    counted=st.sampled_from(["all", "some", "weighted", "by kind"]),
     denominator=st.sampled_from([7.0, None]),
     seed=st.integers(0, 99),
 )
@@ -146,7 +149,7 @@ def test_any_mixture_in_any_chunks(n, V, D, chunk, losses, ce, counted, denomina
     hidden, head, labels, teacher = problem(n, V, D, D + 1, seed)
     losses = [*losses, Loss("ce", 0.5)] if ce else losses
     drawn = torch.rand(n, generator=rng(seed), dtype=torch.float64)
-    weights = {"all": None, "some": drawn < 0.7, "weighted": 3 * drawn * (drawn < 0.7)}[counted]
+    weights = {"all": None, "some": drawn < 0.7, "weighted": 3 * drawn * (drawn < 0.7), "by kind": {"kl": drawn, "ce": 1.0 * (drawn > 0.5)}}[counted]
     arguments = {"labels": labels if ce else None, "teacher": teacher, "token_weights": weights, "denominator": denominator}
     assert_equal(ours(hidden, head, losses, chunk=chunk, **arguments), oracle(hidden, head, losses, **arguments), 1e-9)
 

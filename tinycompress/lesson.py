@@ -58,7 +58,7 @@ class Lesson:
         if self.of.on_policy:
             ids, labels, counted = self._own_text(ids, labels, index, step)
         target, theirs = self._target(ids, index)
-        share, weights, denominator = len(ids) / training.batch, *self._token_weights(index, step, training.batch * counted)
+        share, weights = len(ids) / training.batch, self._token_weights(index, step)
         autocast, total_steps = training.autocast(ids.device), training.total_steps(*self.of.tokens.shape)
         losses = [part.at(step, total_steps) for part in self.of.losses]
 
@@ -72,8 +72,8 @@ class Lesson:
                     losses,
                     labels=labels.flatten(),
                     teacher=target,
-                    token_weights=weights,
-                    denominator=denominator,
+                    token_weights=weights or None,
+                    denominator=1.0 if weights else training.batch * counted,
                 )
                 ours, others = iter(states), iter(theirs)
                 for i, (how, s, _) in enumerate(self.pairs):  # also where a weight is 0 for now: AdamW counts the steps of a projection
@@ -84,14 +84,13 @@ class Lesson:
         with autocast:
             return network(ids, loss, [tap for how, s, _ in self.pairs for tap in how.taps(s)])
 
-    def _token_weights(self, index: Tensor, step: int, plain: float) -> tuple[Tensor | None, float]:
-        """Of the tokens that follow those of windows `index`, [B·T], and their sum over the whole step (`plain` without)."""
-        given = self.of.token_weights
-        if given is None:
-            return None, plain
-        whole_step = self.of.training.windows_of(step, len(given))
-        following = F.pad(given[index.to(given.device), 1:].float(), (0, 1))
-        return following.flatten(), given[whole_step.to(given.device), 1:].double().sum().item() or 1.0
+    def _token_weights(self, index: Tensor, step: int) -> dict[str, Tensor]:
+        """Of the tokens that follow those of windows `index`, [B·T] by kind of loss, over their sum in the whole step."""
+        whole_step, out = self.of.training.windows_of(step, len(self.of.tokens)), {}
+        for kind, given in self.of.weights_by_kind().items():
+            total = given[whole_step.to(given.device), 1:].double().sum().item() or 1.0
+            out[kind] = F.pad(given[index.to(given.device), 1:].double() / total, (0, 1)).flatten()
+        return out
 
     def _distance(self, i: int, mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
         """The i-th pair's loss, from what was tapped [B, T, width] of both models: a mean over tokens."""

@@ -14,7 +14,7 @@ c tokens of a chunk, D hidden size, V vocabulary, k stored ids, B batch, T posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -96,7 +96,7 @@ def fused_loss(
     *,
     labels: Tensor | None = None,
     teacher: Target | None = None,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor | Mapping[str, Tensor] | None = None,
     denominator: Tensor | float | None = None,
     chunk: int = 1024,
 ) -> Tensor:
@@ -106,36 +106,43 @@ def fused_loss(
     other operations, or packed (then it gets no gradient). bfloat16, float16, float32 or float64; a scalar float32 or
     float64 comes out.
     labels: int [n], the next tokens, -100 where there is none; needed by ce, and a mask for all losses.
-    teacher: needed by all other losses, n rows. token_weights: float or bool [n], how much each token counts (0: not at all).
-    denominator: the sum of these weights over the whole step, all of its micro-batches and processes; by default those here.
+    teacher: needed by all other losses, n rows. token_weights: float or bool [n], how much each token counts (0: not at all),
+    or such by the kind of loss (a kind that is not there counts all).
+    denominator: the sum of these weights over the whole step, all of its micro-batches and processes; by default those here,
+    each loss by its own.
     chunk: tokens whose logits exist at a time. Raises InputError for arguments that do not fit together.
     """
     _check(hidden, head, losses, labels, teacher, chunk)
-    weights = _token_weights(hidden, labels, token_weights)
-    index = weights.nonzero()[:, 0]
     counting = tuple(loss for loss in losses if loss.weight)
+    weights = {kind: _token_weights(hidden, labels, _of_kind(token_weights, kind)) for kind in {loss.kind for loss in losses}}
+    if denominator is None and isinstance(token_weights, Mapping):
+        weights = {kind: w / w.sum() if w.any() else w for kind, w in weights.items()}
+        denominator = 1.0
+    index = torch.stack([w > 0 for w in weights.values()]).any(0).nonzero()[:, 0]
     if all(loss.kind == "ce" for loss in counting):
         teacher = None  # nothing asks it
     elif isinstance(teacher, SampledTarget | TopKTarget):
         teacher = teacher.to(hidden.device)  # a cache is read on the CPU
-    work = _Work(counting, labels, teacher, None if token_weights is None else weights, index, chunk)
+    work = _Work(counting, labels, teacher, weights, index, chunk)
     total = _Fused.apply(hidden, head, work) if torch.is_grad_enabled() else work.run(hidden, head, False, False)[0]
-    if denominator is None:
-        denominator = max(len(index), 1) if token_weights is None or not len(index) else weights.sum()
-    return total / denominator
+    return total / ((next(iter(weights.values())).sum().item() or 1.0) if denominator is None else denominator)
+
+
+def _of_kind(weights: Tensor | Mapping[str, Tensor] | None, kind: str) -> Tensor | None:
+    return weights.get(kind) if isinstance(weights, Mapping) else weights
 
 
 def _token_weights(hidden: Tensor, labels: Tensor | None, given: Tensor | None) -> Tensor:
     """How much each token counts, float [n]; one without a label does not."""
     n = len(hidden)
     if given is None:
-        weights = torch.ones(n, device=hidden.device)
+        weights = torch.ones(n, dtype=torch.float64, device=hidden.device)
     elif tuple(given.shape) != (n,) or not (given.dtype == torch.bool or given.is_floating_point()):
         raise InputError("token_weights", f"{given.dtype} {tuple(given.shape)}", f"floats or bools [{n}], one for each token")
     elif not bool((given >= 0).all() & given.isfinite().all()):
         raise InputError("token_weights", f"{given.min().item()} … {given.max().item()}", "finite numbers of at least 0")
     else:
-        weights = given.to(hidden.device, torch.promote_types(given.dtype, torch.float32))
+        weights = given.to(hidden.device, torch.float64)
     return weights if labels is None else weights.masked_fill(labels == IGNORED, 0)
 
 
@@ -208,8 +215,8 @@ class _Work:
     losses: tuple[Loss, ...]
     labels: Tensor | None
     teacher: Target | None
-    weights: Tensor | None  # of the tokens; None: all are 1
-    index: Tensor  # of the tokens that count
+    weights: Mapping[str, Tensor]  # of the tokens [n], by kind of loss
+    index: Tensor  # of the tokens that count for any
     chunk: int
 
     def run(self, hidden: Tensor, head: Tensor | QuantTensor, want_hidden: bool, want_head: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -243,19 +250,19 @@ class _Work:
             target = t
         elif self.teacher is not None:
             target = self.teacher.rows(rows)
-        weights = None if self.weights is None else self.weights[rows].to(z.dtype)
+        weights = {kind: w[rows].to(z.dtype) for kind, w in self.weights.items()}
         step = max(1, (BLOCK if z.device.type == "cpu" else GPU_BLOCK) // z.shape[1])
         total = z.new_zeros((), dtype=torch.float64)
         for i in range(0, len(z), step):
             some = slice(i, i + step)
             known = target[some] if isinstance(target, Tensor) else None if target is None else target.rows(some)
-            answers, shares = (None if x is None else x[some] for x in (labels, weights))
-            total += _mixture(self.losses, z[some], answers, shares, known)
+            answers = None if labels is None else labels[some]
+            total += _mixture(self.losses, z[some], answers, {kind: w[some] for kind, w in weights.items()}, known)
         return total
 
 
-def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Tensor | None, target: Known) -> Tensor:
-    """The weighted losses over logits z [r, V] of tokens of `weights` [r], summed in float64; z becomes the gradient."""
+def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Mapping[str, Tensor], target: Known) -> Tensor:
+    """The weighted losses over logits z [r, V] of tokens of `weights` [r] by kind, summed in float64; z becomes the gradient."""
     total = z.new_zeros((), dtype=torch.float64)
     gradient: Tensor | None = None
     students: dict[float, Softmax] = {}  # by temperature
@@ -278,11 +285,11 @@ def _mixture(losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: 
         else:
             assert target is not None
             value, grad = bucketed(loss, target.ids.long(), target.probs.to(z.dtype), q)
-        total += (value if weights is None else value * weights).sum(dtype=torch.float64) * (loss.weight * tau**2)
-        grad *= loss.weight * tau
+        total += (value * weights[loss.kind]).sum(dtype=torch.float64) * (loss.weight * tau**2)
+        grad *= weights[loss.kind][:, None] * (loss.weight * tau)
         gradient = grad if gradient is None else gradient.add_(grad)
     assert gradient is not None
-    z.copy_(gradient if weights is None else gradient.mul_(weights[:, None]))
+    z.copy_(gradient)
     return total
 
 

@@ -54,8 +54,9 @@ class Distill:
     stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
     teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
     context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
-    token_weights: [N, T], how much each token counts as one to predict (0: not at all), for losses of logits: answers without
-    their questions, rare tokens more than others. A step's loss is divided by the sum of its weights.
+    token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or for each by
+    its kind: answers without their questions, the teacher's text for kl and the answers for ce. Each loss of a step is divided
+    by the sum of its weights.
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
     """
@@ -72,7 +73,7 @@ class Distill:
     stable_embedding: bool = False
     on_policy: float = 0.0
     teacher_context: int | None = None
-    token_weights: Tensor | None = field(default=None, repr=False, compare=False)
+    token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False)
 
@@ -94,19 +95,26 @@ class Distill:
             raise InputError("Distill", "lora together with stable_embedding", "one of the two (with LoRA the embedding does not learn)")
         if not 0 <= self.on_policy <= 1:
             raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
-        if self.token_weights is not None:
-            found, shape = self.token_weights, tuple(self.tokens.shape)
+        for kind, found in self.weights_by_kind().items():
+            shape = tuple(self.tokens.shape)
             if tuple(found.shape) != shape or not bool((found >= 0).all() & found.isfinite().all()):
-                raise InputError(
-                    "Distill.token_weights", f"{found.dtype} {tuple(found.shape)}", f"finite numbers of at least 0, {shape} as the tokens"
-                )
+                raise InputError(f"Distill.token_weights of {kind}", f"{found.dtype} {tuple(found.shape)}", f"finite numbers of at least 0, {shape}")
             if self.on_policy:
                 raise InputError("Distill.token_weights", f"with on_policy {self.on_policy}", "one of the two: of its own text all counts")
+        if isinstance(self.token_weights, Mapping) and self.token_weights.keys() != kinds:
+            raise InputError("Distill.token_weights", f"for {sorted(self.token_weights)}", f"for each of the losses: {sorted(kinds)}")
         if self.teacher_context is not None:
             if not isinstance(self.teacher, Graph) or not all(loss.of_states for loss in self.hidden):
                 raise InputError("Distill.teacher_context", self.teacher_context, "None, or a Graph as the teacher and no relations of its tokens")
             if self.teacher_context < 1 or self.tokens.shape[-1] % self.piece:
                 raise InputError("Distill.teacher_context", self.teacher_context, f"a divisor of the windows' {self.tokens.shape[-1]} tokens")
+
+    def weights_by_kind(self) -> Mapping[str, Tensor]:
+        """token_weights [N, T] by kind of loss; empty if all tokens count the same."""
+        given = self.token_weights
+        if given is None or isinstance(given, Mapping):
+            return given or {}
+        return {loss.kind: given for loss in self.losses}
 
     @property
     def piece(self) -> int:
@@ -179,7 +187,7 @@ class Distill:
         parts = [graph.fingerprint(), str(teacher), json.dumps(settings), repr((self.losses, self.hidden, self.lora, self.fake_quant))]
         digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece}"]).encode())
         measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
-        weights = () if self.token_weights is None else (self.token_weights.double(),)
+        weights = [part.double() for _, part in sorted(self.weights_by_kind().items())]
         for windows in (self.tokens, *weights, *measured):
             digest.update(windows.cpu().contiguous().numpy().data)
         return digest.hexdigest()
