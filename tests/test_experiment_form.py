@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +127,13 @@ def test_the_experiments_run(name, shared, tmp_path, monkeypatch, capsys):
     form.run(getattr(experiment, name), experiment.__doc__, ["--quick"])
     out = capsys.readouterr().out
     assert out.count("hold") >= 2 and "nan" not in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_fine_tune_to_a_longer_context_runs(shared):
+    text = str(shared / "data/wikitext2_raw_test.txt")
+    command = ["context_by_finetuning.py", "--model", str(shared / "models/stories260K"), "--text", "self", text, "--training", text, "--quick"]
+    before = sorted((form.HERE / "results").iterdir())
+    done = subprocess.run([sys.executable, *command], cwd=form.HERE, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("hold") == 7 and "nan" not in done.stdout and sorted((form.HERE / "results").iterdir()) == before
