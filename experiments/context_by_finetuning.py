@@ -9,8 +9,9 @@ one before: first of L/4, where a small model can find out how a key is copied, 
 with their answers (of mixed lengths, as many as fill the window), the model's own text, and a little real text. The loss is
 forward KL on texts, with the model as it was for a teacher, and CE on prompts and real text. The teacher reads long windows in
 pieces of L, each a document of its own, so on its own text it says what the best answer is at any length. Of a prompt nearly all
-that counts are the tokens of the answer: else a few digits in 2,048 tokens are not learned. Retrieval says that positions
-far apart are told from one another, not that the model follows instructions. Keys of the test are drawn by another seed.
+that counts are the tokens of the answer: without that a few digits in 2,048 tokens were not learned (a scratch run). Retrieval
+says that positions far apart are told from one another, not that the model follows instructions. Keys of the test are drawn by
+another seed.
 Evaluation text is held out: of its own kind (`self`, see context_form.py), and a real one.
 
 Claims, on the same target tokens (none that begins a piece of L), paired by window of 4·L: perplexity at 4·L is no worse than
