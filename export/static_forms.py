@@ -24,7 +24,8 @@ from tqdm import tqdm
 from tinycompress.config import Config
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph, feeds
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.grids import find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 
 from .draw import EMBEDDING
 from .profiles import Profile

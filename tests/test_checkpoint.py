@@ -18,7 +18,8 @@ from tinycompress import hf
 from tinycompress.checkpoint import load, save
 from tinycompress.errors import InputError
 from tinycompress.graph import TINYLLAMA_1_1B, Config, Graph, Layer, LazyTensor, Weights, shapes
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.grids import find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.rope import Rope
 
 IDS = torch.randint(0, 128, (1, 48), generator=torch.Generator().manual_seed(3))

@@ -14,11 +14,12 @@ from tinycompress.errors import InputError
 from tinycompress.evaluate import agreement, perplexity
 from tinycompress.fake_quant import fake_quantize
 from tinycompress.graph import Config, Graph, Layer, shapes
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.lora import LoRA, merge
 from tinycompress.losses import Loss
 from tinycompress.passes.distill import Distill, HiddenLoss
 from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.schedule import Ramp
 from tinycompress.teacher_cache import open_cache, write_cache
 from tinycompress.training import Training

@@ -13,7 +13,8 @@ from tinycompress.errors import InputError
 from tinycompress.export import ORT, PROFILES, GateError, OrtModel, emit, export, prepare, read
 from tinycompress.export.read import initializers
 from tinycompress.graph import Graph, cut, feeds
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.grids import find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.rope import Rope
 
 MIXED = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))

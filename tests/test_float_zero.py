@@ -12,11 +12,12 @@ from tinycompress.config import Config, Layer
 from tinycompress.errors import InputError
 from tinycompress.export import OrtModel, export, prepare, read
 from tinycompress.export.read import initializers
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.gptq import GPTQ, gptq_quantize
 from tinycompress.passes.hqq import hqq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.torchao_bridge import to_torchao
 
 CONFIG = Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 192), Layer(4, 1, 64)), max_position=64, bos_token_id=1)

@@ -136,7 +136,7 @@ def test_the_awq_scale_is_the_best_of_the_grid_it_searches():
     spec = QuantSpec(3, 32)
 
     def error(s):
-        from tinycompress.quantize import find_grid, round_to_grid
+        from tinycompress.grids import find_grid, round_to_grid
 
         scales, zeros = find_grid("w", W * s, spec, x.square().mean(0) / s.square())
         q = QuantTensor.from_ints(round_to_grid(W * s, scales, zeros, spec), scales, zeros, spec).dequantize()

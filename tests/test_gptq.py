@@ -5,9 +5,10 @@ import torch
 
 from tinycompress.calibrate import walk
 from tinycompress.errors import InputError
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.passes.gptq import GPTQ, column_order, damped_factor, gptq_quantize, propagate_error
 from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.refine import descend, refit_scales
 
 SPEC = QuantSpec(4, 16)

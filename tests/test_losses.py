@@ -12,9 +12,10 @@ from tinycompress import hidden_losses, losses
 from tinycompress.config import Config, Layer
 from tinycompress.divergences import KINDS
 from tinycompress.errors import InputError
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.hidden_losses import HiddenLoss
 from tinycompress.losses import HiddenTarget, Loss, SampledTarget, TopKTarget, fused_loss, hidden_loss, layer_pairs, relation_loss
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.schedule import Ramp
 
 DIVERGENCES = [kind for kind in KINDS if kind != "ce"]

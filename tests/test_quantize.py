@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tinycompress import checkpoint
 from tinycompress.errors import InputError
 from tinycompress.graph import SMOLLM2_135M, Graph
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.passes.hqq import HQQ, hqq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
-from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, find_grid, pack, round_to_grid, targets, unpack
+from tinycompress.quantize import BITS, QuantLinear, QuantSpec, QuantTensor, pack, targets, unpack
 
 FLOAT_ZERO = ("w2g64-floatzero", QuantSpec(2, 64, False, float_zero=True))
 groups, searches = st.sampled_from([None, 8, 16, 32]), st.sampled_from(["minmax", "mse"])

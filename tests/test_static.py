@@ -22,10 +22,11 @@ from tinycompress.export.static_calibrate import calibrate
 from tinycompress.export.static_forms import FORMS, make_ready
 from tinycompress.export.static_model import without_rounding
 from tinycompress.graph import Graph
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.lpbq import is_lpbq, snap_scales
 from tinycompress.passes.gptq import gptq_quantize
 from tinycompress.passes.rtn import RTN, rtn_quantize
-from tinycompress.quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.rope import Rope
 
 MIXED = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))

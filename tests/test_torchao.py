@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinycompress.errors import InputError
+from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.rtn import RTN, rtn_quantize
-from tinycompress.quantize import BITS, QuantSpec, QuantTensor, find_grid, round_to_grid
+from tinycompress.quantize import BITS, QuantSpec, QuantTensor
 from tinycompress.torchao_bridge import fake_quant_module, from_torchao, packed_graph, to_torchao, torchao_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torchao's own, at import

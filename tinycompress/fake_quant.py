@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .graph import Graph
+from .grids import find_grid, round_to_grid
 from .product import product
-from .quantize import QuantSpec, QuantTensor, find_grid, round_to_grid
+from .quantize import QuantSpec, QuantTensor
 from .student import Network, linears, replace_linear
 
 GRIDS = ("refind", "learn")

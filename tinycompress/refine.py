@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantize import QuantSpec, nearest_ints
+from .grids import nearest_ints
+from .quantize import QuantSpec
 
 BLOCK = 128  # columns whose updates of the others are gathered into one product
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..calibrate import Inputs, gram, walk
 from ..graph import Feed, Graph, Weight, fold
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, targets
+from ..grids import find_grid, round_to_grid
+from ..quantize import QuantSpec, QuantTensor, named_specs, targets
 
 RATIOS = tuple(i / 20 for i in range(20))
 

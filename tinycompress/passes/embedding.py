@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, round_to_grid, stacked
+from ..grids import find_grid, round_to_grid
+from ..quantize import QuantSpec, QuantTensor, stacked
 
 ROWS = 4096  # of a table at a time: no float32 copy of it whole
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -31,7 +31,8 @@ from torch import Tensor
 from ..calibrate import Inputs, check_calibration, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, nearest_ints, targets
+from ..grids import find_grid, nearest_ints
+from ..quantize import QuantSpec, QuantTensor, named_specs, targets
 from ..refine import refine as refine_rounding
 
 DAMPING_TRIES = 6

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph import Graph
-from ..quantize import QuantSpec, QuantTensor, find_grid, named_specs, round_to_grid, stacked, targets
+from ..grids import find_grid, round_to_grid
+from ..quantize import QuantSpec, QuantTensor, named_specs, stacked, targets
 from ..spill import keeper
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20

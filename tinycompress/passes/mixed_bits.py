@@ -32,8 +32,9 @@ from ..calibrate import BATCH_TOKENS, Inputs, check_calibration, gram
 from ..config import layer_prefix, shapes
 from ..errors import InputError
 from ..graph import Feed, Graph, Pass, feeds
+from ..grids import find_grid, round_to_grid
 from ..model import Block, Embedding, Norm, RotaryTables, keep_heap, linear
-from ..quantize import LinearSpecs, QuantSpec, QuantTensor, find_grid, round_to_grid, targets
+from ..quantize import LinearSpecs, QuantSpec, QuantTensor, targets
 
 Rounding = Callable[[Tensor, Tensor, QuantSpec], QuantTensor]
 HEAD_ROWS = 512  # positions whose logits exist at one time
