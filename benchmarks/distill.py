@@ -1,6 +1,6 @@
 """Speed and peak memory of distillation steps: ours against a plain transformers loop, side by side.
 
-    python benchmarks/distill.py [--batch 2] [--seq-len 512] [--rounds 3] [--quick] [--json]
+    python benchmarks/distill.py [--batch 2] [--seq-len 512] [--rounds 9] [--quick] [--json]
     python benchmarks/distill.py --gpu [--batch 16] [--micro-batch 4] [--seq-len 2048] [--json]
 
 CPU: SmolLM2-135M's shapes with random weights, the teacher another model of the same shapes, float32, AdamW. Each engine
@@ -17,6 +17,7 @@ a layer, three times that in training; embeddings do not count, heads do. What c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -33,12 +34,14 @@ from tqdm import tqdm
 
 from tinycompress.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
 from tinycompress.graph import Graph, Weights
+from tinycompress.heap import held
 from tinycompress.lesson import Lesson
 from tinycompress.passes.distill import Distill
 from tinycompress.student import Network
 from tinycompress.training import Run, Training
 
 ENGINES = ("ours", "transformers")
+WARM = 3  # steps before the first that counts: in those the process grows
 QUICK = Config(vocab_size=4096, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 384),) * 4, max_position=2048, tie_embeddings=True)
 
 
@@ -76,11 +79,14 @@ def worker(engine: str, args: argparse.Namespace) -> None:
     student, teacher = Graph.random(config, 0), Graph.random(config, 1)
     tokens = torch.randint(config.vocab_size, (4 * args.batch, args.seq_len), generator=torch.Generator().manual_seed(0))
     make = ours(student, teacher, tokens, args.batch, args.micro_batch) if engine == "ours" else plain(student, teacher, tokens, args.batch)
-    make(0)
-    for number, _ in enumerate(sys.stdin):
-        start = time.perf_counter()
-        make(number + 1)
-        print(args.batch * args.seq_len / (time.perf_counter() - start), flush=True)
+    with held() if engine == "ours" else contextlib.nullcontext():  # as `train` does
+        for number in range(WARM):
+            make(number)
+        print("ready", flush=True)
+        for number, _ in enumerate(sys.stdin):
+            start = time.perf_counter()
+            make(number + WARM)
+            print(args.batch * args.seq_len / (time.perf_counter() - start), flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
 
 
@@ -98,6 +104,8 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
         e: subprocess.Popen([sys.executable, __file__, "--worker", e, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for e in ENGINES
     }
+    for process in workers.values():
+        assert process.stdout and process.stdout.readline() == "ready\n", "a worker ended before its first step"
     rounds = [{e: ask(p) for e, p in workers.items()} for _ in tqdm(range(args.rounds), desc="rounds")]
     out: dict[str, Any] = {e: {"tokens_per_second": median(r[e] for r in rounds)} for e in ENGINES}
     for e, p in workers.items():
@@ -158,7 +166,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="windows a step (default: 2, on the GPU 16)")
     parser.add_argument("--micro-batch", type=int, help="of ours (default: the batch, on the GPU 4)")
     parser.add_argument("--seq-len", type=int, help="tokens a window (default: 512, on the GPU 2048)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--checkpointing", action="store_true", help="with --gpu: compute activations again")
     parser.add_argument("--quick", action="store_true", help="a smoke test on a tiny model: its figures mean nothing")
     parser.add_argument("--gpu", action="store_true")

@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 from tinycompress.config import Config
 from tinycompress.decode import check_ids
+from tinycompress.elementwise import rotate
 from tinycompress.errors import InputError
 from tinycompress.files import inside
 from tinycompress.graph import Graph
-from tinycompress.model import Transformer, rotate
+from tinycompress.model import Transformer
 from tinycompress.tokenizer import Tokenizer
 
 from .attention import frequencies, unrotated_keys

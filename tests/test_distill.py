@@ -384,6 +384,11 @@ def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
 # tokens that count more than others
 
 
+def distance(a: Graph, b: Graph) -> float:
+    """Of all weights: AdamW moves a weight whose gradient is all rounding as far as any other, so single ones may differ."""
+    return sum((w - b.weights[name]).double().square().sum().item() for name, w in a.weights.items()) ** 0.5
+
+
 def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):
     """The logged loss is the weighted mean over the step, whatever the micro-batches; weights of 0 and 1 are a mask."""
     tokens, student = windows(tiny, 4), perturbed(tiny)
@@ -400,11 +405,9 @@ def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):
         outs.append(pass_(student))
         assert json.loads((log / "train.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(expected.item(), rel=1e-4)
     for other in outs[1:]:
-        for name, weight in outs[0].weights.items():
-            torch.testing.assert_close(other.weights[name], weight, rtol=1e-3, atol=1e-5)
+        assert distance(other, outs[0]) < 1e-3 * distance(outs[0], student)
     ones, none = (Distill(tokens, tiny, FAST, token_weights=w)(student) for w in (torch.ones(4, 16), None))
-    for name, weight in none.weights.items():
-        torch.testing.assert_close(ones.weights[name], weight, rtol=1e-3, atol=1e-5)
+    assert distance(ones, none) < 1e-3 * distance(none, student)
     by_kind = {"kl": weights, "ce": torch.ones(4, 16)}
     Distill(tokens, tiny, Training(steps=1, batch=4), losses=(Loss("kl"), Loss("ce", 0.5)), token_weights=by_kind, log=tmp_path / "k")(student)
     expected = (kl_ * weights[:, 1:]).sum() / weights[:, 1:].sum() + 0.5 * ce.mean()

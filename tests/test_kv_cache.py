@@ -10,12 +10,12 @@ from test_export import ids_of, one_thread, proto, quantized, small
 from test_verify import checks, failed
 
 from tinycompress.config import Layer
+from tinycompress.elementwise import rotate
 from tinycompress.errors import InputError
 from tinycompress.export import OrtModel, cache_scales, export, kv_scales, prepare, read, verify
 from tinycompress.export.kv_cache import HEADROOM, LEVELS
 from tinycompress.export.read import load_proto
 from tinycompress.export.verify import gate
-from tinycompress.model import rotate
 from tinycompress.rope import Rope
 
 __all__ = ["one_thread"]  # the fixture, for this file too

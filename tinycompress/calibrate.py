@@ -20,7 +20,8 @@ from .config import layer_prefix
 from .decode import check_ids
 from .errors import InputError
 from .graph import Feed, Graph, Weight, feeds
-from .model import Block, Embedding, Norm, RotaryTables, keep_heap, linear
+from .heap import keep_heap
+from .model import Block, Embedding, Norm, RotaryTables, linear
 from .product import outer, product
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory

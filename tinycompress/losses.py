@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import heap
 from .divergences import Loss, Softmax, bucketed, full, labelled, sampled
 from .errors import InputError
 from .hidden_losses import hidden_loss, layer_pairs, relation_loss
@@ -225,11 +226,12 @@ class _Work:
         V, device = head.shape[0], hidden.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if want_hidden else None
-        grad_head = torch.zeros(tuple(head.shape), dtype=dtype, device=device) if want_head else None
+        chunks: Sequence[Tensor] = self.index.split(self.chunk) if self.losses and len(self.index) else ()
+        grad_head = (heap.empty if chunks else heap.zeros)(tuple(head.shape), dtype, device) if want_head else None
         c = min(self.chunk, len(self.index))
-        spaces = [torch.empty(c, V, dtype=dtype, device=device) for _ in range(1 + isinstance(self.teacher, HiddenTarget))]
+        spaces = [heap.empty((c, V), dtype, device) for _ in range(1 + isinstance(self.teacher, HiddenTarget))]
         with torch.autocast(device.type, enabled=False):  # it would choose other dtypes than those below
-            for rows in self.index.split(self.chunk) if self.losses else ():
+            for rows in chunks:
                 h = hidden[rows].to(_product_dtype(hidden, dtype))
                 z, *t = (space[: len(rows)] for space in spaces)
                 _logits(h, head, z)
@@ -237,7 +239,7 @@ class _Work:
                 if grad_hidden is not None:
                     grad_hidden[rows] = _times_head(z, head, h.dtype)
                 if grad_head is not None:
-                    _add_head_gradient(grad_head, z, h)
+                    _add_head_gradient(grad_head, z, h, 0 if rows is chunks[0] else 1)
         return total.to(dtype), grad_hidden, grad_head
 
     def _losses(self, z: Tensor, t: Tensor | None, rows: Tensor) -> Tensor:
@@ -326,13 +328,14 @@ def _times_head(gradient: Tensor, head: Tensor | QuantTensor, dtype: torch.dtype
     return total
 
 
-def _add_head_gradient(total: Tensor, gradient: Tensor, h: Tensor) -> None:
-    """total [V, D] += gradientᵀ h."""
+def _add_head_gradient(total: Tensor, gradient: Tensor, h: Tensor, keep: int) -> None:
+    """total [V, D] = keep · total + gradientᵀ h; where keep is 0, what is there does not matter."""
     if h.dtype == total.dtype and not _in_parts(h):
-        total.addmm_(gradient.T, h)
+        total.addmm_(gradient.T, h, beta=keep)
         return
     for some, part in zip(total.split(HEAD_ROWS), gradient.split(HEAD_ROWS, 1)):
-        some += outer(part.to(h.dtype), h)
+        here = outer(part.to(h.dtype), h)
+        some.add_(here) if keep else some.copy_(here)
 
 
 def _in_parts(x: Tensor) -> bool:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import layer_prefix
 from .decode import decode, decode_room, end_tokens
+from .elementwise import embed, rms_norm, rotate, swiglu
 from .errors import InputError
 from .graph import Graph
+from .heap import keep_heap
 from .product import product
 from .quantize import QuantLinear, QuantTensor
 from .rope import Rope
@@ -55,19 +57,6 @@ class RotaryTables:
         return rotate(x, self.cos[positions], self.sin[positions])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, d] by the half-split rule: pairs (i, i + d/2); cos, sin [T, d/2]."""
-    a, b = x.chunk(2, -1)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    out = torch.empty_like(x)  # keeps x's memory order
-    first, second = out.chunk(2, -1)
-    # No fused multiply-add: rounded twice, as transformers does it, logits agree to the last bit.
-    torch.mul(a, cos, out=first).sub_(b * sin)
-    torch.mul(b, cos, out=second).add_(a * sin)
-    return out
-
-
 class Linear(nn.Linear):
     """nn.Linear, multiplied as product.py chooses."""
 
@@ -87,18 +76,14 @@ def linear(weight: Tensor | QuantTensor, bias: Tensor | None) -> nn.Module:
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467): x / √(mean(x²) + ε) · w, the mean in float32 or better."""
+    """RMSNorm of x [..., D]."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
-        if torch.is_grad_enabled() or wide is not x:
-            return self.weight * (wide * scale).to(x.dtype)
-        return (x * scale).mul_(self.weight)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -151,9 +136,7 @@ class MLP(nn.Module):
 
     def mid(self, x: Tensor) -> Tensor:
         """x [..., D] (normalised) to silu(gate) · up [..., F]."""
-        if torch.is_grad_enabled():
-            return F.silu(self.gate_proj(x)) * self.up_proj(x)
-        return F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.mid(x))
@@ -185,13 +168,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
-        if torch.is_grad_enabled():
-            if self.self_attn is not None:
-                x = x + self.self_attn(self.input_layernorm(x), tables, cache, self.index)
-            return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
-        if self.self_attn is not None:
+        if self.self_attn is not None:  # no gradient needs what a projection gave, so the sum takes its place
             x = self.self_attn(self.input_layernorm(x), tables, cache, self.index).add_(x)
-        if self.mlp is not None:
+        if self.mlp is not None and torch.is_grad_enabled():
+            x = self.mlp(self.post_attention_layernorm(x)).add_(x)
+        elif self.mlp is not None:
             for rows in x.view(-1, x.shape[-1]).split(ROWS):  # in place: the intermediates stay small enough to be reused
                 rows.add_(self.mlp(self.post_attention_layernorm(rows)))
         return x
@@ -288,12 +269,6 @@ class Transformer(nn.Module):
         return decode(step, ids, room, temperature, top_k, top_p, seed, stop, on_token)
 
 
-def keep_heap() -> None:
-    """Makes activations reuse the heap. glibc returns freed blocks to the system, to be faulted in again page by page,
-    from a size on that follows the largest mapped block freed so far, up to 32 MB: so one such block is freed."""
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 class Embedding(nn.Module):
     """Token ids [B, T] to rows [B, T, D] of a dense or packed table [V, D]."""
 
@@ -306,6 +281,6 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.table is None:
-            return F.embedding(ids, self.weight)
+            return embed(ids, self.weight)
         flat = self.table.weight.select("model.embed_tokens.weight", 0, ids.flatten())
         return flat.dequantize().unflatten(0, ids.shape)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .distributed import anywhere, rank, summed, whole, world
 from .errors import InputError
 from .evaluate import CHUNK
+from .heap import held
 from .student import Network
 from .train_log import TrainLog, peak_memory_mb
 from .train_state import latest_state, load_state, optimizer_tensors, save_state, set_optimizer_step
@@ -138,7 +139,7 @@ def train(
     start = run.resume()
     logger = TrainLog(log if rank() == 0 else None, start, run.total, quiet=rank() > 0)
     try:
-        with _sigterm() as stop:
+        with _sigterm() as stop, held():
             run.go(start, logger, stop)
     finally:
         logger.close()
@@ -205,10 +206,12 @@ class Run:
             (part * world()).backward()  # sharded gradients are means over the processes; these are sums
             loss += part.detach().double()
         parameters = list(self.named.values())
-        norm = whole(nn.utils.clip_grad_norm_(parameters, self.training.clip or math.inf))
-        value, size = summed(loss).item(), norm.item()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value, size = summed(loss).item(), whole(norm).item()
         if not (math.isfinite(value) and math.isfinite(size)):
             self._refuse(step, index, value, size)
+        if self.training.clip and size > self.training.clip:  # asked first: on a CPU a product with 1 reads and writes all gradients
+            nn.utils.clip_grads_with_norm_(parameters, self.training.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, size

@@ -33,7 +33,8 @@ from ..config import layer_prefix, shapes
 from ..errors import InputError
 from ..graph import Feed, Graph, Pass, feeds
 from ..grids import find_grid, round_to_grid
-from ..model import Block, Embedding, Norm, RotaryTables, keep_heap, linear
+from ..heap import keep_heap
+from ..model import Block, Embedding, Norm, RotaryTables, linear
 from ..quantize import LinearSpecs, QuantSpec, QuantTensor, targets
 
 Rounding = Callable[[Tensor, Tensor, QuantSpec], QuantTensor]
