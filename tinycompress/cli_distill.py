@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_arguments import need_tokenizer, open_model
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ def distill(
       tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
       torchrun --nproc-per-node 8 -m tinycompress.cli distill tinyllama --teacher llama-2-7b --data big.jsonl --seq-len 2048 -o healed
     """
-    from .cli import open_model
     from .distributed import joined, rank
     from .files import check_free
     from .lora import LoRA
@@ -151,7 +151,6 @@ def cache_teacher(
     import torch
 
     from . import report
-    from .cli import open_model
     from .teacher_cache import write_cache
 
     graph = open_model(teacher)
@@ -203,7 +202,6 @@ def windows_of(graph: Graph, source: str, seq_len: int | None, at_most: int, spl
     """The first windows [n, seq_len] of a text, as many as it has and at most so many."""
     import torch
 
-    from .cli import need_tokenizer
     from .data import text
 
     context = graph.config.max_position
@@ -222,7 +220,6 @@ def read_cache(folder: Path | None, teacher: str | None) -> Any:
     """The cache in a folder, of this teacher if one is named, or None of None; whether it fits the tokens, the pass checks."""
     if folder is None:
         return None
-    from .cli import open_model
     from .teacher_cache import open_cache
 
     return open_cache(folder, teacher=open_model(teacher) if teacher else None)
