@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinycompress.elementwise import embed, rms_norm, rotate, swiglu
+from tinycompress.graph import Graph
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -75,3 +76,13 @@ def test_wider_tables_widen_the_rotation() -> None:
     assert turned.dtype == torch.float32
     turned.sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_residual_stream_stays_wide_under_autocast(nonuniform: Graph, grad: bool) -> None:
+    model = nonuniform.dense(torch.float32).module().requires_grad_(grad)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        x = model.model.embed_tokens(torch.arange(6)[None])
+        for block in model.model.layers:
+            x = block(x, model.tables(0, 6))
+            assert x.dtype == torch.float32

@@ -168,14 +168,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
-        if self.self_attn is not None:  # no gradient needs what a projection gave, so the sum takes its place
-            x = self.self_attn(self.input_layernorm(x), tables, cache, self.index).add_(x)
+        if self.self_attn is not None:
+            x = _added(self.self_attn(self.input_layernorm(x), tables, cache, self.index), x)
         if self.mlp is not None and torch.is_grad_enabled():
-            x = self.mlp(self.post_attention_layernorm(x)).add_(x)
+            x = _added(self.mlp(self.post_attention_layernorm(x)), x)
         elif self.mlp is not None:
             for rows in x.view(-1, x.shape[-1]).split(ROWS):  # in place: the intermediates stay small enough to be reused
                 rows.add_(self.mlp(self.post_attention_layernorm(rows)))
         return x
+
+
+def _added(branch: Tensor, x: Tensor) -> Tensor:
+    """x + branch, in the branch's place: no gradient needs what a projection gave. Under autocast x is the wider and stays so."""
+    return branch.add_(x) if branch.dtype == x.dtype else x + branch
 
 
 class Decoder(nn.Module):
