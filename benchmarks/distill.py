@@ -5,7 +5,8 @@
 
 CPU: SmolLM2-135M's shapes with random weights, the teacher another model of the same shapes, float32, AdamW. Each engine
 lives in its own process; after three steps that do not count the two take turns, step by step (a whole step: teacher,
-student, backward, clipping, update), on the same ids, and the ratio is the median of the rounds' ratios. The plain loop is what one writes by hand: two transformers
+student, backward, clipping, update), on the same ids, and the ratio is the median of the rounds' ratios. The plain loop is what one writes by
+hand: two transformers
 models as they come, torch's AdamW as it comes, and KL over whole logits.
 
 GPU: a teacher of Llama 2 7B's shapes (bfloat16, random weights) and a student of TinyLlama 1.1B's (bfloat16 autocast over
