@@ -1,7 +1,7 @@
 """What each step of the quantization recipe gives at equal bits, and what it costs.
 
     python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
-        [--rows NAME …] [--again] [--quick] [--peer gptqmodel|auto-round --peer-python VENV/bin/python]
+        [--rows NAME …] [--again] [--quick] [--no-times] [--peer gptqmodel|auto-round --peer-python VENV/bin/python]
 
 Protocol: every linear but the head, on calibration windows of 1024 tokens taken from the start of the text; perplexity
 over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in a process of its own, so that its peak
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--no-times", action="store_true", help="the machine is not quiet: no seconds in the rows")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
     parser.add_argument("--peer", choices=list(PEERS), help="measure this library instead of rows of ours")
     parser.add_argument("--peer-python", help="the Python of the venv that --peer is installed in")
@@ -192,20 +193,27 @@ def main() -> None:
         parser.error("--peer and --peer-python go together (benchmarks/peers/*.py say how to make the venv)")
     protocol = {k: Path(str(getattr(args, k))).name for k in ("model", "calibration", "evaluation", "samples", "windows")}
     path = RESULTS / "quantize.json"
-    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    found = known.get("rows", {}) if known.get("protocol") == protocol else {}
+
+    def rows() -> dict[str, dict[str, dict[str, object]]]:
+        """Those measured so far, by whichever process."""
+        known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+        return known.get("rows", {}) if known.get("protocol") == protocol else {}
+
     for spec in args.spec:
         for name in [args.peer] if args.peer else args.rows:
-            if name in found.get(spec, {}) and not args.again:
+            if name in rows().get(spec, {}) and not args.again:
                 continue
             options = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation, "--spec", spec]
             options += [*(["--quick"] if args.quick else []), *(["--peer-python", args.peer_python] if args.peer else [])]
             options += ["--samples", str(args.samples), "--windows", str(args.windows)]
             out = subprocess.run([sys.executable, __file__, "--worker", name, *options], stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(out.stdout.splitlines()[-1])
-            print(f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds']:6.0f} s  {row['peak_mb']} MB", flush=True)
-            found.setdefault(spec, {})[name] = row
+            print(f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds'] or 0:6.0f} s  {row['peak_mb']} MB", flush=True)
+            if args.no_times:
+                row |= {"seconds": None, "forward_seconds": None}
             if not args.quick:
+                found = rows()
+                found.setdefault(spec, {})[name] = row
                 write_json(path, {"protocol": protocol, "rows": found, "environment": environment()})
                 write_text(RESULTS / "quantize.md", table(found, protocol))
 

@@ -12,13 +12,14 @@ pieces of L, each a document of its own, so on its own text it says what the bes
 that counts are the tokens of the answer: without that a few digits in 2,048 tokens were not learned (a scratch run). Retrieval
 says that positions far apart are told from one another, not that the model follows instructions. Keys of the test are drawn by
 another seed.
-Evaluation text is held out: of its own kind (`self`, see context_form.py), and a real one.
+Evaluation text is held out: real texts, and samples of the model before (`self`, see context_form.py).
 
 Claims, on the same target tokens (none that begins a piece of L), paired by window of 4·L: perplexity at 4·L is no worse than
 the model's before, at L; perplexity at L is kept; passkeys are read back at every depth. With `self` the model before is
-the very distribution of the text, so nothing can be better: there "no worse" allows 1%.
+the very distribution of the text, so nothing can be better, and what is worse is what the training made it forget: there
+"no worse" allows 1%.
 
-    python experiments/context_by_finetuning.py --model stories260K --text self wikitext2 --training wikitext2
+    python experiments/context_by_finetuning.py --model stories260K --text self wikitext2 pydoc --training wikitext2
 
 The training state is kept in --work, so a run that was killed takes up where it ended.
 """
