@@ -1,7 +1,7 @@
 """Structured pruning of FFN channels, query heads, KV groups and whole sublayers under one budget, with the survivors refitted.
 
 Three steps. On a few windows (`probe`) the graph is measured: what each axis of each layer carries, and what an error
-there costs in nats (importance.py). Then sizes are chosen within the budget (allocate.py). Then one walk over all tokens
+there costs in nats (importance.py). Then sizes are chosen within the budget (budget.py, allocate.py). Then one walk over all tokens
 cuts layer by layer on the activations that the already pruned layers produce, and refits down_proj and o_proj in closed
 form (compensate.py), towards the float model's residual stream (`refit="reference"`) or to what the linear gave before
 (True). With `one_shot` the walk is left out: scores and refits come from one collection of the whole graph's statistics
@@ -23,7 +23,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..allocate import ALLOCATIONS, AXES, Item, Target, apply, by_threshold, check_budget, fixed_price, items, optimal, uniform
+from ..allocate import ALLOCATIONS, apply, by_threshold, optimal, uniform
+from ..budget import Budget
 from ..calibrate import Inputs, check_calibration, gram, stream_gram, walk
 from ..compensate import bias_for, by_turns, keep_best, plain_curve, refit_columns, refit_curve, wanted_output
 from ..config import Config
@@ -102,23 +103,7 @@ class Prune:
     one_shot: bool = False
 
     def __post_init__(self) -> None:
-        if (self.target is None) == (self.keep is None):
-            raise InputError("Prune", "both target and keep" if self.target else "neither target nor keep", "one of the two")
-        if self.target is not None:
-            Target.parse(self.target, "Prune.target")
-        for name, known in (("keep", (*AXES, "layers", "hidden")), ("floors", AXES)):
-            if unknown := [key for key in getattr(self, name) or {} if key not in known]:
-                raise InputError(f"Prune.{name}", unknown, " | ".join(known))
-        for key, value in (self.keep or {}).items():
-            if not (0 <= value <= 1 if isinstance(value, float) else isinstance(value, int) and value >= 0):
-                raise InputError(f"Prune.keep[{key!r}]", value, "a share (a float up to 1.0) or a count (an integer)")
-        cuts = self.budgeted
-        if unknown := [name for name in cuts if name not in AXES]:
-            raise InputError("Prune.axes", unknown, " | ".join(AXES))
-        if {"heads", "kv_heads"} <= set(cuts):
-            raise InputError("Prune", "heads and kv_heads in one pass", "one of them a pass: each changes what the other may be")
-        if self.target and "kv_heads" in cuts and not self.uneven_kv:
-            raise InputError("Prune.axes", "kv_heads under one target", 'keep={"kv_heads": n}, the same in every layer, or uneven_kv=True')
+        _ = self.budget  # it checks itself
         if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
             raise InputError("Prune.criterion", repr(self.criterion), " | ".join(CRITERIA) + " | a function of Statistics")
         if self.allocation not in ALLOCATIONS:
@@ -127,23 +112,21 @@ class Prune:
             raise InputError("Prune.refit", repr(self.refit), "True | False | 'reference' | 'bias'")
         if self.one_shot and self.refit == "reference":
             raise InputError("Prune.refit", "'reference' with one_shot", "True | False | 'bias': what a cut prefix gives is never seen in one shot")
-        for name in ("multiple_of", "probe"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"Prune.{name}", value, "a positive integer")
+        if not isinstance(self.probe, int) or self.probe < 1:
+            raise InputError("Prune.probe", self.probe, "a positive integer")
         if not 0 < self.damping < 1:
             raise InputError("Prune.damping", self.damping, "a fraction of the mean of diag(H), between 0 and 1")
         if not 0 <= self.propagate <= 1:
             raise InputError("Prune.propagate", self.propagate, "a number from 0 (what each linear gave) to 1 (the float model's stream)")
 
     @property
-    def budgeted(self) -> tuple[str, ...]:
-        """The axes of layers that are cut."""
-        return self.axes if self.keep is None else tuple(key for key in self.keep if key in AXES)
+    def budget(self) -> Budget:
+        return Budget(self.target, self.keep, self.axes, self.multiple_of, self.floors, self.sublayers, self.uneven_kv)
 
     def __call__(self, graph: Graph) -> Graph:
         self.check(graph)
         check_calibration(graph, self.tokens)
-        if self.uneven_kv and "kv_heads" in self.budgeted:
+        if self.uneven_kv and "kv_heads" in self.budget.cuts:
             warnings.warn(
                 "KV heads that differ between layers: runtimes with one cache shape for all layers (onnxruntime-genai, transformers.js) "
                 "will not take the model; transformers loads it through tinycompress only",
@@ -156,7 +139,7 @@ class Prune:
 
     def collect(self, graph: Graph) -> dict[str, Statistics]:
         """What `from_statistics` reads: the statistics of every axis that is budgeted, gradients where the criterion wants them."""
-        names = [item.axis for some, _ in self.budgets(graph.config, graph.dtype.itemsize) for item in some]
+        names = [item.axis for some, _ in self.budget.items(graph.config, graph.dtype.itemsize) for item in some]
         return collect(graph, self.tokens, names, self.sensitivity(graph))
 
     def from_statistics(self, graph: Graph, measured: Mapping[str, Statistics]) -> Graph:
@@ -174,7 +157,7 @@ class Prune:
 
     def _check_statistics(self, graph: Graph, measured: Mapping[str, Statistics]) -> None:
         known = axes(graph.config)
-        for axis in (item.axis for some, _ in self.budgets(graph.config, graph.dtype.itemsize) for item in some):
+        for axis in (item.axis for some, _ in self.budget.items(graph.config, graph.dtype.itemsize) for item in some):
             if axis not in measured:
                 raise InputError("statistics", f"none of {axis}", "those of every axis in the budget (Prune.collect)")
             found = measured[axis]
@@ -188,68 +171,14 @@ class Prune:
         for name, entry in graph.weights.entries.items():
             if not isinstance(entry, Tensor | LazyTensor):
                 raise InputError(name, f"a weight quantized to {entry.spec}", "a dense one (quantize last)")
-        self.budgets(self._reshaped(graph.config), graph.dtype.itemsize)
-
-    def _reshaped(self, config: Config) -> Config:
-        """The config after `reshape`; of unequal layers, as if the last ones went."""
-        config = dataclasses.replace(config, layers=config.layers[: self._kept("layers", config.n_layers, 1)])
-        return dataclasses.replace(config, hidden_size=self._kept("hidden", config.hidden_size, self.multiple_of))
-
-    def _kept(self, key: str, size: int, multiple: int) -> int:
-        """How many layers or hidden channels stay."""
-        if not self.keep or key not in self.keep:
-            return size
-        count = _count(self.keep[key], size, multiple)
-        if not 0 < count <= size:
-            raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"1 … {size}, or a share of them")
-        if count < size and count % multiple:
-            raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"a multiple of {multiple} (Prune.multiple_of)")
-        return count
-
-    def budgets(self, config: Config, itemsize: int) -> list[tuple[list[Item], int]]:
-        """The items of each budget with what they may cost; an InputError for one that cannot be met."""
-        if self.target is not None:
-            target = Target.parse(self.target, "Prune.target")
-            choices = items(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
-            fixed = fixed_price(config, choices, target, itemsize)
-            least = sum(item.prices[0] for item in choices)
-            limit = target.limit(config, itemsize) - fixed
-            check_budget(choices, limit, self.target, target.nearest(fixed + least, config, itemsize))
-            return [(choices, limit)]
-        out = []
-        for key in self.budgeted:
-            choices = [dataclasses.replace(item, prices=item.sizes) for item in self._items_of(key, config, itemsize)]
-            wanted = (self.keep or {})[key]
-            if isinstance(wanted, int) or (key == "kv_heads" and not self.uneven_kv):
-                choices = [self._fixed(item, key, wanted) for item in choices]
-                out.append((choices, sum(item.sizes[-1] for item in choices)))
-                continue
-            total = sum(item.now for item in choices)
-            least = sum(item.sizes[0] for item in choices)
-            if wanted * total < least:
-                raise InputError(f"Prune.keep[{key!r}]", wanted, f"{-(-1000 * least // max(total, 1)) / 1000} or more, by the floors and multiples")
-            out.append((choices, int(wanted * total + 1e-6)))
-        return out
-
-    def _items_of(self, key: str, config: Config, itemsize: int) -> list[Item]:
-        found = items(config, (key,), Target("params", 1.0), self.multiple_of, self.floors, self.sublayers, itemsize)
-        if not found:
-            raise InputError("Prune.keep", key, "an axis that the model has: " + ", ".join(sorted({a.rsplit(".", 1)[-1] for a in axes(config)})))
-        return found
-
-    def _fixed(self, item: Item, key: str, wanted: float) -> Item:
-        """The item with one size only, the count that was asked for."""
-        size = min(_count(wanted, item.now, 1), item.now)
-        if size not in item.sizes:
-            raise InputError(f"Prune.keep[{key!r}]", wanted, f"for {item.axis} one of {list(item.sizes)}" + ("" if size else ", or sublayers=True"))
-        return dataclasses.replace(item, sizes=(size,), prices=(size,))
+        self.budget.items(self.budget.reshaped(graph.config), graph.dtype.itemsize)
 
     def reshape(self, graph: Graph) -> Graph:
         """Whole layers by block influence, then hidden channels by Minitron's sum, where `keep` names them."""
-        layers = self._kept("layers", graph.config.n_layers, 1)
+        layers = self.budget.kept("layers", graph.config.n_layers, 1)
         if layers < graph.config.n_layers:
             graph = cut(graph, "layers", keep_best(block_influence(graph, self.tokens), layers))
-        hidden = self._kept("hidden", graph.config.hidden_size, self.multiple_of)
+        hidden = self.budget.kept("hidden", graph.config.hidden_size, self.multiple_of)
         if hidden < graph.config.hidden_size:
             graph = cut(graph, "hidden", keep_best(hidden_importance(graph, self.tokens), hidden))
         return graph
@@ -257,11 +186,7 @@ class Prune:
     def expected(self, graph: Graph) -> Config:
         """A config like the one that the pass will arrive at, without data: the same budgets shared out uniformly."""
         self.check(graph)
-        config = self._reshaped(graph.config)
-        sizes: dict[str, int] = {}
-        for some, limit in self.budgets(config, graph.dtype.itemsize):
-            sizes |= {item.axis: size for item, size in zip(some, uniform(some, limit))}
-        return apply(config, sizes)
+        return self.budget.expected(graph.config, graph.dtype.itemsize)
 
     def sensitivity(self, graph: Graph) -> Sensitivity | None:
         """Fisher matrices and gradients, as far as allocation and criterion read them."""
@@ -273,7 +198,7 @@ class Prune:
 
     def plan(self, graph: Graph, known: Mapping[str, Statistics] | None = None) -> Plan:
         """The sizes, where the allocation measures from `probe` windows or the statistics that are `known`."""
-        budgets = self.budgets(graph.config, graph.dtype.itemsize)
+        budgets = self.budget.items(graph.config, graph.dtype.itemsize)
         choices = [item for some, _ in budgets for item in some]
         measured = self.allocation != "uniform" and any(len(item.sizes) > 1 for item in choices)
         sensitivity = self.sensitivity(graph) if choices and known is None and (measured or self._gradients) else None
@@ -401,8 +326,3 @@ def with_biases(graph: Graph) -> Graph:
     owners = [feed.readers[0] for feed in feeds(config) if reads(feed)]
     new = {f"{o}.bias": torch.zeros(config.hidden_size, dtype=graph.dtype) for o in owners if f"{o}.bias" not in graph.weights}
     return graph.replace(config=config, weights=new)
-
-
-def _count(wanted: float, size: int, multiple: int) -> int:
-    """A share (float) of `size`, rounded to the multiple, or a count (int) as it is."""
-    return wanted if isinstance(wanted, int) else round(wanted * size / multiple) * multiple
