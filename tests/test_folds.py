@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tinycompress.config import LINEARS
 from tinycompress.errors import InputError
 from tinycompress.graph import Config, Graph, Layer, feeds, fold, shapes
-from tinycompress.passes.awq import AWQ, awq_scale, mean_magnitude
+from tinycompress.passes.awq import AWQ, CLIPS, awq_scale, clip_grid, mean_magnitude
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.hqq import HQQ, hqq_quantize
 from tinycompress.passes.rotate import Rotate, hadamard, orthogonal
@@ -147,6 +147,65 @@ def test_the_awq_scale_is_the_best_of_the_grid_it_searches():
     for r in (0.2, 0.5, 0.9):
         s = x.abs().mean(0).pow(r)
         assert error(scale) <= error(s / (s.max() * s.min()).sqrt()) * 1.001
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_clip_is_the_best_of_those_tried_by_the_output_of_its_group(symmetric):
+    """As AWQ writes it: group by group, the outputs of all positions with clamped and rounded weights."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 32, generator=g) @ torch.randn(32, 32, generator=g)  # correlated channels
+    W = torch.randn(6, 32, generator=g) ** 3
+    spec = QuantSpec(3, 16, symmetric)
+    scales, _ = clip_grid("w", W, x.double().T @ x.double(), spec)
+    chosen = set()
+    for row in range(6):
+        for group in range(2):
+            at = slice(16 * group, 16 * group + 16)
+            w, xs, top = W[row, at], x[:, at], 7
+            tried = []
+            for clip in CLIPS:
+                edge = clip * w.abs().max()
+                low, high = w.clamp(-edge, edge).min().clamp_max(0), w.clamp(-edge, edge).max().clamp_min(0)
+                if symmetric:
+                    s, q = edge.item() / 3, (w / (edge / 3)).round().clamp(-4, 3)
+                else:
+                    s = ((high - low) / top).item()
+                    z = (-low / s).round().clamp(0, top)
+                    q = ((w / s).round() + z).clamp(0, top) - z
+                tried.append((((q * s - w) @ xs.T).square().sum().item(), s))
+            best = min(tried)
+            chosen.add(tried.index(best))
+            assert abs(scales[row, group].item() - best[1]) < 1e-5 * best[1], (row, group, tried, scales[row, group])
+    assert len(chosen) > 2  # neither the whole range for all, nor the smallest
+
+
+def test_awq_rounds_on_grids_weighted_by_the_folded_inputs(nonuniform):
+    from tinycompress.calibrate import gram, walk
+    from tinycompress.grids import find_grid
+
+    tokens, spec, seen = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(0)), QuantSpec(3, 16), {}
+    norms = {n: w * torch.logspace(-1, 1, 64) for n, w in nonuniform.weights.items() if "layernorm" in n}
+    graph = nonuniform.replace(weights=norms)
+    walk(graph, tokens, lambda feed, inputs: seen.setdefault(feed.source, (gram(feed, inputs), mean_magnitude(inputs))) and None)
+    H, magnitude = seen["model.layers.0.input_layernorm"]
+    names = [f"model.layers.0.self_attn.{n}.weight" for n in ("q_proj", "k_proj", "v_proj")]
+    s = awq_scale([graph.tensor(n) for n in names], H, magnitude, spec)
+    assert s.max() / s.min() > 2
+    scales, _ = find_grid("q", graph.tensor(names[0]) * s, spec, (H.diagonal() / s.double().square()).float())
+    assert torch.allclose(AWQ(tokens, spec)(graph).linear(names[0].removesuffix(".weight")).scales, scales, rtol=1e-5)
+
+
+def test_awq_clips_all_but_queries_and_keys(tokens):
+    graph = biased(tied=False)
+    covering = AWQ(tokens, QuantSpec(3, 16, scale="minmax"), gqa=False)(graph)
+    clipped = AWQ(tokens, QuantSpec(3, 16), gqa=False, clip=True)(graph)
+    at = "model.layers.0"  # further on, the inputs differ already
+    for name in ("self_attn.q_proj", "self_attn.k_proj"):
+        assert torch.equal(clipped.linear(f"{at}.{name}").scales, covering.linear(f"{at}.{name}").scales)
+    narrower = clipped.linear(f"{at}.self_attn.v_proj").scales / covering.linear(f"{at}.self_attn.v_proj").scales
+    assert narrower.max() <= 1 + 1e-6 and narrower.min() < 0.9
+    with pytest.raises(InputError, match="clip"):
+        AWQ(tokens, QuantSpec.parse("w4g16-lpbq"), clip=True)
 
 
 def test_the_magnitude_of_a_kv_channel_is_averaged_over_its_query_heads():
