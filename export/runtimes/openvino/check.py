@@ -1,31 +1,36 @@
-"""An exported folder in OpenVINO: its CPU plugin, the stateful form, and the NPU's LLM pipeline run on the CPU.
+"""An exported folder in OpenVINO: its CPU plugin, the stateful form, openvino-genai, and the NPU's LLM pipeline run on the CPU.
 
     python check.py FOLDER … [--json FILE]
 
   onnx ─ read ─┬─ CPU, past and present as inputs and outputs
                └─ beam_idx ─ stateful (the cache becomes variables) ─┬─ CPU
-                                                                     └─ NPU plugin with NPUW on the CPU (openvino-npu exports)
+                                                                     ├─ openvino-genai on the CPU: its own greedy search
+                                                                     └─ NPU plugin with NPUW on the CPU, and openvino-genai
+                                                                        on that (openvino-npu exports)
 
-The last runs what an NPU runs (static prefill and decode models cut from the stateful one, int4 weights in its layout)
-with the CPU in the NPU's place: correctness, not speed. `--write` keeps the stateful model as openvino_model.xml.
+The last run what an NPU runs (static prefill and decode models cut from the stateful one, int4 weights in its layout)
+with the CPU in the NPU's place: correctness, not speed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino_genai
 from openvino import opset13 as op
 from openvino._offline_transformations import apply_make_stateful_transformation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Reference, figures, judge, main
+from common import Reference, figures, greedy_agrees, judge, main
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+MARGIN, NPUW_MARGIN = 1e-3, 0.25  # logits that two tokens may be apart in torch where a greedy path parts from it
 NPUW = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "NPUW_LLM": "YES", "NPUW_LLM_PREFILL_HINT": "STATIC"}
 
 
@@ -44,11 +49,19 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     add("cpu", figures(reference, with_cache(core.compile_model(model, "CPU", EXACT), reference)), True)
     stateful_model = stateful(core.read_model(path), len(reference.cache))
     add("stateful", figures(reference, with_state(core.compile_model(stateful_model, "CPU", EXACT), reference)), True)
+
+    def search(name: str, device: str, properties: dict[str, Any], margin: float) -> None:
+        fine, about = greedy_agrees(reference, generated(folder, stateful_model, reference, device, properties), margin)
+        out[f"{name}_greedy"] = about.split()[1]
+        failures.extend([] if fine else [f"{name} {about}"])
+
+    search("genai", "CPU", {"ATTENTION_BACKEND": "SDPA"} | EXACT, MARGIN)
     if manifest["profile"] == "openvino-npu":
         lengths = {"NPUW_LLM_MAX_PROMPT_LEN": 64, "NPUW_LLM_MIN_RESPONSE_LEN": 64}
         compiled = core.compile_model(stateful(core.read_model(path), len(reference.cache)), "NPU", NPUW | lengths)
         last = figures(reference, with_state(compiled, reference, last=True), reference.prompt - 1)
         add("npuw", last, False)
+        search("genai_npuw", "NPU", NPUW | {"MAX_PROMPT_LEN": 64, "MIN_RESPONSE_LEN": 64}, NPUW_MARGIN)
     return out, failures
 
 
@@ -75,6 +88,19 @@ def with_state(compiled: Any, reference: Reference, last: bool = False) -> np.nd
         logits = request.infer(_feeds(names, reference.ids, start, stop) | {"beam_idx": np.zeros(1, np.int32)})["logits"][0]
         rows.append(logits[-1:].copy() if last else logits.copy())
     return np.concatenate(rows)
+
+
+def generated(folder: Path, model: ov.Model, reference: Reference, device: str, properties: dict[str, Any]) -> list[int]:
+    """The greedy continuation of the prompt by openvino-genai's pipeline, which reads a folder of its own layout."""
+    with tempfile.TemporaryDirectory() as temporary:
+        ov.save_model(model, Path(temporary) / "openvino_model.xml", compress_to_fp16=False)
+        (Path(temporary) / "config.json").write_bytes((folder / "config.json").read_bytes())
+        pipeline = openvino_genai.LLMPipeline(temporary, device, **properties)
+        settings = openvino_genai.GenerationConfig()
+        settings.max_new_tokens, settings.do_sample, settings.ignore_eos = len(reference.greedy), False, True
+        settings.eos_token_id, settings.stop_token_ids = 0, {0}  # unset they are -1, which it refuses even where they are ignored
+        made = pipeline.generate(ov.Tensor(reference.ids[None, : reference.prompt].copy()), settings)
+        return list(made.tokens[0])
 
 
 def _feeds(names: list[str], ids: np.ndarray, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -112,4 +138,4 @@ def stateful(model: ov.Model, entries: int) -> ov.Model:
 
 
 if __name__ == "__main__":
-    main("openvino", lambda: {"openvino": ov.__version__}, check)
+    main("openvino", lambda: {"openvino": ov.__version__, "openvino-genai": openvino_genai.__version__}, check)
