@@ -23,7 +23,7 @@ from ..quantize import QuantSpec, QuantTensor, named_specs, stacked, targets
 from ..spill import keeper
 
 P, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20
-ROWS = 1 << 20  # weights at a time: an iterate has eight temporaries of their size
+ROWS = 1 << 17  # weights at a time on the CPU, where an iterate's temporaries then stay in the cache; a GPU takes 128 times as many
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class HQQ:
 
 def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> QuantTensor:
     """weight float [N, K] to a QuantTensor; of the iterates the one with the smallest ‖error‖_p is kept, group by group."""
-    rows = max(1, ROWS // weight.shape[1])
+    rows = max(1, (ROWS if weight.device.type == "cpu" else 128 * ROWS) // weight.shape[1])
     return stacked([_half_quadratic(part.float(), spec, name) for part in weight.split(rows)])
 
 
@@ -60,21 +60,28 @@ def _half_quadratic(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
     best_s, best_z, best = s, z, torch.full_like(s, float("inf"))
     beta = BETA
     for _ in range(ITERATIONS):
-        kept = z if spec.float_zero else z.round().clamp(0, top)
-        q = (w / s + kept).round_().clamp_(0, top)
-        error = w - (q - kept) * s
-        loss = error.abs().pow(P).sum(-1, keepdim=True)
+        kept = z if spec.symmetric or spec.float_zero else z.round().clamp(0, top)
+        q, error, slope = _rounded(w, s, kept, top)
+        loss = (error.abs() * slope).sum(-1, keepdim=True)
         better = loss < best
         best, best_s, best_z = torch.where(better, loss, best), torch.where(better, s, best_s), torch.where(better, kept, best_z)
-        q = (w / s + z).round_().clamp_(0, top)
-        error = w - (q - z) * s
-        magnitude = error.abs()
-        e = error.sign() * (magnitude - magnitude.clamp_min(1e-8).pow(P - 1) / beta).clamp_min(0)
+        if kept is not z:
+            q, error, slope = _rounded(w, s, z, top)
+        e = error.abs().sub_(slope.div_(beta)).clamp_min_(0).copysign_(error)
+        target = torch.sub(w, e, out=e)
         if not spec.symmetric:
-            z = (q - (w - e) / s).mean(-1, keepdim=True)
-        centred = q - z
-        s = ((w - e) * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(1e-10)
+            z = (q - target / s).mean(-1, keepdim=True)
+        centred = q.sub_(z)
+        s = target.mul_(centred).sum(-1, keepdim=True) / centred.square_().sum(-1, keepdim=True).clamp_min(1e-10)
         s = torch.where(s.abs() < 1e-10, best_s, s)
         beta *= KAPPA
     scales, zeros = best_s[..., 0].contiguous(), None if spec.symmetric else best_z[..., 0] if spec.float_zero else best_z[..., 0].to(torch.uint8)
     return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)
+
+
+def _rounded(w: Tensor, s: Tensor, z: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, error and |error|^(p-1) of groups w [N, G, g] on grids s, z [N, G, 1]; the last is |error|^p over |error|."""
+    q = (w / s).add_(z).round_().clamp_(0, top)
+    error = (q - z).mul_(s)
+    error = torch.sub(w, error, out=error)
+    return q, error, error.abs().clamp_min_(1e-8).pow_(P - 1)
