@@ -71,8 +71,15 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "gptq + refine + qep + stream": (BEST, lambda g, t, s: GPTQ(t, s, refine=2, propagate=0.5, stream=True)(g)),
     "awq fold, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(AWQ(t, s, quantize=False)(g))),
     "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
+    "rotation of the heads, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate(residual=False)(g))),
     "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
+    "rotation, gptq + refine + qep, block tuning": ("gptq + refine + qep, block tuning", lambda g, t, s: tuned_rotated(g, t, s)),
 }
+
+
+def tuned_rotated(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
+    rotated = Rotate()(graph)
+    return AutoRound(tokens, rotated)(best_gptq(tokens, spec)(rotated))
 
 
 TIMED = ("gptq",)

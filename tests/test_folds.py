@@ -78,8 +78,11 @@ def test_rotations_are_exact(tied, kind, parts):
     graph = biased(tied)
     out = Rotate(kind, *parts)(graph)
     assert torch.allclose(out.module()(IDS), graph.module()(IDS), atol=1e-8)
-    assert all(torch.equal(w, torch.ones_like(w)) for n, w in out.weights.items() if "norm" in n)
-    assert not out.config.tie_embeddings
+    residual, _ = parts
+    assert all(torch.equal(w, torch.ones_like(w) if residual else graph.weights[n]) for n, w in out.weights.items() if "norm" in n)
+    assert out.config.tie_embeddings == (tied and not residual)
+    v = "model.layers.0.self_attn.v_proj.weight"
+    assert not torch.allclose(out.weights[v], graph.weights[v])
 
 
 def test_rotation_survives_dead_norm_channels():

@@ -27,7 +27,8 @@ KINDS = ("hadamard", "random")
 
 @dataclass(frozen=True)
 class Rotate:
-    """Turns the residual stream (`residual`) and the heads' values (`heads`); norms end as ones."""
+    """Turns the residual stream (`residual`; norms end as ones) and the heads' values (`heads`). Without the first, norms stay
+    and a tied head stays tied: that costs nothing at all."""
 
     kind: str = "hadamard"
     residual: bool = True
@@ -39,10 +40,9 @@ class Rotate:
             raise InputError("Rotate.kind", repr(self.kind), " | ".join(KINDS))
 
     def __call__(self, graph: Graph) -> Graph:
-        graph = fold_norms(graph)
         config = graph.config
         if self.residual:
-            graph = turn(graph, orthogonal(config.hidden_size, self.kind, self.seed))
+            graph = turn(fold_norms(graph), orthogonal(config.hidden_size, self.kind, self.seed))
         if self.heads:
             R, d = orthogonal(config.head_dim, self.kind, self.seed + 1), config.head_dim
             changed: dict[str, Weight] = {}

@@ -27,6 +27,7 @@ from static_session import StaticSession
 
 STEPS = 4  # last ids that are fed one by one
 TARGET = os.environ.get("RKNN_TARGET", "rk3588")
+SDPA_RULE = "fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa"  # ends in an IndexError where a layer has one KV head (toolkit 2.5.0)
 
 
 class Simulated:
@@ -35,9 +36,10 @@ class Simulated:
     def __init__(self, path: Path) -> None:
         graph = onnx.load(path, load_external_data=False).graph
         self.inputs, self.outputs = [i.name for i in graph.input], [o.name for o in graph.output]
+        heads = {i.type.tensor_type.shape.dim[1].dim_value for i in graph.input if i.name.startswith("past_key")}
         with redirect_stdout(sys.stderr):
             self.rknn = RKNN(verbose=False)
-            self.rknn.config(target_platform=TARGET)
+            self.rknn.config(target_platform=TARGET, disable_rules=[SDPA_RULE] if 1 in heads else [])
             for what, call in (
                 ("load_onnx", lambda: self.rknn.load_onnx(model=str(path))),
                 ("build", lambda: self.rknn.build(do_quantization=False)),
