@@ -93,6 +93,26 @@ def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
     assert all(torch.equal(again.weights[n].ints(), tuned.weights[n].ints()) for n in packed)  # a seed decides
 
 
+def test_the_target_lies_between_the_float_block_and_the_float_graph(nonuniform, tokens, monkeypatch):
+    """At 0 a block that is still exact has nothing to gain, whatever those before it lost; at 1 it answers for them."""
+    packed = {"model.layers.1.mlp.down_proj.weight": rtn_quantize(nonuniform.weights["model.layers.1.mlp.down_proj.weight"], QuantSpec(8, 16))}
+    reference = nonuniform.replace(weights=packed)
+    coarse = {n: w for n, w in RTN(QuantSpec(2, 16))(nonuniform).weights.items() if n.startswith("model.layers.0")}
+    graph = reference.replace(weights=coarse)
+    seen = {}
+
+    def tune(block, inputs, targets, tables, *options):
+        seen[block.at] = torch.cat([block.error(x, y, tables).flatten() for x, y in zip(inputs.split(2), targets.split(2))]).mean().item()
+
+    monkeypatch.setattr("tinycompress.passes.autoround.tune", tune)
+    errors = {}
+    for alpha in (0.0, 0.5, 1.0):
+        AutoRound(tokens, reference, propagate=alpha)(graph)
+        errors[alpha] = seen["model.layers.1"]
+    assert errors[0.0] < 1e-9 < errors[0.5] < errors[1.0]
+    assert errors[0.5] == pytest.approx(errors[1.0] / 4, rel=0.3)  # half the distance
+
+
 def test_broken_activations_are_named(nonuniform, tokens):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = nonuniform.replace(weights={name: torch.full_like(nonuniform.weights[name], 1e38)})
@@ -107,6 +127,6 @@ def test_norms_stay_on_request_and_options_are_checked(nonuniform, tokens):
     assert all(torch.equal(tuned.weights[n], nonuniform.weights[n]) for n in norms)
     with pytest.raises(InputError, match="run RTN or GPTQ first"):
         AutoRound(tokens, nonuniform)(nonuniform)
-    for options, name in (({"steps": 0}, "steps"), ({"rate": 2.0}, "rate"), ({"scale_rate": 0.5}, "scale_rate")):
+    for options, name in (({"steps": 0}, "steps"), ({"rate": 2.0}, "rate"), ({"scale_rate": 0.5}, "scale_rate"), ({"propagate": 1.5}, "propagate")):
         with pytest.raises(InputError, match=name):
             AutoRound(tokens, nonuniform, **options)

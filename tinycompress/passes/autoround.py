@@ -1,11 +1,14 @@
 """Block tuning of rounding and ranges: AutoRound / SignRound (arXiv:2309.05516), on any quantized graph.
 
-Takes a graph that is already quantized (by RTN, GPTQ, …) and the float graph it came from. Block by block, with the
-quantized prefix's inputs and the float graph's outputs as the target, signed gradient descent moves, for every packed
-linear of the block, a latent u [N, K] and the scales s [N, G]:
+Takes a graph that is already quantized (by RTN, GPTQ, …) and the float graph it came from. Block by block, on the
+quantized prefix's inputs, signed gradient descent moves, for every packed linear of the block, a latent u [N, K] and the
+scales s [N, G]:
 
     ŵ = (clamp(round(u), 0, 2^bits - 1) - z) · s            u starts at the given integers, s at the given scales
     v ← v - η · sign(∂L/∂v)                                 η falls linearly to 0; round is passed straight through
+
+The target lies between what the float block makes of the same inputs and what the float graph has there, `propagate` of
+the way: the whole way, as in the paper, a block answers for all that the blocks before it have lost.
 
 u starts in the middle of its step, so an integer moves only where the signs agree over many steps. The norms' weights of the block, which stay
 float in every export, may move along (`norms`). The loss of a token is its squared error over its squared norm: the
@@ -35,7 +38,8 @@ from ..quantize import QuantTensor
 @dataclass(frozen=True)
 class AutoRound:
     """Tunes the packed linears of a quantized graph on calibration `tokens` [windows, seq_len] towards the float
-    `reference`. `steps` a block, `batch` windows a step; `rate` is the first step of u in grid steps (None: 3 / steps, so
+    `reference`. `steps` a block, `batch` windows a step; `propagate` from 0, the float block's outputs on the same inputs, to 1,
+    the float graph's own; `rate` is the first step of u in grid steps (None: 3 / steps, so
     that u can move by one and a half in all), `scale_rate` that of scales and norms, relative to their size."""
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -45,9 +49,12 @@ class AutoRound:
     rate: float | None = None
     scale_rate: float = 0.0005
     norms: bool = True
+    propagate: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.propagate <= 1:
+            raise InputError("AutoRound.propagate", self.propagate, "a number from 0 (the same inputs) to 1 (the float graph's own)")
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"AutoRound.{name}", getattr(self, name), "a positive number")
@@ -65,6 +72,9 @@ class AutoRound:
             block = TunableBlock(graph, layer, inputs[0], self.norms)
             if not block.rounded:
                 return {}
+            if self.propagate < 1:
+                whole = Block(self.reference, layer, inputs[0].device, inputs[0].dtype)
+                targets = [whole(x.clone(), tables).lerp_(y, self.propagate) for x, y in zip(inputs, targets)]
             before = sum(block.error(x, y, tables).sum().item() for x, y in zip(inputs, targets))
             tune(
                 block,
