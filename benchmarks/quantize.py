@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from tinycompress.passes.autoround import AutoRound
 from tinycompress.passes.awq import AWQ
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.hqq import HQQ
+from tinycompress.passes.mixed_bits import MixedBits, linear_shapes, packed_bytes
 from tinycompress.passes.rotate import Rotate
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
@@ -72,9 +74,17 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "awq fold, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(AWQ(t, s, quantize=False)(g))),
     "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
     "rotation of the heads, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate(residual=False)(g))),
+    "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
     "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
     "rotation, gptq + refine + qep, block tuning": ("gptq + refine + qep, block tuning", lambda g, t, s: tuned_rotated(g, t, s)),
 }
+
+
+def mixed(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
+    """Grids of 2 to 8 bits by measured sensitivity, in as many bytes as `spec` everywhere takes."""
+    limit = sum(packed_bytes(shape, spec) for shape in linear_shapes(graph, [spec]).values())
+    choices = tuple(str(replace(spec, bits=bits)) for bits in (2, 3, 4, 8))
+    return MixedBits(tokens[:8, :512], lambda specs: best_gptq(tokens, specs), bytes=limit, choices=choices)(graph)
 
 
 def tuned_rotated(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:

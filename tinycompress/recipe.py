@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ class Recipe:
         return config
 
 
-def best_gptq(tokens: Tensor, spec: QuantSpec) -> GPTQ:
+def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
     """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md."""
     return GPTQ(tokens, spec, propagate=0.5, refine=2)
 
