@@ -112,6 +112,13 @@ def compress(
     ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
     quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate",
+            help="Rotate before quantizing: better, but a head tied to the embedding gets a table of its own.  [default: where the head has one]",
+        ),
+    ] = None,
     quantize_embedding: Annotated[
         str | None, typer.Option(metavar="w8g64", help="Bits and group size of the embedding and the head (tied: one table).")
     ] = None,
@@ -132,12 +139,11 @@ def compress(
     \b
     Examples:
       tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
-      tinycompress compress smollm2-135m --context 16384 -o long
+      tinycompress compress smollm2-135m --quantize w4g64 --rotate --quantize-embedding w8g64 -o small
       tinycompress compress smollm2-135m --context 16384 --rope-method yarn -o long
       tinycompress compress model.gguf -o copy
       tinycompress compress smollm2-135m --quantize w4g64 --export ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
-      tinycompress compress smollm2-135m --quantize w4g64 --format gptq -o small-gptq
       tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
     """
     from .files import check_free
@@ -154,7 +160,7 @@ def compress(
         check_free(output, overwrite)
     spec = QuantSpec.parse(quantize) if quantize else None
     tables = QuantSpec.parse(quantize_embedding) if quantize_embedding else None
-    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables)
+    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate)
     before = open_model(model)
     config = recipe.check(before)
     if export:

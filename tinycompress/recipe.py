@@ -18,6 +18,7 @@ from .passes.gptq import GPTQ
 from .passes.prune import Prune
 from .passes.rope import METHODS as ROPE_METHODS
 from .passes.rope import ChooseRope, ScaleRope, method_of
+from .passes.rotate import Rotate
 from .passes.rtn import RTN
 from .quantize import QuantSpec, targets
 
@@ -28,7 +29,8 @@ WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for a
 
 @dataclass(frozen=True)
 class Recipe:
-    """Prune, then stretch the context, then quantize: each measures the model that the one before it left."""
+    """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate` turns the
+    model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own."""
 
     prune: str | None = None
     context: int | None = None
@@ -36,16 +38,25 @@ class Recipe:
     quantize: QuantSpec | None = None
     quantize_method: str = "gptq"
     quantize_embedding: QuantSpec | None = None
+    rotate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.quantize_method not in METHODS:
             raise InputError("--quantize-method", repr(self.quantize_method), " | ".join(METHODS))
+        if self.rotate and self.quantize is None:
+            raise InputError("--rotate", "without --quantize", "both: a rotation alone changes nothing but the basis")
         if self.rope_method not in (None, AUTO, *ROPE_METHODS):
             raise InputError("--rope-method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
 
     @property
     def calibrates(self) -> bool:
         return self.prune is not None or (self.quantize is not None and self.quantize_method == "gptq")
+
+    def rotates(self, graph: Graph) -> bool:
+        """Whether the model is rotated before it is quantized."""
+        if self.rotate is not None:
+            return self.rotate
+        return self.quantize is not None and self.quantize_method == "gptq" and not graph.config.tie_embeddings
 
     def scaling(self, graph: Graph) -> str:
         """How the context of `graph` is stretched: one of ROPE_METHODS, or AUTO."""
@@ -65,6 +76,8 @@ class Recipe:
             out.append(ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens))
         elif self.context is not None:
             out.append(ScaleRope(context=self.context, method=self.scaling(graph)))
+        if self.rotates(graph):
+            out.append(Rotate())
         if self.quantize:
             out.append(RTN(self.quantize) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
         if self.quantize_embedding:
@@ -83,6 +96,8 @@ class Recipe:
             elif isinstance(step, ScaleRope | ChooseRope):
                 scale = step if isinstance(step, ScaleRope) else ScaleRope(step.tokens.shape[1])  # any method, for the context
                 config = dataclasses.replace(scale(graph).config, layers=config.layers)
+            elif isinstance(step, Rotate):
+                config = dataclasses.replace(config, tie_embeddings=False)
             elif isinstance(step, QuantizeEmbedding):
                 dataclasses.replace(step, spec=dataclasses.replace(step.spec, group_size=None)).tables(graph)  # still dense?
                 step.spec.group("model.embed_tokens.weight", config.hidden_size)
@@ -94,7 +109,7 @@ class Recipe:
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
-    """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md."""
+    """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md, of those that leave the basis alone."""
     return GPTQ(tokens, spec, propagate=0.5, refine=2)
 
 

@@ -1,0 +1,61 @@
+"""What `compress --quantize` does unless told otherwise, and what it says before any work."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import random_graph
+
+from tinycompress.errors import InputError
+from tinycompress.quantize import QuantSpec, QuantTensor
+from tinycompress.recipe import Recipe
+
+SPEC = QuantSpec(4, 16)
+
+
+def steps(recipe, graph):
+    return [type(step).__name__ for step in recipe.passes(graph)]
+
+
+@pytest.fixture
+def tied(tiny):
+    return random_graph(dataclasses.replace(tiny.config, tie_embeddings=True))
+
+
+def test_rotation_is_the_default_where_it_costs_nothing(tiny, tied):
+    assert steps(Recipe(quantize=SPEC), tiny) == ["Rotate", "GPTQ"] and steps(Recipe(quantize=SPEC), tied) == ["GPTQ"]
+    assert steps(Recipe(quantize=SPEC, rotate=False), tiny) == ["GPTQ"] and steps(Recipe(quantize=SPEC, rotate=True), tied) == ["Rotate", "GPTQ"]
+    assert steps(Recipe(quantize=SPEC, quantize_method="rtn"), tiny) == ["RTN"]
+    assert steps(Recipe(), tiny) == steps(Recipe(), tied) == []
+    with pytest.raises(InputError, match="--rotate"):
+        Recipe(rotate=True)
+
+
+@pytest.mark.parametrize("rotate", [None, True, False])
+def test_the_config_foretold_is_the_one_arrived_at(tied, nonuniform, rotate):
+    for graph in (tied, nonuniform):
+        recipe = Recipe(prune="ffn=0.5", quantize=SPEC, quantize_embedding=QuantSpec(8, 16), rotate=rotate)
+        tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(0))
+        out = graph
+        for step in recipe.passes(graph, tokens):
+            out = step(out)
+        expected = recipe.check(graph)
+        assert out.config.tie_embeddings == expected.tie_embeddings and out.config.hidden_size == expected.hidden_size
+        heads = [n for n in out.weights if n in ("model.embed_tokens.weight", "lm_head.weight")]
+        assert all(isinstance(out.weights.entries[n], QuantTensor) for n in heads) and len(heads) == 2 - expected.tie_embeddings
+
+
+def test_a_rotated_model_is_closer_to_the_float_one_where_channels_are_outliers(tiny):
+    outliers = torch.ones(64)
+    outliers[::16] = 30.0
+    wild = {n: w * outliers if n.endswith(("q_proj.weight", "up_proj.weight")) else w for n, w in tiny.weights.items()}
+    graph, tokens = tiny.replace(weights=wild), torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(0))
+    reference = graph.module()(tokens)
+
+    def error(rotate):
+        out = graph
+        for step in Recipe(quantize=QuantSpec(3, 16), rotate=rotate).passes(graph, tokens):
+            out = step(out)
+        return (out.module()(tokens) - reference).square().mean().item()
+
+    assert error(None) == error(True) < error(False)
