@@ -113,11 +113,7 @@ def compress(
     quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
     quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
     rotate: Annotated[
-        bool | None,
-        typer.Option(
-            "--rotate/--no-rotate",
-            help="Rotate before quantizing: better, but a head tied to the embedding gets a table of its own.  [default: where the head has one]",
-        ),
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate before quantizing; it unties a tied head.  [default: where there is none]")
     ] = None,
     quantize_embedding: Annotated[
         str | None, typer.Option(metavar="w8g64", help="Bits and group size of the embedding and the head (tied: one table).")
