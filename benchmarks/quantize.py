@@ -75,6 +75,7 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
     "rotation of the heads, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate(residual=False)(g))),
     "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
+    "gptq + refine + qep, block tuning, α = 1": (BEST, lambda g, t, s: AutoRound(t, g, propagate=1.0)(best_gptq(t, s)(g))),
     "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
     "rotation, gptq + refine + qep, block tuning": ("gptq + refine + qep, block tuning", lambda g, t, s: tuned_rotated(g, t, s)),
 }
