@@ -20,8 +20,9 @@ All but the last three need the whole model's statistics alone, whatever the sha
 of its own, into --work (a folder, about 1.1 GB, that may be thrown away afterwards). Such a row's seconds are the
 collection's and its own, its peak memory the larger of the two.
 
-Perplexity: non-overlapping windows of 2048 tokens, tokenized once, no BOS. Speed: exported for ONNX Runtime in float32,
-by turns with the exported whole model, medians of the rounds' ratios.
+Perplexity: non-overlapping windows of 2048 tokens, tokenized once, no BOS. Speed, after all rows and on a quiet machine: a model
+of the row's shapes with random weights, exported for ONNX Runtime in float32, by turns with the exported whole model; medians
+of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,7 @@ from tinycompress.checkpoint import load
 from tinycompress.compensate import keep_best
 from tinycompress.evaluate import environment, perplexity, tokens_per_second
 from tinycompress.files import read_json, write_json
-from tinycompress.graph import Graph, Pass, cut
+from tinycompress.graph import Graph, Layer, Pass, cut
 from tinycompress.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
 from tinycompress.passes.prune import Prune
 from tinycompress.passes.slice import Slice
@@ -201,13 +202,25 @@ def worker(args: argparse.Namespace) -> None:
         "pass": out.history[-1] if out.history else "",
         "machine": environment()["machine"],
     }
-    if name in SPEED and not args.no_speed:
-        row["speed"] = speed(graph, out)
     print(json.dumps(row), flush=True)
 
 
-def speed(whole: Graph, pruned: Graph, rounds: int = 5) -> dict[str, float]:
-    """Tokens a second of the pruned model in ONNX Runtime, float32, and as ratios to the whole one measured in turns."""
+def speeds(args: argparse.Namespace) -> None:
+    """Adds the speed of every SPEED row that has none."""
+    graph = load(args.model, dtype=torch.float32)
+    for name, share in ((name, share) for share in args.shares for name in SPEED):
+        found = measured(args)
+        row = next((row for row in found["rows"] if (row["recipe"], row["share"]) == (name, share)), None)
+        if row and "speed" not in row:
+            layers = tuple(Layer(*layer) for layer in row["layers"])
+            row["speed"] = speed(graph, Graph.random(replace(graph.config, layers=layers, hidden_size=row["hidden"])))
+            tqdm.write(f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × {row['speed']['decode_ratio']:.2f}")
+            write_json(RESULTS, found)
+
+
+def speed(whole: Graph, pruned: Graph, rounds: int = 5) -> dict[str, Any]:
+    """Tokens a second of the pruned model in ONNX Runtime, float32, and as ratios to the whole one measured in turns. What the
+    weights are makes no difference to it."""
     from tinycompress.export import OrtModel, export
 
     ids = torch.arange(256)[None] % whole.config.vocab_size
@@ -223,6 +236,7 @@ def speed(whole: Graph, pruned: Graph, rounds: int = 5) -> dict[str, float]:
         "prefill_ratio": median(b / a for a, b in prefill),
         "decode": median(b for _, b in decode),
         "decode_ratio": median(b / a for a, b in decode),
+        "machine": environment()["machine"],
     }
 
 
@@ -252,15 +266,13 @@ def main() -> None:
     if args.quick:
         args.samples = args.windows = 2
         args.shares = [0.8]
-    found = read_json(RESULTS) if RESULTS.exists() and not args.quick else {"protocol": protocol(args), "rows": []}
-    if found["protocol"] != protocol(args):
-        parser.error(f"{RESULTS} was measured with {found['protocol']}, not {protocol(args)}: move it away first")
-    done = {(row["recipe"], row["share"]) for row in found["rows"]}
     todo = [("float", 1.0), *((name, share) for share in args.shares for name in args.recipes)]
     with tempfile.TemporaryDirectory() as temporary:
         args.work = args.work or Path(temporary)
         args.work.mkdir(parents=True, exist_ok=True)
-        for name, share in tqdm([row for row in todo if row not in done], desc="rows", unit="row"):
+        for name, share in tqdm(todo, desc="rows", unit="row"):
+            if not args.quick and any((row["recipe"], row["share"]) == (name, share) for row in measured(args)["rows"]):
+                continue
             if not all(ready(args, kind) for kind in (RECIPES[name].reads if name in RECIPES else ())):
                 tqdm.write(f"{name}: its statistics failed, left out")
                 continue
@@ -269,17 +281,27 @@ def main() -> None:
                 tqdm.write(f"{name} at {share}: failed, left out")
                 continue
             row = json.loads(ran.stdout.splitlines()[-1])
-            found["rows"].append(row)
             tqdm.write(f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['peak_mb']:.0f} MB")
             if not args.quick:
-                write_json(RESULTS, found | {"environment": environment()})
+                found = measured(args)
+                write_json(RESULTS, found | {"rows": [*found["rows"], row], "environment": environment()})
     if not args.quick:
+        if not args.no_speed:
+            speeds(args)
         report()
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results file has by now: other runs may write to it as well."""
+    found: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {"protocol": protocol(args), "rows": []}
+    if found["protocol"] != protocol(args):
+        raise SystemExit(f"error: {RESULTS} was measured with {found['protocol']}, not {protocol(args)}: move it away first")
+    return found
 
 
 def run(args: argparse.Namespace, what: str, value: str) -> subprocess.CompletedProcess[str]:
     options = [f"--{o}={getattr(args, o)}" for o in (*OPTIONS, "work")]
-    command = [sys.executable, __file__, what, value, *options, *["--no-speed"] * args.no_speed, *["--no-times"] * args.no_times]
+    command = [sys.executable, __file__, what, value, *options, *["--no-times"] * args.no_times]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True)
 
 
