@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress import data
+from tinycompress.block_tuning import BlockTuning
 from tinycompress.checkpoint import load, save
 from tinycompress.evaluate import Interval, environment, paired_difference, perplexity
 from tinycompress.files import write_json, write_text
@@ -75,9 +76,10 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
     "rotation of the heads, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate(residual=False)(g))),
     "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
-    "gptq + refine + qep, block tuning, α = 1": (BEST, lambda g, t, s: AutoRound(t, g, propagate=1.0)(best_gptq(t, s)(g))),
+    "gptq + refine + qep, block tuning, α = 1": (BEST, lambda g, t, s: AutoRound(t, g, BlockTuning(propagate=1.0))(best_gptq(t, s)(g))),
     "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
-    "rotation, gptq + refine + qep, block tuning": ("gptq + refine + qep, block tuning", lambda g, t, s: tuned_rotated(g, t, s)),
+    "gptq + refine + qep, each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
+    "rotation, gptq + refine + qep, each block tuned in the walk": ("rotation, gptq + refine + qep", lambda g, t, s: tuned(Rotate()(g), t, s)),
 }
 
 
@@ -88,14 +90,16 @@ def mixed(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
     return MixedBits(tokens[:8, :512], lambda specs: best_gptq(tokens, specs), bytes=limit, choices=choices)(graph)
 
 
-def tuned_rotated(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
-    rotated = Rotate()(graph)
-    return AutoRound(tokens, rotated)(best_gptq(tokens, spec)(rotated))
+def tuned(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
+    return replace(best_gptq(tokens, spec), tuning=BlockTuning(propagate=1.0))(graph)
 
 
 TIMED = ("gptq",)
 PEERS = {"gptqmodel": "run_gptqmodel.py", "auto-round": "run_auto_round.py"}
-COMPARED = {name: other for name, (other, _) in ROWS.items()} | {"gptqmodel": "gptq", "auto-round": "gptq + refine + qep, block tuning"}
+COMPARED = {name: other for name, (other, _) in ROWS.items()} | {
+    "gptqmodel": "gptq",
+    "auto-round": "gptq + refine + qep, each block tuned in the walk",
+}
 
 
 def seconds_of_forward(graph: Graph, tokens: Tensor) -> float:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tinycompress.calibrate import walk_blocks
+from tinycompress.block_tuning import BlockTuning, RoundedLinear, draws
+from tinycompress.calibrate import walk, walk_blocks
 from tinycompress.errors import InputError
 from tinycompress.graph import cut
-from tinycompress.passes.autoround import AutoRound, RoundedLinear, draws
+from tinycompress.passes.autoround import AutoRound
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.rtn import RTN, rtn_quantize
 from tinycompress.quantize import QuantSpec, QuantTensor
@@ -80,7 +81,7 @@ def test_every_window_is_drawn_once_before_any_comes_again():
 def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
     spec = QuantSpec(3, 16)
     quantized = (RTN(spec) if quantizer == "rtn" else GPTQ(tokens, spec))(nonuniform)
-    tuned = AutoRound(tokens, nonuniform, steps=60, batch=4)(quantized)
+    tuned = AutoRound(tokens, nonuniform, BlockTuning(steps=60, batch=4))(quantized)
     reference = nonuniform.module()(tokens)
     error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
     assert error(tuned) < 0.9 * error(quantized)
@@ -89,7 +90,7 @@ def test_tuning_comes_closer_to_the_float_model(nonuniform, tokens, quantizer):
     moved = [(tuned.weights[n].ints().int() - quantized.weights[n].ints().int()).abs().max().item() for n in packed]
     assert max(moved) in (1, 2)
     assert torch.equal(tuned.weights["model.embed_tokens.weight"], nonuniform.weights["model.embed_tokens.weight"])
-    again = AutoRound(tokens, nonuniform, steps=60, batch=4)(quantized)
+    again = AutoRound(tokens, nonuniform, BlockTuning(steps=60, batch=4))(quantized)
     assert all(torch.equal(again.weights[n].ints(), tuned.weights[n].ints()) for n in packed)  # a seed decides
 
 
@@ -104,10 +105,10 @@ def test_the_target_lies_between_the_float_block_and_the_float_graph(nonuniform,
     def tune(block, inputs, targets, tables, *options):
         seen[block.at] = torch.cat([block.error(x, y, tables).flatten() for x, y in zip(inputs.split(2), targets.split(2))]).mean().item()
 
-    monkeypatch.setattr("tinycompress.passes.autoround.tune", tune)
+    monkeypatch.setattr("tinycompress.block_tuning.tune", tune)
     errors = {}
     for alpha in (0.0, 0.5, 1.0):
-        AutoRound(tokens, reference, propagate=alpha)(graph)
+        AutoRound(tokens, reference, BlockTuning(propagate=alpha))(graph)
         errors[alpha] = seen["model.layers.1"]
     assert errors[0.0] < 1e-9 < errors[0.5] < errors[1.0]
     assert errors[0.5] == pytest.approx(errors[1.0] / 4, rel=0.3)  # half the distance
@@ -117,16 +118,57 @@ def test_broken_activations_are_named(nonuniform, tokens):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = nonuniform.replace(weights={name: torch.full_like(nonuniform.weights[name], 1e38)})
     with pytest.raises(InputError, match=r"output of model\.layers\.1: found NaN or infinite"):
-        AutoRound(tokens[:2], broken, steps=1)(RTN(QuantSpec(4, 16))(nonuniform))
+        AutoRound(tokens[:2], broken, BlockTuning(steps=1))(RTN(QuantSpec(4, 16))(nonuniform))
 
 
 def test_norms_stay_on_request_and_options_are_checked(nonuniform, tokens):
     quantized = RTN(QuantSpec(3, 16))(nonuniform)
-    tuned = AutoRound(tokens, nonuniform, steps=5, norms=False)(quantized)
+    tuned = AutoRound(tokens, nonuniform, BlockTuning(steps=5, norms=False))(quantized)
     norms = [n for n in tuned.weights if "norm" in n]
     assert all(torch.equal(tuned.weights[n], nonuniform.weights[n]) for n in norms)
     with pytest.raises(InputError, match="run RTN or GPTQ first"):
         AutoRound(tokens, nonuniform)(nonuniform)
     for options, name in (({"steps": 0}, "steps"), ({"rate": 2.0}, "rate"), ({"scale_rate": 0.5}, "scale_rate"), ({"propagate": 1.5}, "propagate")):
         with pytest.raises(InputError, match=name):
-            AutoRound(tokens, nonuniform, **options)
+            BlockTuning(**options)
+
+
+def test_a_finisher_sees_the_block_as_it_was_entered_and_its_parameters_are_run(nonuniform, tokens):
+    """What the finisher returns decides what the next block gets; nothing returned, the walk is as without it."""
+    plain, changed = [], []
+
+    def visit(seen):
+        def inputs(feed, found):
+            seen.append(torch.cat(list(found)))
+
+        return inputs
+
+    def finish(graph, layer, before, targets, tables):
+        block = graph.module().model.layers[layer]
+        assert torch.allclose(torch.cat([block(h.clone(), tables) for h in before]), torch.cat(targets), atol=1e-5) == (layer < 2)
+        name = "model.layers.1.mlp.down_proj.weight"
+        return {name: graph.weights[name] * 2} if layer == 1 else {}
+
+    with pytest.raises(InputError, match="reference"):
+        walk(nonuniform, tokens, visit([]), finish=finish)
+    walk(nonuniform, tokens, visit(plain))
+    out = walk(nonuniform, tokens, visit(changed), reference=True, finish=finish)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(out.weights[name], nonuniform.weights[name] * 2)
+    expected = []
+    walk(out, tokens, visit(expected))
+    same = [torch.allclose(x, y, atol=1e-5) for x, y in zip(changed, expected)]
+    first = next(i for i, (x, y) in enumerate(zip(plain, changed)) if not torch.allclose(x, y, atol=1e-5))
+    assert all(same) and 0 < first < len(plain) - 1
+
+
+def test_tuning_inside_the_walk_comes_closer_than_no_tuning(nonuniform, tokens):
+    spec, tuning = QuantSpec(3, 16), BlockTuning(steps=60, batch=4, propagate=1.0)
+    reference = nonuniform.module()(tokens)
+    error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
+    plain = GPTQ(tokens, spec, propagate=0.5)(nonuniform)
+    tuned = GPTQ(tokens, spec, propagate=0.5, tuning=tuning)(nonuniform)
+    assert error(tuned) < 0.9 * error(plain)
+    assert {n for n, w in tuned.weights.items() if isinstance(w, QuantTensor)} == {n for n, w in plain.weights.items() if isinstance(w, QuantTensor)}
+    assert any(not torch.equal(tuned.weights[n], nonuniform.weights[n]) for n in tuned.weights if "norm" in n)
+    assert "BlockTuning(steps=60" in tuned.history[-1]

@@ -6,6 +6,7 @@ text = tokens("pydoc", graph.tokenizer, n=32, seq_len=512)
 small = GPTQ(text, QuantSpec.parse("w4g64"))(PruneFFN(text, keep=0.75, multiple_of=64)(graph))
 """
 
+from .block_tuning import BlockTuning
 from .calibrate import Inputs, gram, walk
 from .checkpoint import load, save
 from .data import tokens
@@ -43,6 +44,7 @@ __all__ = [
     "TINYLLAMA_1_1B",
     "AutoRound",
     "Axis",
+    "BlockTuning",
     "ChooseRope",
     "Config",
     "Distill",

@@ -56,12 +56,20 @@ class Inputs:
 Visitor = Callable[[Feed, Inputs], Mapping[str, Weight] | None]
 
 
+Finish = Callable[[Graph, int, list[Tensor], list[Tensor], RotaryTables], Mapping[str, Weight]]
+
+
 @torch.no_grad()
-def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = False, progress: str | None = None) -> Graph:
+def walk(
+    graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = False, finish: Finish | None = None, progress: str | None = None
+) -> Graph:
     """Calls `visit(feed, inputs)` for every feed in order; the parameters it returns (same shapes) replace the graph's.
 
     tokens: [N, T] ids, on the device to work on. Blocks run in float32 on the CPU, in the graph's dtype elsewhere.
     reference: also run the untouched graph and show its inputs as `inputs.reference` (twice the time and memory).
+    finish: behind the last feed of a block, `finish(changed, layer, inputs, targets, tables)` may replace parameters of the
+    block once more, which then runs again: `changed` is the graph with what the visitor returned, inputs are the batches
+    [b, T, D] that reached the block, targets what the untouched graph has behind it. It takes `reference`.
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
@@ -70,6 +78,8 @@ def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = Fals
     dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
     stream = _Stream(graph, tokens, device, dtype)
     other = _Stream(graph, tokens, device, dtype) if reference else None
+    if finish and not other:
+        raise InputError("walk(finish=…)", "without a reference", "reference=True")
     changed: dict[str, Weight] = {}
     todo: dict[int | None, list[Feed]] = {}
     for feed in feeds(graph.config):
@@ -78,6 +88,7 @@ def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = Fals
         for s in (stream, other):
             if s:
                 s.enter(layer)
+        before = [h.clone() for h in stream.hidden] if finish else []
         for feed in todo.get(layer, ()):
             inputs = stream.inputs(feed, other)
             new = visit(feed, inputs) or {}
@@ -86,6 +97,10 @@ def walk(graph: Graph, tokens: Tensor, visit: Visitor, *, reference: bool = Fals
             for s in (stream, other):
                 if s:
                     s.advance(feed)
+        if finish and other and (new := finish(graph.replace(weights=changed), layer, before, other.hidden, stream.tables)):
+            changed |= new
+            stream.apply(new)
+            stream.again(before)
     for feed in todo[None]:
         changed |= visit(feed, stream.inputs(feed, other)) or {}
     return graph.replace(weights=changed)
@@ -146,6 +161,12 @@ class _Stream:
     def step(self, block: Block) -> None:
         """Runs a whole block."""
         self.hidden = [block(h, self.tables) for h in self.hidden]
+
+    def again(self, hidden: list[Tensor]) -> None:
+        """Runs the block that was entered from what reached it."""
+        assert self.block is not None
+        self.hidden = hidden
+        self.step(self.block)
 
     def enter(self, layer: int) -> None:
         self.block = Block(self.graph, layer, self.device, self.dtype)

@@ -28,10 +28,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..block_tuning import BlockTuning
 from ..calibrate import Inputs, check_calibration, cross_gram, gram, stream_gram, walk
 from ..errors import InputError
 from ..graph import Feed, Graph, Weight
 from ..grids import find_grid, nearest_ints
+from ..model import RotaryTables
 from ..quantize import QuantSpec, QuantTensor, named_specs, targets
 from ..refine import refine as refine_rounding
 
@@ -47,7 +49,8 @@ class GPTQ:
 
     `propagate` is the α of the `correction` for what that prefix lost (0: off), and with `stream` what writes the
     residual stream also corrects what the stream itself has lost. `refine` counts rounds of scale and integer refinement.
-    `balance` weighs the positions of what writes the residual stream by the stream's size (`Inputs.balanced`)."""
+    `balance` weighs the positions of what writes the residual stream by the stream's size (`Inputs.balanced`). `tuning` moves
+    rounding, scales and norms of every block by gradients once it is quantized, before the next one is (block_tuning.py)."""
 
     tokens: Tensor = field(repr=False, compare=False)
     spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
@@ -58,6 +61,7 @@ class GPTQ:
     stream: bool = False
     refine: int = 0
     balance: bool = False
+    tuning: BlockTuning | None = None
     head: bool = False
 
     def __post_init__(self) -> None:
@@ -114,7 +118,11 @@ class GPTQ:
                     start += len(rows[name])
             return out
 
-        return walk(graph, self.tokens, visit, reference=self.propagate > 0, progress=f"GPTQ {self.spec}").replace(by=self)
+        def finish(changed: Graph, layer: int, inputs: list[Tensor], targets: list[Tensor], tables: RotaryTables) -> Mapping[str, Weight]:
+            return self.tuning.tuned(changed, graph, layer, inputs, targets, tables) if self.tuning else {}
+
+        reference, progress = self.propagate > 0 or self.tuning is not None, f"GPTQ {self.spec}"
+        return walk(graph, self.tokens, visit, reference=reference, finish=finish if self.tuning else None, progress=progress).replace(by=self)
 
 
 def check_length(graph: Graph, tokens: Tensor, names: Iterable[str]) -> None:
