@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from tinycompress.errors import InputError
 
@@ -54,6 +55,17 @@ class Grid:
         first, last = GRIDS[self.dtype]
         q = np.clip(np.rint(x / np.float32(self.scale)) + self.zero, first, last)
         return ((q - self.zero) * np.float32(self.scale)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the activations of a graph lie on integers: the grid of each by its key; for each attention, by its prefix, the
+    scales [K, d] that keys are divided by and queries multiplied with, so that all channels of the keys fill one grid; and
+    at how many bits, 16 or 8, attention reads keys and values."""
+
+    grids: Mapping[str, Grid]
+    key_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    attention_bits: int = 16
 
 
 @dataclass

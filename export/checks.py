@@ -108,7 +108,7 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     model(ids[:, :tile], near)
     index = (torch.arange(start) - start) % tile  # ends with the end of the tile, so that the text goes on
     (cos, sin), (far_cos, far_sin) = (config.rope.tables(config.head_dim, n) for n in (tile, start))
-    for pair, i in zip(ours.layers, attention_layers(config)):
+    for slot, (pair, i) in enumerate(zip(ours.layers, attention_layers(config))):
         keys, values = near.layers[i]
         varies = config.rope.varies_with_length  # then torch caches keys as they are; the file only if its context reaches that far
         plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
@@ -116,6 +116,8 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
         key_buffers = ((pair[0], unrotated_keys(config)), (theirs.layers[i][0], varies))
         for buffer, as_they_are in key_buffers:
             buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
+        if ours.key_scales:
+            pair[0][:, :, :start] /= ours.key_scales[slot][:, None]
         for buffer in (pair[1], theirs.layers[i][1]):
             buffer[:, :, :start] = values[:, :, index]
     ours.length = theirs.length = start

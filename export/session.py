@@ -34,6 +34,8 @@ FLOAT, INT8 = 1, 3  # onnx.TensorProto's
 class OrtCache:
     """Keys and values of every attention layer, [B, K, max_length, d] each; `length` positions are filled."""
 
+    key_scales: tuple[Tensor, ...] = ()  # keys are cached as they are
+
     def __init__(self, config: Config, batch: int, max_length: int, dtype: torch.dtype = torch.float32) -> None:
         if max_length > config.max_position:
             raise InputError("positions", max_length, f"at most {config.max_position}: the rotary tables in the file end there")

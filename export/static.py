@@ -10,7 +10,9 @@
 
 The queries of a group are rows of one product, so keys and values are never repeated. Embedding, mask and rotation come
 from the host, which also writes the new keys and values into its cache. With integer activations every value passes
-through Quantize- and DequantizeLinear on the grid of its key; values that are only moved share a key, hence a grid.
+through Quantize- and DequantizeLinear on the grid of its key; values that are only moved share a key, hence a grid. There
+keys, which an NPU may read at 8 bits, are also balanced: k / s and q · s channel by channel, behind the rotation; and keys
+and values are split in two of 8 bits each, unless 8 are enough (`attend`).
 
 Letters: S new positions, C slots of the cache, D hidden, H heads, K KV heads, g = H / K, d head_dim, V vocabulary;
 for weights N out_features, K in_features.
@@ -23,13 +25,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tinycompress.config import Layer, layer_prefix
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph
 from tinycompress.quantize import QuantTensor
 
-from .activation_ranges import GRIDS, Grid
+from .activation_ranges import GRIDS, Activations, Grid
 from .draw import Choices, Draw
 from .emit import attention_layers
 from .profiles import Profile
@@ -45,22 +48,23 @@ MOVES = ("Reshape", "Transpose", "Slice", "Concat")
 Points = dict[str, list["ir.Value"]]
 
 
-def emit_static(graph: Graph, profile: Profile, length: int, grids: Mapping[str, Grid] | None = None) -> ir.Model:
+def emit_static(graph: Graph, profile: Profile, length: int, activations: Activations | None = None) -> ir.Model:
     """The ONNX model of a graph made ready (`static_forms.make_ready`) for `length` new positions.
 
     Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S]; cos, sin [1, 1, S, d/2]; past_key_j, past_value_j [1, K, C, d],
     j counting the layers that have attention. Outputs: logits [1, S, V]; new_key_j, new_value_j [1, K, S, d].
-    `grids`: of every activation key, for integer activations (see `points`); None draws float activations.
+    `activations`: integer ones, with the grid of every key (see `observed`); None draws float activations.
     """
-    emitter = _Static(graph, profile, length, grids)
+    emitter = _Static(graph, profile, length, activations)
     emitter.draw_model()
     return emitter.draw.model()
 
 
-def observed(graph: Graph, profile: Profile, length: int) -> tuple[ir.Model, dict[str, str], dict[str, ir.Value]]:
+def observed(graph: Graph, profile: Profile, length: int, key_scales: Mapping[str, Tensor]) -> tuple[ir.Model, dict[str, str], dict[str, ir.Value]]:
     """The float model with every computed activation as an output; the key of each of these outputs; and by key the
     constants and inputs that need a grid. What is only moved has a key already, and so has the cache."""
     emitter = _Static(graph, profile, length, None)
+    emitter.key_scales = key_scales
     emitter.draw_model()
     draw, named, given = emitter.draw, {}, {}
     for key, values in emitter.points.items():
@@ -79,10 +83,13 @@ def observed(graph: Graph, profile: Profile, length: int) -> tuple[ir.Model, dic
 class _Static:
     """Draws one graph of fixed shapes. Methods append nodes and return the value they end in."""
 
-    def __init__(self, graph: Graph, profile: Profile, length: int, grids: Mapping[str, Grid] | None) -> None:
+    def __init__(self, graph: Graph, profile: Profile, length: int, activations: Activations | None) -> None:
         self.draw = Draw(graph, profile, Choices(accuracy_level=0))
         self.graph, self.config, self.profile, self.form = graph, graph.config, profile, FORMS[profile.name]
-        self.S, self.C, self.grids = length, graph.config.max_position, grids
+        self.S, self.C = length, graph.config.max_position
+        self.grids: Mapping[str, Grid] | None = activations and activations.grids
+        self.key_scales: Mapping[str, Tensor] = activations.key_scales if activations else {}
+        self.attention_bits = activations.attention_bits if activations else None
         self.points: Points = {}  # activations by key
         self.count: Counter[tuple[str, str]] = Counter()  # nodes by key and kind
         self.host: dict[str, ir.Value] = {}  # mask, cos and sin, on their grids
@@ -121,20 +128,37 @@ class _Static:
     def attention(self, at: str, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]) -> ir.Value:
         """Grouped-query attention behind the cache; the new keys and values are added to `caches`."""
         S, C, d, H, K, slot = self.S, self.C, self.config.head_dim, layer.n_heads, layer.n_kv_heads, len(caches) // 2
-        q = self.rotate(f"{at}.query", self.heads(f"{at}.q_proj", x, H))
-        q = self.op(f"{at}.query_scaled", "Mul", [q, self.number("scale", d**-0.5)])
-        new_keys, new_values = self.rotate(f"{at}.key", self.heads(f"{at}.k_proj", x, K)), self.heads(f"{at}.v_proj", x, K)
-        keys = self.behind(f"past_key_{slot}", new_keys, f"{at}.key", K)
+        q, new_keys = (self.rotate(f"{at}.{what}", self.heads(f"{at}.{what[0]}_proj", x, n)) for what, n in (("query", H), ("key", K)))
+        new_values, key = self.heads(f"{at}.v_proj", x, K), f"{at}.key"
+        if at in self.key_scales:
+            scales, key = self.key_scales[at], f"{at}.key_balanced"  # scales [K, d]
+            q = self.op(f"{at}.query_scaled", "Mul", [q, self.table(f"{at}.query_scale", scales.repeat_interleave(layer.group, 0) * d**-0.5)])
+            new_keys = self.op(key, "Mul", [new_keys, self.table(f"{at}.key_scale", 1 / scales)])
+        else:
+            q = self.op(f"{at}.query_scaled", "Mul", [q, self.number("scale", d**-0.5)])
+        keys = self.behind(f"past_key_{slot}", new_keys, key, K)
         values = self.behind(f"past_value_{slot}", new_values, f"{at}.v_proj", K)
         caches += [(f"new_key_{slot}", new_keys, (1, K, S, d)), (f"new_value_{slot}", new_values, (1, K, S, d))]
         rows = self.reshape(q, f"{at}.query_scaled", (1, K, layer.group * S, d))
-        scores = self.op(f"{at}.scores", "MatMul", [rows, self.transpose(keys, f"{at}.key", (0, 1, 3, 2))])
+        scores = self.attend(f"{at}.scores", rows, self.transpose(keys, key, (0, 1, 3, 2)), key)
         scores = self.reshape(scores, f"{at}.scores", (1, H, S, C + S))
         probs = self.op(f"{at}.softmax", "Softmax", [self.op(f"{at}.masked", "Add", [scores, self.host[MASK]])], axis=-1)
         probs = self.reshape(probs, f"{at}.softmax", (1, K, layer.group * S, C + S))
-        out = self.op(f"{at}.heads", "MatMul", [probs, values])
+        out = self.attend(f"{at}.heads", probs, values, f"{at}.v_proj")
         out = self.transpose(self.reshape(out, f"{at}.heads", (1, H, S, d)), f"{at}.heads", (0, 2, 1, 3))
         return self.linear(f"{at}.o_proj", self.reshape(out, f"{at}.heads", (1, S, H * d)))
+
+    def attend(self, key: str, x: ir.Value, cached: ir.Value, cached_key: str) -> ir.Value:
+        """x · cached, keys or values on the grid of `cached_key`. HTP reads the second factor at 8 bits, so where 16 are wanted
+        it comes as two: c = u8(cached), whose step is 257 of the grid's, and r = u8(cached - c), whose step is 2."""
+        if self.grids is None or self.attention_bits == 8:
+            return self.op(key, "MatMul", [x, cached])
+        grid, at = self.grids[cached_key], f"{key}.second"
+        coarse = self.on(cached, f"{at}.coarse", Grid(257 * grid.scale, round(grid.zero / 257), "uint8"))
+        rest = self.draw.op(f"{at}.rest", "Sub", [cached, self.on(coarse, f"{at}.coarse16", grid)])
+        rest = self.on(rest, f"{at}.rest16", Grid(grid.scale / 100, 32768, "uint16"))  # reaches 327 steps: more than the coarse one
+        fine = self.on(rest, f"{at}.fine", Grid(2 * grid.scale, 128, "uint8"))
+        return self.op(key, "Add", [self.op(key, "MatMul", [x, coarse]), self.op(key, "MatMul", [x, fine])])
 
     def heads(self, name: str, x: ir.Value, n: int) -> ir.Value:
         """A linear's output as heads, [1, n, S, d]."""
@@ -199,6 +223,10 @@ class _Static:
         ends = [self.draw.constant(f"at_{n}", torch.tensor([n])) for n in (start, stop, 3)]
         return self.op(key, "Slice", [x, *ends])
 
+    def table(self, name: str, values: Tensor) -> ir.Value:
+        """A number for each channel of each head, [n, d] as [1, n, 1, d]."""
+        return self.act(self.draw.constant(name, values.float()[None, :, None].contiguous()), name)
+
     def number(self, name: str, value: float) -> ir.Value:
         return self.act(self.draw.constant(name, torch.tensor([value])), name)
 
@@ -207,24 +235,26 @@ class _Static:
         if self.grids is None:
             self.points.setdefault(key, []).append(x)
             return x
-        scale, zero = self.step(key)
+        return self.on(x, key, self.grid(key))
+
+    def on(self, x: ir.Value, key: str, grid: Grid) -> ir.Value:
+        """x through a grid's integers and back; `key` names the grid's constants."""
+        zero = torch.tensor(grid.zero, dtype=getattr(torch, grid.dtype))
+        step = [self.draw.constant(f"{key}.step", torch.tensor(grid.scale)), self.draw.constant(f"{key}.zero", zero)]
         at = self.at(key, "QuantizeLinear")
-        return self.draw.op(at, "DequantizeLinear", [self.draw.op(at, "QuantizeLinear", [x, scale, zero]), scale, zero])
+        return self.draw.op(at, "DequantizeLinear", [self.draw.op(at, "QuantizeLinear", [x, *step]), *step])
 
     def fixed(self, key: str) -> bool:
         """Between 0 and 1, on a grid that the compiler prescribes."""
         return key.endswith((".softmax", ".sigmoid")) and self.form.activations == "uint16"
 
-    def step(self, key: str) -> tuple[ir.Value, ir.Value]:
-        """Scale and zero point of a key's grid."""
+    def grid(self, key: str) -> Grid:
         assert self.grids is not None
         if self.fixed(key):
-            grid = Grid(UNIT, 0, "uint16")
-        elif key not in self.grids:
-            raise InputError(f"activation {key}", "no range", "the ranges of every activation (see points)")
-        else:
-            grid = self.grids[key]
+            return Grid(UNIT, 0, "uint16")
+        if key not in self.grids:
+            raise InputError(f"activation {key}", "no range", "the ranges of every activation (see observed)")
+        grid = self.grids[key]
         if grid.dtype not in GRIDS or grid.dtype != self.form.activations:
             raise InputError(f"activation {key}", grid.dtype, f"{self.form.activations} for the {self.profile.name} profile")
-        zero = torch.tensor(grid.zero, dtype=getattr(torch, grid.dtype))
-        return self.draw.constant(f"{key}.step", torch.tensor(grid.scale)), self.draw.constant(f"{key}.zero", zero)
+        return grid

@@ -1,6 +1,9 @@
 """Activation grids of a static graph, from real text: its float form runs chunk by chunk, as the export will, with every
 activation as an output. Constants and host inputs get the range of all their values, read or not, so that no token and
 no position can leave it; computed activations get the headroom of their form beyond what the text showed.
+
+Before that torch runs the text for the keys: HTP reads them at 8 bits, on one grid for all channels of all heads. A score's
+error is then Σ_c q_c² s_c² Δ² / 12, for keys k_c / s_c on steps Δ, least where every |k_c| / s_c reaches the same peak.
 """
 
 from __future__ import annotations
@@ -16,23 +19,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.calibrate import check_calibration
+from tinycompress.config import layer_prefix
 from tinycompress.errors import InputError
 from tinycompress.graph import Graph
 
-from .activation_ranges import Array, Grid, Observer, grids, observe
+from .activation_ranges import SMALLEST, Activations, Array, Observer, grids, observe
 from .draw import EMBEDDING
 from .profiles import Profile
 from .static import COS, MASK, SIN, observed
 from .static_forms import FORMS, host_tensors, layout
 from .static_session import FLOAT_PRODUCTS, StaticSession
 
+QUIETEST = 64
 FETCHED = 1 << 29  # bytes of activations fetched in one run
 
 
 def calibrate(
     graph: Graph, profile: Profile, tokens: Tensor, method: str = "minmax", *, folder: Path | None = None, progress: bool = True
-) -> dict[str, Grid]:
-    """The grid of every activation key of a graph made ready, from `tokens` [windows, T].
+) -> Activations:
+    """The scales of the keys and the grid of every activation key of a graph made ready, from `tokens` [windows, T].
 
     `method`: see `activation_ranges`. `folder`: where the float graph lies while it runs (default: the system's own
     place for temporary files). NaN, infinity and saturation are InputErrors that name the activation.
@@ -41,7 +46,8 @@ def calibrate(
     assert form.activations is not None
     tokens = _whole_chunks(check_calibration(graph, tokens), chunk_of(graph, profile))
     shape, host = layout(graph, profile), {name: t.numpy() for name, t in host_tensors(graph).items()}
-    model, named, given = observed(graph, profile, shape["chunk"])
+    balance = key_scales(graph, tokens, progress)
+    model, named, given = observed(graph, profile, shape["chunk"], balance)
     fixed: dict[str, Observer] = {}
     seen: dict[str, Observer] = {}
     observe(fixed, _given(graph, given, host, form.mask))
@@ -50,7 +56,23 @@ def calibrate(
         session = StaticSession(shape, host, {"prefill": watcher})
         for window in tqdm(tokens.numpy(), desc="ranges", unit="window", delay=2, disable=not progress):
             session.step(window, session.new_cache())
-    return grids(seen, form.activations, method, headroom=form.headroom) | grids(fixed, form.activations)
+    return Activations(grids(seen, form.activations, method, headroom=form.headroom) | grids(fixed, form.activations), balance)
+
+
+@torch.inference_mode()
+def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str, Tensor]:
+    """For each attention, by its prefix, the largest |key| of each channel [K, d] behind the rotation, over `tokens` [windows, T];
+    at least 1 / QUIETEST of the layer's largest, since the scales themselves are held in 16 bits."""
+    model, config = graph.dense(torch.float32).module(), graph.config
+    with_attention = [i for i, layer in enumerate(config.layers) if layer.n_heads]
+    peaks: dict[int, Tensor] = {}
+    for window in tqdm(tokens, desc="keys", unit="window", delay=2, disable=not progress):
+        cache = model.new_cache(1, len(window))
+        model.hidden(window[None], cache)
+        for i in with_attention:
+            found = cache.layers[i][0][0].abs().amax(1)  # (K, d)
+            peaks[i] = torch.maximum(peaks[i], found) if i in peaks else found
+    return {f"{layer_prefix(i)}.self_attn": p.clamp_min(max(p.max().item() / QUIETEST, SMALLEST)) for i, p in peaks.items()}
 
 
 def chunk_of(graph: Graph, profile: Profile) -> int:

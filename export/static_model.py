@@ -15,16 +15,17 @@ from tinycompress.errors import InputError
 from tinycompress.tokenizer import Tokenizer
 
 from .read import check_sizes, read_manifest
-from .static_session import FLOAT_PRODUCTS, Cache, Runnable, StaticSession
+from .static_session import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
 
 class StaticCache:
-    """The host's cache seen from torch: `layers` holds tensors [1, K, C, d] over its very memory."""
+    """The host's cache seen from torch: `layers` holds tensors [1, K, C, d] over its very memory. Its keys are divided by
+    `key_scales` [K, d], one for each of `layers`, if there are any."""
 
-    def __init__(self, config: Config, cache: Cache, max_length: int) -> None:
+    def __init__(self, config: Config, cache: Cache, max_length: int, key_scales: tuple[Tensor, ...] = ()) -> None:
         if max_length > config.max_position:
             raise InputError("positions", max_length, f"at most {config.max_position}: the slots of the graphs")
-        self.cache, self.max_length = cache, max_length
+        self.cache, self.max_length, self.key_scales = cache, max_length, key_scales
         self.layers = [tuple(torch.from_numpy(a) for a in pair) for pair in cache.layers]
 
     @property
@@ -64,7 +65,10 @@ class StaticModel:
     def new_cache(self, batch: int, max_length: int) -> StaticCache:
         if batch != 1:
             raise InputError("batch", batch, "1: the graphs have fixed shapes")
-        return StaticCache(self.config, self.session.new_cache(), max_length)
+        cache = self.session.new_cache()
+        names = [KEY_SCALE.format(slot) for slot in range(len(cache.layers))]
+        scales = tuple(torch.from_numpy(self.session.host[name]) for name in names if name in self.session.host)
+        return StaticCache(self.config, cache, max_length, scales)
 
     def step(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """The next ids [1, T] behind the cache, which grows by T: logits float32 [1, T, V]."""

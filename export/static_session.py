@@ -23,6 +23,7 @@ HOST, WEIGHTS = "host.safetensors", "weights.data"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 # On a CPU, ONNX Runtime would round the activations of products with packed weights to int8: not what an NPU does.
 FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
+KEY_SCALE = "key_scale_{}"  # in the host's file, [K, d] for each slot of the cache: what its keys are divided by
 EMBEDDING = "model.embed_tokens.weight"
 Array = npt.NDArray[Any]
 
@@ -35,7 +36,8 @@ class Runnable(Protocol):
 
 @dataclass
 class Cache:
-    """Keys and values [1, K, C, d] of every layer with attention; `length` slots are filled."""
+    """Keys (divided by the host file's key scales, if any) and values [1, K, C, d] of every layer with attention; `length` slots
+    are filled."""
 
     layers: list[tuple[Array, Array]]
     length: int = 0

@@ -24,13 +24,13 @@ from tinycompress.lpbq import is_lpbq
 from tinycompress.quantize import QuantTensor
 
 from . import epcontext
-from .activation_ranges import METHODS, Grid
+from .activation_ranges import METHODS, Activations
 from .profiles import Profile
 from .read import FORMAT, MANIFEST
 from .static import emit_static
 from .static_calibrate import calibrate, chunk_of
 from .static_forms import FORMS, host_tensors, layout, make_ready
-from .static_session import GRAPHS, HOST, WEIGHTS
+from .static_session import GRAPHS, HOST, KEY_SCALE, WEIGHTS
 from .verify import GateError, gate, sha256
 
 WINDOWS = 8  # of calibration text, when none is given
@@ -40,14 +40,18 @@ WINDOWS = 8  # of calibration text, when none is given
 class StaticChoices:
     """What a caller may choose: slots of the cache (None: the model's positions, at most 2048), text [windows, T] for
     activation ranges (None: the "pydoc" train split, or random ids without a tokenizer), how ranges are chosen from it,
-    and for which HTP architecture to compile (None: not)."""
+    for which HTP architecture to compile (None: not), and at how many bits attention reads keys and values: at 8 it does
+    less work."""
 
     context: int | None = None
     calibration: Tensor | None = None
     ranges: str = "minmax"
     epcontext: str | None = None
+    attention_bits: int = 16
 
     def __post_init__(self) -> None:
+        if self.attention_bits not in (8, 16):
+            raise InputError("attention bits", self.attention_bits, "16 | 8")
         if self.ranges not in METHODS:
             raise InputError("ranges", repr(self.ranges), " | ".join(METHODS))
 
@@ -76,7 +80,9 @@ def export_static(
         if activations := FORMS[profile.name].activations:
             text, what = calibration_text(ready, choices.calibration, chunk_of(ready, profile))
             found = calibrate(ready, profile, text, choices.ranges, folder=work, progress=progress)
-            about = {"type": activations, "ranges": choices.ranges, "text": what, "grids": len(found)}
+            found = dataclasses.replace(found, attention_bits=choices.attention_bits)
+            about = {"type": activations, "ranges": choices.ranges, "text": what, "grids": len(found.grids)}
+            about |= {"attention_bits": choices.attention_bits}
         write_graphs(ready, profile, found, work, progress)
         write_config(ready, work)
         manifest = _manifest(ready, profile, dtype) | {"static": layout(ready, profile), "activations": about}
@@ -112,24 +118,25 @@ def calibration_text(graph: Graph, tokens: Tensor | None, chunk: int) -> tuple[T
     return ids, f"{WINDOWS} × {T} random ids: no tokenizer"
 
 
-def write_graphs(graph: Graph, profile: Profile, grids: Mapping[str, Grid] | None, work: Path, progress: bool = True) -> None:
+def write_graphs(graph: Graph, profile: Profile, activations: Activations | None, work: Path, progress: bool = True) -> None:
     """Both graphs, their shared weights, and the host's file."""
     import onnx_ir as ir
     from safetensors.torch import save_file
 
-    model = emit_static(graph, profile, layout(graph, profile)["chunk"], grids)
+    model = emit_static(graph, profile, layout(graph, profile)["chunk"], activations)
     total = sum(v.const_value.nbytes for v in model.graph.initializers.values())
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
         ir.save(model, work / GRAPHS["prefill"], external_data=WEIGHTS, callback=lambda tensor, _: bar.update(tensor.nbytes))
     written = ir.load(work / GRAPHS["prefill"]).graph.initializers
     stored = {n: v.const_value for n, v in written.items() if isinstance(v.const_value, ir.ExternalTensor)}
-    decode = emit_static(graph, profile, 1, grids)
+    decode = emit_static(graph, profile, 1, activations)
     for name, value in decode.graph.initializers.items():
         if name in stored:
             t = stored[name]
             value.const_value = ir.ExternalTensor(t.location, t.offset, t.length, t.dtype, shape=t.shape, name=name, base_dir=work)
     ir.save(decode, work / GRAPHS["decode"])
-    save_file(host_tensors(graph), work / HOST)
+    scales = activations.key_scales.values() if activations else ()
+    save_file(host_tensors(graph) | {KEY_SCALE.format(slot): s for slot, s in enumerate(scales)}, work / HOST)
 
 
 def write_config(graph: Graph, work: Path) -> None:

@@ -99,7 +99,7 @@ def table(results: Mapping[str, Mapping[str, dict[str, Any]]], machine: Mapping[
     columns = [f"{p} · {r}" for p, r in PAIRS]
     lines = ["# Support", "", "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from torch's logits", ""]
     lines[2] += " at accuracy level 0, over a prompt, steps behind the cache, and text beyond the original context."
-    lines[2] += " NPUW and RKNN compute in float16, HTP on uint16 activations with keys and values in 8 bits, and an int8 cache is rounded:"
+    lines[2] += " NPUW and RKNN compute in float16, HTP on uint16 activations, and an int8 cache is rounded:"
     lines[2] += " larger by nature, and judged by KL, top tokens and perplexity."
     lines[2] += " For `qnn` 4 bits are w4g64-lpbq, the scales that HTP has; else w4g64."
     lines += ["| graph | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
