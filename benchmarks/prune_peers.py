@@ -7,7 +7,7 @@
                   everything that is cut together, one ratio for hidden width, FFN channels and heads, round_to=4
   llm-pruner      (a checkout of github.com/horseee/LLM-Pruner; pip install torch transformers) the recipe of its llama3.py:
                   Taylor param_first on 10 examples of 64 tokens (of the calibration text here), block-wise, the first 4 and
-                  the last 2 blocks left alone
+                  the last 2 blocks left alone; attention too where the ratio takes less than a whole KV head
 
 No retraining. The ratio is searched for until the share of the non-embedding parameters is met to 1%, or as nearly as the
 library's steps allow; "kept" says how nearly. The perplexity is transformers', by prune.py's protocol, and the rows go
@@ -68,6 +68,8 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
 
     layers = model.model.layers
     blocks = range(min(4, len(layers) // 3), len(layers) - 2)
+    keys = layers[0].self_attn.k_proj.out_features
+    whole_heads = (keys - int(keys * (1 - ratio))) // layers[0].self_attn.head_dim  # its step ends in an error where this is 0
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     pruner = tp.pruner.MetaPruner(
@@ -83,13 +85,15 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
         customized_pruners={LlamaRMSNorm: hf_llama_pruner.hf_rmsnorm_pruner},
         root_module_types=None,
         output_transform=lambda out: out.logits,  # the cache beside them has no gradients
-        root_instances=[layers[i].self_attn.k_proj for i in blocks] + [layers[i].mlp.gate_proj for i in blocks],
+        root_instances=[layers[i].self_attn.k_proj for i in blocks if whole_heads] + [layers[i].mlp.gate_proj for i in blocks],
     )
     model.zero_grad()
     examples = calibration[:10, :64]
     model(examples, labels=examples).loss.backward()
     pruner.step()
     model.zero_grad()
+    for layer in layers:
+        layer.self_attn.num_key_value_groups = layer.self_attn.q_proj.out_features // layer.self_attn.k_proj.out_features
 
 
 PRUNE: dict[str, Callable[[Any, float, torch.Tensor], None]] = {"torch-pruning": torch_pruning, "llm-pruner": llm_pruner}
@@ -225,7 +229,8 @@ def main() -> None:
         del graph
         for share in (s for s in args.shares if (args.peer, s) not in done):
             command = [args.python, __file__, "--peer", args.peer, "--worker", str(folder), "--share", str(share)]
-            ran = subprocess.run(command + [f"--checkout={args.checkout.absolute()}"] * bool(args.checkout), stdout=subprocess.PIPE, text=True)
+            command += [f"--checkout={args.checkout.absolute()}"] if args.checkout else []
+            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if ran.returncode:
                 print(f"{args.peer} at {share}: failed, left out", file=sys.stderr)
                 continue
