@@ -13,10 +13,12 @@ soon as it is measured; rows that are there already are not run again. Shares ar
   layers                    block influence (ShortGPT): whole layers
   slice, hidden             hidden width by one PCA rotation, and by Minitron's selection
   wanda_sp, layer by layer  as its authors' code does it: each layer scored on what the pruned layers before it give
-  ours                      `Prune` as it comes, on half of the calibration windows (it runs two streams, at twice the price)
+  … FFNs only               the same, taking it all from the FFNs
+  ours                      `Prune` as it comes, which cuts FFNs, on half of the calibration windows (it runs two streams, at twice the price)
   ours, own target          the same refitted to each linear's own output, on all windows
+  ours, heads too           the same as ours, with the query heads under the same budget
 
-All but the last three need the whole model's statistics alone, whatever the share: they are collected once, by a process
+All but the last four need the whole model's statistics alone, whatever the share: they are collected once, by a process
 of its own, into --work (a folder, about 1.1 GB, that may be thrown away afterwards). Such a row's seconds are the
 collection's and its own, its peak memory the larger of the two.
 
@@ -62,6 +64,7 @@ from tinycompress.topology import axes
 RESULTS = Path(__file__).parent / "results" / "prune.json"
 SHARES = (0.8, 0.7, 0.5, 0.9)
 CRITERIA = ("wanda_sp", "magnitude", "flap", "minitron", "taylor", "obs")
+FFN_ONLY = ("wanda_sp", "minitron")
 SPEED = ("ours", "layers", "hidden")  # one row for each way a model gets smaller: width, depth, stream
 OPTIONS = ("model", "calibration", "evaluation", "samples", "windows")
 
@@ -109,12 +112,13 @@ def statistics(graph: Graph, tokens: Tensor, found: dict[str, Tensor]) -> dict[s
     return out
 
 
-def one_shot(criterion: str, refit: bool) -> Recipe:
+def one_shot(criterion: str, refit: bool, cut: tuple[str, ...] = ("ffn", "heads")) -> Recipe:
     own = "bias" if criterion == "flap" else False
     allocation = "global" if criterion == "flap" else "uniform"
 
     def cut_it(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
-        step = Prune(tokens, f"params={share}", criterion=criterion, allocation=allocation, refit=refit or own, probe=len(tokens), one_shot=True)
+        target, how = f"params={share}", refit or own
+        step = Prune(tokens, target, axes=cut, criterion=criterion, allocation=allocation, refit=how, probe=len(tokens), one_shot=True)
         return step.from_statistics(graph, statistics(graph, tokens, found))
 
     return Recipe(cut_it, ("inputs", "gradients") if criterion == "taylor" else ("inputs",))
@@ -143,13 +147,19 @@ def hidden_size(share: float, graph: Graph) -> int:
 
 RECIPES: dict[str, Recipe] = {
     **{f"{name} + refit" if refit else name: one_shot(name, refit) for name in CRITERIA for refit in (False, True)},
+    **{
+        f"{name} + refit, FFNs only" if refit else f"{name}, FFNs only": one_shot(name, refit, ("ffn",))
+        for name in FFN_ONLY
+        for refit in (False, True)
+    },
     "layers": Recipe(fewer_layers, ("influence",)),
     "slice": Recipe(sliced, ("rotation",)),
     "hidden": Recipe(narrower, ("channels",)),
     "ours": by_pass(lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}")),
     "ours, own target": by_pass(lambda tokens, share: Prune(tokens, f"params={share}", refit=True)),
+    "ours, heads too": by_pass(lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}", axes=("ffn", "heads"))),
     "wanda_sp, layer by layer": by_pass(
-        lambda tokens, share: Prune(tokens, f"params={share}", criterion="wanda_sp", allocation="uniform", refit=False)
+        lambda tokens, share: Prune(tokens, f"params={share}", axes=("ffn", "heads"), criterion="wanda_sp", allocation="uniform", refit=False)
     ),
 }
 
