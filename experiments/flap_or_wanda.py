@@ -30,7 +30,9 @@ def flap_or_wanda(bench: Bench) -> Iterator[Finding]:
     runs: dict[tuple[float, str], list[Tensor]] = {}
     for seed in bench.seeds:
         steps = {
-            (share, name): Prune(bench.calibration(seed), f"params={share}", criterion=name, allocation=allocation, refit=refit, one_shot=True)
+            (share, name): Prune(
+                bench.calibration(seed), f"params={share}", axes=("ffn", "heads"), criterion=name, allocation=allocation, refit=refit, one_shot=True
+            )
             for share in SETTINGS
             for name, allocation, refit in (("wanda_sp", "uniform", False), ("flap", "global", "bias"))
         }

@@ -30,9 +30,15 @@ def collected():
         ("layers", lambda t: Prune(t, keep={"layers": 2})),
         ("hidden", lambda t: Prune(t, keep={"hidden": 96}, multiple_of=32)),
         ("slice", lambda t: Slice(t, 96)),
-        ("flap", lambda t: Prune(t, TARGET, criterion="flap", allocation="global", refit="bias", probe=4, one_shot=True)),
-        ("taylor + refit", lambda t: Prune(t, TARGET, criterion="taylor", allocation="uniform", refit=True, probe=4, one_shot=True)),
-        ("wanda_sp", lambda t: Prune(t, TARGET, criterion="wanda_sp", allocation="uniform", refit=False, probe=4, one_shot=True)),
+        ("flap", lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="flap", allocation="global", refit="bias", probe=4, one_shot=True)),
+        (
+            "taylor + refit",
+            lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="taylor", allocation="uniform", refit=True, probe=4, one_shot=True),
+        ),
+        (
+            "wanda_sp",
+            lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="wanda_sp", allocation="uniform", refit=False, probe=4, one_shot=True),
+        ),
     ],
 )
 def test_a_row_from_shared_statistics_is_what_the_pass_gives(collected, name, make):

@@ -42,6 +42,8 @@ def test_gradients_are_torchs(monkeypatch, bias, frozen):
     ours = torch.autograd.grad((product(*inputs) * by).sum(), wanted)
     theirs = torch.autograd.grad((F.linear(*inputs) * by).sum(), wanted)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
+    residual = torch.autograd.grad((product(*inputs).add_(by) * by).sum(), wanted)  # written to in place, as the model's branches are
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(residual, theirs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert product(*inputs).dtype == torch.bfloat16  # autocast sees to its own products
 

@@ -24,6 +24,7 @@ from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
 from tinycompress.recipe import prune_pass
 
+BOTH = ("ffn", "heads")
 MIXED = (Layer(4, 2, 96), Layer(6, 2, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
 
 
@@ -380,7 +381,7 @@ def test_widths_suit_the_quantizer():
 
 def test_floors_hold():
     graph = small(layers=(Layer(4, 2, 96),) * 4)
-    out = Prune(ids(), "params=0.6", multiple_of=16, floors={"ffn": 0.5, "heads": 2}, sublayers=True)(graph)
+    out = Prune(ids(), "params=0.6", axes=BOTH, multiple_of=16, floors={"ffn": 0.5, "heads": 2}, sublayers=True)(graph)
     assert all(layer.ffn_dim >= 48 and layer.n_heads >= 2 for layer in out.config.layers)
 
 
@@ -389,7 +390,7 @@ def test_sublayers_go_where_they_are_worth_least():
     useless = {
         n: graph.weights[n] * 1e-4 for n in graph.weights if n in ("model.layers.2.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight")
     }
-    out = Prune(ids(), "params=0.8", multiple_of=96, sublayers=True)(graph.replace(weights=useless))
+    out = Prune(ids(), "params=0.8", axes=BOTH, multiple_of=96, sublayers=True)(graph.replace(weights=useless))
     assert out.config.layers[2].n_heads == 0 and out.config.layers[1].ffn_dim == 0
 
 
@@ -421,7 +422,7 @@ def test_the_bias_keeps_the_mean_output():
 def test_heads_stay_equal_in_every_group(kv, group, share, biased):
     biases = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}) if biased else frozenset()
     graph = small(layers=(Layer(kv * group, kv, 32), Layer(kv, kv, 48)), biases=biases)
-    out = Prune(ids(2, 16), f"params={share:.2f}", multiple_of=8, sublayers=True)(graph)
+    out = Prune(ids(2, 16), f"params={share:.2f}", axes=BOTH, multiple_of=8, sublayers=True)(graph)
     for old, new in zip(graph.config.layers, out.config.layers):
         assert new.n_kv_heads in (0, old.n_kv_heads)
     assert torch.isfinite(out.module()(ids(2, 16))).all()
@@ -519,8 +520,8 @@ def test_what_cannot_be_met_is_known_before_any_work(settings_, names):
 def test_an_impossible_budget_names_the_nearest_that_works():
     graph = small(layers=(Layer(4, 2, 96),) * 2)
     with pytest.raises(InputError) as error:
-        Prune(ids(), "params=0.1", multiple_of=16)(graph)
-    out = Prune(ids(), error.value.accepted.split()[0], multiple_of=16)(graph)
+        Prune(ids(), "params=0.1", axes=BOTH, multiple_of=16)(graph)
+    out = Prune(ids(), error.value.accepted.split()[0], axes=BOTH, multiple_of=16)(graph)
     assert out.config.layers == (Layer(2, 2, 16),) * 2
 
 
@@ -579,7 +580,7 @@ def test_one_shot_scores_and_refits_on_what_the_whole_graph_gives():
 )
 def test_one_collection_serves_every_budget(how):
     graph, tokens = small(), ids()
-    step = Prune(tokens, "params=0.8", multiple_of=16, one_shot=True, probe=6, **how)
+    step = Prune(tokens, "params=0.8", axes=BOTH, multiple_of=16, one_shot=True, probe=6, **how)
     measured = step.collect(graph)
     for target in ("params=0.8", "params=0.6"):
         again = dataclasses.replace(step, target=target)

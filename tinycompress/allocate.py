@@ -140,7 +140,9 @@ def check_budget(choices: Sequence[Item], limit: int, said: str, nearest: str) -
     """An InputError naming the nearest budget if even the smallest sizes cost more than `limit`."""
     least = sum(item.prices[0] for item in choices)
     if least > limit:
-        raise InputError("target", said, f"{nearest} or more, by these axes, floors and multiples")
+        kinds = sorted({item.axis.rsplit(".", 1)[1] for item in choices})
+        more = "" if {"heads", "kv_heads"} & set(kinds) else '; less with axes=("ffn", "heads")'
+        raise InputError("target", said, f"{nearest} or more, by these axes ({', '.join(kinds)}), floors and multiples{more}")
 
 
 def uniform(choices: Sequence[Item], limit: int) -> list[int]:

@@ -25,7 +25,7 @@ class Budget:
 
     target: str | None = None
     keep: Mapping[str, float] | None = None
-    axes: tuple[str, ...] = ("ffn", "heads")
+    axes: tuple[str, ...] = ("ffn",)
     multiple_of: int = 64
     floors: Mapping[str, float] | None = None
     sublayers: bool = False

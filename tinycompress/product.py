@@ -39,7 +39,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, min_rows: int
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if x.numel() < x.shape[-1] * (MIN_TRAINED if trained else min_rows):
         return F.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias) if trained else _onednn(x, weight, bias)
+    if not trained:
+        return _onednn(x, weight, bias)
+    rows: Tensor = _Product.apply(x.flatten(0, -2), weight, bias)
+    return rows.view(*x.shape[:-1], len(weight))  # outside: what a Function returns as a view must not be written to, as residuals are
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x, weight), rows = ctx.saved_tensors, grads[0].flatten(0, -2)
-        to_x = _onednn(grads[0].contiguous(), weight.T.contiguous()) if ctx.needs_input_grad[0] else None
-        to_weight = _onednn(rows.T.contiguous(), x.flatten(0, -2).T.contiguous()) if ctx.needs_input_grad[1] else None
+        (x, weight), rows = ctx.saved_tensors, grads[0]
+        to_x = _onednn(rows.contiguous(), weight.T.contiguous()) if ctx.needs_input_grad[0] else None
+        to_weight = _onednn(rows.T.contiguous(), x.T.contiguous()) if ctx.needs_input_grad[1] else None
         return to_x, to_weight, rows.sum(0) if ctx.needs_input_grad[2] else None

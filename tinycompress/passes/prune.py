@@ -73,7 +73,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prune:
-    """Cuts a graph to `target` ("params=0.8", "bytes=300MB", "flops=0.8"), taken from `axes` together, or to `keep`, one
+    """Cuts a graph to `target` ("params=0.8", "bytes=300MB", "flops=0.8"), taken from `axes` together (FFNs unless others are
+    named: each head is cheap alone, many together are not, which no loss by layer shows), or to `keep`, one
     budget an axis: {"ffn": 0.75} a share of all channels, {"ffn": 1024} that many in each layer; also "layers" and
     "hidden", cut first.
 
@@ -88,7 +89,7 @@ class Prune:
     tokens: Tensor = field(repr=False, compare=False)
     target: str | None = None
     keep: Mapping[str, float] | None = None
-    axes: tuple[str, ...] = ("ffn", "heads")
+    axes: tuple[str, ...] = ("ffn",)
     criterion: str | Criterion = "obs"
     allocation: str = "optimal"
     refit: bool | str = "reference"
