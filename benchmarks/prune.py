@@ -53,7 +53,7 @@ from tinycompress import data
 from tinycompress.checkpoint import load
 from tinycompress.compensate import keep_best
 from tinycompress.evaluate import environment, perplexity, tokens_per_second
-from tinycompress.files import read_json, write_json
+from tinycompress.files import read_json, write_json, write_text
 from tinycompress.graph import Graph, Layer, Pass, cut
 from tinycompress.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
 from tinycompress.passes.prune import Prune
@@ -329,31 +329,52 @@ def protocol(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report() -> None:
-    """The table as Markdown, what our recipe loses against Wanda-sp, and results/prune.png."""
-    rows = {(row["recipe"], row["share"]): row for row in read_json(RESULTS)["rows"]}
+    """results/prune.md, also printed: the table, what our recipe loses against Wanda-sp, and speeds; and results/prune.png."""
+    found = read_json(RESULTS)
+    rows = {(row["recipe"], row["share"]): row for row in found["rows"]}
+    text = "\n".join(table(rows, found["protocol"]))
+    print(text)
+    write_text(RESULTS.with_suffix(".md"), text + "\n")
+    plot(rows, rows["float", 1.0]["perplexity"])
+
+
+def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
     shares = sorted({share for name, share in rows if name != "float"}, reverse=True)
     whole = rows["float", 1.0]["perplexity"]
-    print(f"| perplexity (whole: {whole:.2f}) | " + " | ".join(f"{share:.0%}" for share in shares) + " | seconds, MB at the first |")
-    print("|---" * (len(shares) + 2) + "|")
-    for name in (name for name in RECIPES if any((name, share) in rows for share in shares)):
+    lines = ["# Pruning without retraining", "", f"{protocol}; made by `benchmarks/prune.py`, which says what the rows are.", ""]
+    lines += ["Kept of the non-embedding parameters, in brackets where more than 1% from the column's share.", ""]
+    lines.append(f"| perplexity (whole: {whole:.2f}) | " + " | ".join(f"{share:.0%}" for share in shares) + " | cost at the first | machine |")
+    lines.append("|---" * (len(shares) + 3) + "|")
+    for name in names(rows):
         cells = [rows.get((name, share)) for share in shares]
         first = next(cell for cell in cells if cell)
         figures = [
             f"{cell['perplexity']:.2f}" + (f" ({cell['kept']:.1%})" if abs(cell["kept"] - cell["share"]) > 0.01 else "") if cell else ""
             for cell in cells
         ]
-        seconds = f"{first['seconds']:.0f} s" if first["seconds"] else "–"  # none is recorded of a machine that does other work
-        print(f"| {name} | " + " | ".join(figures) + f" | {seconds}, {first['peak_mb']:.0f} MB |")
+        cost = [f"{first['seconds']:.0f} s"] if first.get("seconds") else []  # none is recorded of a machine that does other work
+        cost += [f"{first['peak_mb']:.0f} MB"] if first.get("peak_mb") else []
+        machines = " and ".join(sorted({cell["machine"] for cell in cells if cell}))
+        lines.append(f"| {name} | " + " | ".join(figures) + f" | {', '.join(cost)} | {machines} |")
     for share in shares:
         lost = {name: math.log(row["perplexity"] / whole) for (name, s), row in rows.items() if s == share}
         for name in ("wanda_sp", "wanda_sp, layer by layer"):
             if "ours" in lost and name in lost:
                 ratio = f"{lost['ours'] / lost[name]:.2f} of it"
-                print(f"\nat {share:.0%}: ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}")
-    for (name, share), row in rows.items():
-        if s := row.get("speed"):
-            print(f"\n{name} at {share:.0%} ({row['kept']:.1%} kept): prefill × {s['prefill_ratio']:.2f}, decode × {s['decode_ratio']:.2f}")
-    plot(rows, whole)
+                lines += ["", f"At {share:.0%} ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}."]
+    fast = [(name, row) for (name, _), row in rows.items() if "speed" in row]
+    if fast:
+        lines += ["", "| speed in ONNX Runtime, float32 | kept | prefill | decode |", "|---|---|---|---|"]
+    for name, row in fast:
+        s = row["speed"]
+        lines.append(f"| {name} | {row['kept']:.1%} | × {s['prefill_ratio']:.2f} | × {s['decode_ratio']:.2f} |")
+    return lines
+
+
+def names(rows: dict[tuple[str, float], dict[str, Any]]) -> list[str]:
+    """Ours in the order of RECIPES, then those of other libraries (prune_peers.py)."""
+    there = dict.fromkeys(name for name, _ in rows if name != "float")
+    return [name for name in RECIPES if name in there] + [name for name in there if name not in RECIPES]
 
 
 def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float) -> None:
@@ -363,7 +384,7 @@ def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name in RECIPES:
+    for name in names(rows):
         points = sorted((row["kept"], row["perplexity"]) for (recipe, _), row in rows.items() if recipe == name)
         if points:
             style = {"linewidth": 2.5, "color": "black"} if name == "ours" else {"linestyle": "--" if "refit" in name else "-", "alpha": 0.7}
