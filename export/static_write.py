@@ -21,6 +21,7 @@ from tinycompress.errors import InputError
 from tinycompress.files import new_folder, write_json
 from tinycompress.graph import Graph
 from tinycompress.lpbq import is_lpbq
+from tinycompress.passes.rotate import Rotate
 from tinycompress.quantize import QuantTensor
 
 from . import epcontext
@@ -30,6 +31,7 @@ from .read import FORMAT, MANIFEST
 from .static import emit_static
 from .static_calibrate import calibrate, chunk_of
 from .static_forms import FORMS, host_tensors, layout, make_ready
+from .static_forms import check as check_config
 from .static_session import GRAPHS, HOST, KEY_SCALE, WEIGHTS
 from .verify import GateError, gate, sha256
 
@@ -40,14 +42,16 @@ WINDOWS = 8  # of calibration text, when none is given
 class StaticChoices:
     """What a caller may choose: slots of the cache (None: the model's positions, at most 2048), text [windows, T] for
     activation ranges (None: the "pydoc" train split, or random ids without a tokenizer), how ranges are chosen from it,
-    for which HTP architecture to compile (None: not), and at how many bits attention reads keys and values: at 8 it does
-    less work."""
+    for which HTP architecture to compile (None: not), at how many bits attention reads keys and values (at 8 it does less
+    work), and whether a dense graph is rotated first (None: where activations are integers): the few channels with massive
+    activations would take nearly all the steps of the residual stream's grid."""
 
     context: int | None = None
     calibration: Tensor | None = None
     ranges: str = "minmax"
     epcontext: str | None = None
     attention_bits: int = 16
+    rotate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.attention_bits not in (8, 16):
@@ -72,6 +76,12 @@ def export_static(
     """As `write.export`, for the static profiles."""
     if choices.epcontext:
         epcontext.check(choices.epcontext, profile.name)
+    check_config(graph.config, profile, choices.context)
+    packed = any(isinstance(w, QuantTensor) for w in graph.weights.entries.values())
+    if choices.rotate and packed:
+        raise InputError("rotate", "a quantized graph", "a dense one: rotate before quantizing (compress --rotate)")
+    if choices.rotate or (choices.rotate is None and FORMS[profile.name].activations and not packed):
+        graph = Rotate()(graph.dense(torch.float32))
     ready = make_ready(graph, profile, dtype, choices.context)
     emit_static(ready, profile, 1)  # what cannot be drawn fails here
     with new_folder(folder, overwrite) as work:

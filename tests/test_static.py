@@ -184,7 +184,7 @@ def test_a_packed_embedding_stays_packed(tmp_path, short_chunks):
 
 def test_dense_linears_become_int8_a_channel(tmp_path, short_chunks):
     graph = small(tie_embeddings=True)
-    manifest = export(graph, tmp_path / "out", "qnn", limits=WIDE, progress=False)
+    manifest = export(graph, tmp_path / "out", "qnn", limits=WIDE, progress=False, static=StaticChoices(rotate=False))
     head, table = read(tmp_path / "out").weights["lm_head.weight"], graph.weights["model.embed_tokens.weight"]
     assert manifest["scheme"] == "w8" and isinstance(head, QuantTensor)
     assert ((head.dequantize() - table).abs() <= head.scales / 2 + 1e-7).all()
@@ -275,7 +275,9 @@ def test_calibration_that_is_short_or_not_finite_is_refused(tmp_path, short_chun
     refused("NaN or infinite weights", graph.replace(weights={"model.layers.1.mlp.up_proj.weight": weight}), tmp_path / "o")
     norm = graph.weights["model.layers.1.input_layernorm.weight"].clone()
     norm[3] = torch.nan
-    refused("NaN or infinite values", graph.replace(weights={"model.layers.1.input_layernorm.weight": norm}), tmp_path / "o")
+    broken = graph.replace(weights={"model.layers.1.input_layernorm.weight": norm})
+    refused("model.layers.1.input_layernorm.weight: found NaN or infinite weights", broken, tmp_path / "o")
+    refused("NaN or infinite values", broken, tmp_path / "o", static=StaticChoices(rotate=False))
 
 
 def test_ranges_are_those_of_the_text(short_chunks):
@@ -295,6 +297,25 @@ def test_ranges_are_those_of_the_text(short_chunks):
     assert found["hidden"] == Grid.over(table.min().item(), table.max().item(), "uint16")  # every row, read or not
 
 
+def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
+    """One massive channel takes the steps of the residual stream's grid from all others; a rotation gives them back."""
+    graph, kl = small(layers=MIXED), {}
+    massive = {n: w.clone() for n, w in graph.weights.items() if n.endswith(("embed_tokens.weight", "down_proj.weight"))}
+    for name, weight in massive.items():
+        (weight.T if "embed" in name else weight)[3] *= 2000
+    graph = graph.replace(weights=massive)
+    for rotate in (None, False):
+        manifest = export(graph, tmp_path / str(rotate), "qnn", limits=WIDE, progress=False, static=StaticChoices(rotate=rotate))
+        assert any(step.startswith("Rotate(") for step in manifest["history"]) == (rotate is None)
+        kl[rotate] = next(c["figure"] for c in manifest["checks"]["checks"] if c["check"] == "kl")
+    assert kl[None] < kl[False] / 5
+    packed = RTN(QuantSpec(4, 16, scale="lpbq"), head=True)(small())
+    assert export(packed, tmp_path / "packed", "qnn", limits=WIDE, progress=False)["history"] == list(packed.history)
+    with pytest.raises(InputError, match="quantized"):
+        export(packed, tmp_path / "no", "qnn", progress=False, static=StaticChoices(rotate=True))
+    assert export(small(), tmp_path / "static", "static", progress=False)["history"] == list(small().history)
+
+
 def test_keys_fill_one_grid_channel_by_channel(tmp_path, short_chunks):
     """What is cached are torch's keys over the host file's scales, every channel about as large, and scores lose less at 8 bits."""
     graph = small(rope=YARN, layers=MIXED)
@@ -306,7 +327,7 @@ def test_keys_fill_one_grid_channel_by_channel(tmp_path, short_chunks):
         loud |= {q: graph.weights[q] / size.repeat(heads[0])[:, None], k: graph.weights[k] * size.repeat(heads[1])[:, None]}
     graph = graph.replace(weights=loud)
     ids = ids_of(graph, 32)
-    export(graph, tmp_path / "o", "qnn", progress=False, limits=WIDE, static=StaticChoices(calibration=ids.repeat(2, 1)))
+    export(graph, tmp_path / "o", "qnn", progress=False, limits=WIDE, static=StaticChoices(calibration=ids.repeat(2, 1), rotate=False))
     exact = StaticModel(tmp_path / "o", exact=True)
     ours, theirs = exact.new_cache(1, 32), (model := make_ready(graph, QNN).dense(torch.float32).module()).new_cache(1, 32)
     exact.step(ids, ours)

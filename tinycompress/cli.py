@@ -271,6 +271,7 @@ def export_command(
     calibration: Annotated[str | None, typer.Option(metavar="PATH-OR-NAME", help="qnn, int8 cache: text for ranges.  [default: pydoc]")] = None,
     ranges: Annotated[str, typer.Option(help="qnn: minmax, percentile or mse.")] = "minmax",
     attention_bits: Annotated[int, typer.Option(help="qnn: of keys and values in attention: 16, or 8 for less work.")] = 16,
+    rotate: Annotated[bool | None, typer.Option("--rotate/--no-rotate", help="qnn: rotate dense weights first.  [default: yes]")] = None,
     epcontext: Annotated[str | None, typer.Option(metavar="ARCH", help="qnn: compile for HTP 73, 75, 79 or 81 too.")] = None,
 ) -> None:
     """Write a model for a runtime. It must pass the parity gate against torch, or OUT does not appear.
@@ -290,7 +291,7 @@ def export_command(
     check_free(output, overwrite)
     graph = open_model(model)
     text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
-    static = StaticChoices(context, text, ranges, epcontext, attention_bits)
+    static = StaticChoices(context, text, ranges, epcontext, attention_bits, rotate)
     options: dict[str, Any] = {"dtype": dtype, "scales": scales, "accuracy_level": accuracy_level, "check": check, "static": static, "mobile": mobile}
     options |= {"kv": kv, "calibration": text}
     manifest = export(graph, output, profile=profile, overwrite=overwrite, **options)

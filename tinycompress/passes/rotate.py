@@ -41,6 +41,9 @@ class Rotate:
 
     def __call__(self, graph: Graph) -> Graph:
         config = graph.config
+        for name in graph.weights:
+            if not torch.isfinite(graph.tensor(name)).all():
+                raise InputError(name, "NaN or infinite weights", "finite weights: a rotation would spread them over all channels")
         if self.residual:
             graph = turn(fold_norms(graph), orthogonal(config.hidden_size, self.kind, self.seed))
         if self.heads:
