@@ -98,7 +98,7 @@ def test_damping_escalates_and_then_says_which_hessian():
 
 def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
     out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
-    options = "order='act', damping=0.01, propagate=0.0, correction='qep', stream=False, refine=0, balance=False, head=False"
+    options = "order='act', damping=0.01, propagate=0.0, correction='qep', stream=False, refine=0, balance=False, tuning=None, head=False"
     assert out.history == (f"GPTQ(spec={QuantSpec(3, 16)!r}, {options})",)
     reference = nonuniform.module()(tokens)
     error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
