@@ -7,6 +7,7 @@ from tinycompress.block_tuning import BlockTuning, RoundedLinear, draws
 from tinycompress.calibrate import walk, walk_blocks
 from tinycompress.errors import InputError
 from tinycompress.graph import cut
+from tinycompress.lpbq import is_lpbq
 from tinycompress.passes.autoround import AutoRound
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.rtn import RTN, rtn_quantize
@@ -49,6 +50,14 @@ def test_a_rounded_linear_starts_as_the_packed_one_and_packs_what_it_computes(sp
         linear.delta += 0.01
     assert torch.allclose(linear(x), x @ linear.packed().dequantize().T, atol=1e-5)
     assert (linear.packed().ints() != weight.ints()).any() and int(linear.packed().ints().max()) < 2**spec.bits
+
+
+def test_scales_of_htp_keep_their_form(nonuniform, tokens):
+    graph = RTN(QuantSpec.parse("w3g16-lpbq"))(nonuniform)
+    out = AutoRound(tokens, nonuniform, BlockTuning(steps=8, scale_rate=0.01))(graph)
+    packed = {name: w for name, w in out.weights.entries.items() if isinstance(w, QuantTensor)}
+    assert all(is_lpbq(w) for w in packed.values())
+    assert any(not torch.equal(w.scales, graph.weights.entries[name].scales) for name, w in packed.items())
 
 
 def test_gradients_are_straight_through_and_exact_in_the_scales():

@@ -6,10 +6,11 @@ import torch
 from tinycompress.calibrate import walk
 from tinycompress.errors import InputError
 from tinycompress.grids import find_grid, round_to_grid
+from tinycompress.lpbq import is_lpbq
 from tinycompress.passes.gptq import GPTQ, column_order, damped_factor, gptq_quantize, propagate_error
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec, QuantTensor
-from tinycompress.refine import descend, refit_scales
+from tinycompress.refine import descend, refit_lpbq, refit_scales
 
 SPEC = QuantSpec(4, 16)
 
@@ -242,6 +243,32 @@ def test_refinement_never_raises_the_error_and_solves_for_the_scales(spec):
     assert (error(ints, scales) <= fitted * (1 + 1e-9)).all() and error(ints, scales).sum() < 0.99 * fitted.sum()
     rounds = [gptq_quantize(W.float(), H, spec, refine=n) for n in (0, 1, 3)]
     sums = [error(r.ints(), r.scales).sum() for r in rounds]
+    assert sums[0] > sums[1] > sums[2]
+
+
+def test_refined_scales_of_htp_keep_their_form_and_no_single_integer_is_better():
+    x = correlated(400, 64).double()
+    W, H, spec = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).double(), x.T @ x, QuantSpec.parse("w3g16-lpbq")
+    rounds = [gptq_quantize(W.float(), H, spec, refine=n) for n in (0, 1, 3)]
+    assert all(is_lpbq(q) for q in rounds)
+    ints, scales, zeros = rounds[0].ints(), rounds[0].scales.double(), torch.full((1, 1), 4.0).double()
+
+    def error(scales):
+        D = (ints.double().view(6, 4, 16) - 4).mul(scales[..., None]).view(6, 64) - W
+        return ((D @ H) * D).sum(1)
+
+    start = error(scales)
+    for _ in range(30):
+        scales = refit_lpbq(ints, H, W @ H, scales, zeros)
+    f, best = scales.amax(1, keepdim=True) / 16, error(scales)
+    i = (scales / f).round()
+    assert (best <= start).all() and best.sum() < 0.99 * start.sum() and torch.allclose(f * i, scales)
+    for g in range(4):
+        for value in range(1, 17):
+            other = torch.where(i[:, g] == 16, 16.0, float(value)).double()
+            assert (error(f * torch.cat((i[:, :g], other[:, None], i[:, g + 1 :]), 1)) >= best * (1 - 1e-9)).all()
+    assert (error(1.001 * scales) > best).all() and (error(0.999 * scales) > best).all()
+    sums = [((q.dequantize().double() - W) @ H * (q.dequantize().double() - W)).sum() for q in rounds]
     assert sums[0] > sums[1] > sums[2]
 
 

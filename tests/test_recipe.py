@@ -7,6 +7,8 @@ import torch
 from conftest import random_graph
 
 from tinycompress.errors import InputError
+from tinycompress.lpbq import is_lpbq
+from tinycompress.passes.hqq import HQQ
 from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.recipe import Recipe
 
@@ -59,3 +61,21 @@ def test_a_rotated_model_is_closer_to_the_float_one_where_channels_are_outliers(
         return (out.module()(tokens) - reference).square().mean().item()
 
     assert error(None) == error(True) < error(False)
+
+
+def test_scales_of_htp_come_out_in_its_form(nonuniform):
+    """What `compress --quantize w4g16-lpbq` makes, all of it: propagated, refined, the tables packed too."""
+    tokens, spec = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(0)), QuantSpec.parse("w4g16-lpbq")
+    out = nonuniform
+    for step in Recipe(quantize=spec, quantize_embedding=spec).passes(nonuniform, tokens):
+        out = step(out)
+    packed = [w for w in out.weights.entries.values() if isinstance(w, QuantTensor)]
+    assert len(packed) > 20 and all(is_lpbq(w) for w in packed)
+    with pytest.raises(InputError, match=r"w4g16-lpbq.*RTN or GPTQ"):
+        HQQ(spec)
+
+
+def test_a_budget_can_name_its_axes(nonuniform):
+    (step,) = Recipe(prune="params=0.7,ffn,heads").passes(nonuniform)
+    assert (step.target, step.axes) == ("params=0.7", ("ffn", "heads"))
+    assert Recipe(prune="params=0.7").passes(nonuniform)[0].axes == ("ffn",)

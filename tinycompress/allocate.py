@@ -141,7 +141,7 @@ def check_budget(choices: Sequence[Item], limit: int, said: str, nearest: str) -
     least = sum(item.prices[0] for item in choices)
     if least > limit:
         kinds = sorted({item.axis.rsplit(".", 1)[1] for item in choices})
-        more = "" if {"heads", "kv_heads"} & set(kinds) else '; less with axes=("ffn", "heads")'
+        more = "" if {"heads", "kv_heads"} & set(kinds) else f'; less where heads go too: axes=("ffn", "heads"), or --prune {said},ffn,heads'
         raise InputError("target", said, f"{nearest} or more, by these axes ({', '.join(kinds)}), floors and multiples{more}")
 
 

@@ -9,6 +9,8 @@ descent moves, for every packed linear of the block, a latent u [N, K] and the s
 The target lies between what the float block makes of the same inputs and what the float graph has there, `propagate` of
 the way: the whole way, as in the paper, a block answers for all that the blocks before it have lost.
 
+Of scales made for HTP (lpbq.py) only the row's float moves, so they keep HTP's form.
+
 u starts in the middle of its step, so an integer moves only where the signs agree over many steps. The norms' weights of the block, which stay
 float in every export, may move along (`norms`). The loss of a token is its squared error over its squared norm: the
 next norm divides by the latter, so the few tokens with massive activations do not drown the others.
@@ -98,7 +100,7 @@ class _Round(torch.autograd.Function):
 
 
 class RoundedLinear(nn.Module):
-    """A packed linear with its latent and the relative change of its scales as parameters."""
+    """A packed linear with its latent u [N, G, g] and the relative change of its scales, delta [N, G] or [N, 1], as parameters."""
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -106,7 +108,8 @@ class RoundedLinear(nn.Module):
         self.zeros: Tensor | float = float(weight.spec.zero) if weight.zeros is None else weight.zeros.to(dtype)[..., None]
         self.start = weight.scales.to(dtype)
         self.u = nn.Parameter(weight.ints().view(*self.start.shape, -1).to(dtype))
-        self.delta = nn.Parameter(torch.zeros_like(self.start))
+        # All scales of a row alike, where the integers between them are what the runtime stores.
+        self.delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if weight.spec.scale == "lpbq" else self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         scales = self.start * (1 + self.delta)

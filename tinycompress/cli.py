@@ -100,7 +100,7 @@ def compress(
     model: Model,
     output: Out,
     prune: Annotated[
-        str | None, typer.Option(metavar="params=SHARE", help="What to keep: params=0.8, bytes=300MB, flops=0.8, ffn=0.75, heads=6, layers=20.")
+        str | None, typer.Option(metavar="params=SHARE", help="What to keep: params=0.8, bytes=300MB, flops=0.8, params=0.4,ffn,heads, layers=20.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Stretch the context to this many positions.")] = None,
     rope_method: Annotated[

@@ -120,12 +120,15 @@ def linear_inputs(config: Config) -> dict[str, int]:
 
 
 def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
-    """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (a budget for everything together), or for one axis: a share
-    `ffn=0.75`, or a count `layers=20`."""
+    """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (one budget; `params=0.8,ffn,heads` names the axes it is taken
+    from), or for one axis: a share `ffn=0.75`, or a count `layers=20`."""
     key, _, number = text.partition("=")
     if key in KINDS:
-        Target.parse(text, "--prune")
-        return Prune(tokens, text, multiple_of=multiple_of)
+        target, *names = text.split(",")
+        Target.parse(target, "--prune")
+        if unknown := [name for name in names if name not in AXES]:
+            raise InputError("--prune", f"{text!r}: axes {unknown}", "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(AXES))
+        return Prune(tokens, target, multiple_of=multiple_of, **({"axes": tuple(names)} if names else {}))
     accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
     try:
         amount = float(number) if "." in number else int(number)

@@ -5,7 +5,8 @@ GPTQ rounds each column once and never looks back. With H = Σ x xᵀ and the fl
     E = tr((Q - W) H (Q - W)ᵀ)
 
 a quadratic in the scales of a row (q fixed): they are solved jointly over its groups, G equations in G unknowns; likewise
-in the offsets -z·s where zero points are floats; and in one integer (all else fixed): q_j moves to the grid point nearest
+in the offsets -z·s where zero points are floats; of scales in HTP's form, s = f·i (lpbq.py), every integer i moves to the
+best of 1 … 16 in turn, then the row's f; and in one integer (all else fixed): q_j moves to the grid point nearest
 to Q_j - ((Q - W) H)_j / H_jj (cyclic coordinate descent, as in QuantEase, arXiv:2309.01885). No step can raise E, so
 alternating them cannot either.
 Letters: N out_features, K in_features, g group_size, G = K / g.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .grids import nearest_ints
+from .lpbq import STEPS
 from .quantize import QuantSpec
 
 BLOCK = 128  # columns whose updates of the others are gathered into one product
@@ -33,9 +35,10 @@ def refine(
     H = hessian.to(weight.dtype)
     target = weight @ H  # (N, K)
     offsets = torch.full((1, 1), float(spec.zero), dtype=H.dtype, device=H.device) if zeros is None else zeros.to(H.dtype)
+    refit = refit_lpbq if spec.scale == "lpbq" else refit_scales
     for done in range(rounds + 1):
         if rounds:
-            scales = refit_scales(ints, H, target, scales, offsets)
+            scales = refit(ints, H, target, scales, offsets)
         if rounds and spec.float_zero:
             offsets = refit_zeros(ints, H, target, scales, offsets)
         if done < rounds:
@@ -45,19 +48,39 @@ def refine(
 
 def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The scales [N, G] that minimise E for these integers; target = W·H [N, K]. A group of zeros keeps its scale."""
-    N, G = scales.shape
-    D = (ints.to(H.dtype).view(N, G, -1) - zeros.to(H.dtype)[..., None]).view(N, -1)  # (N, K), in steps of the grid
-    g = D.shape[1] // G
-    A = torch.empty(N, G, G, dtype=torch.float64, device=D.device)
-    for i in range(G):
-        A[:, i] = ((D[:, i * g : (i + 1) * g] @ H[i * g : (i + 1) * g]) * D).view(N, G, g).sum(-1)
-    b = (D * target).view(N, G, g).sum(-1).double()
+    A, b = scale_equations(ints, H, target, scales.shape[1], zeros)
     # The ridge pulls towards the present scales, so directions the data does not determine stay put.
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-30)  # (N, 1)
     residual = b - (A @ scales.double()[..., None])[..., 0]
     A.diagonal(dim1=1, dim2=2).add_(ridge)
     new = scales + torch.linalg.solve(A, residual).to(scales.dtype)
     return torch.where(new.abs() > 1e-10, new, scales)
+
+
+def refit_lpbq(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Scales f_n · (1 … 16), 16 in every row, to such scales with a lower E, by coordinate descent; the block that has 16
+    keeps it. A row's f stays positive."""
+    A, b = scale_equations(ints, H, target, scales.shape[1], zeros)
+    f = scales.double().amax(1, keepdim=True) / STEPS
+    i = (scales.double() / f).round()
+    largest = i.argmax(1)
+    for g in range(i.shape[1]):
+        slope = b[:, g] / f[:, 0] - (A[:, g] * i).sum(-1)  # of -E / 2f² along i_g
+        best = (i[:, g] + slope / A[:, g, g].clamp_min(1e-30)).round().clamp(1, STEPS)
+        i[:, g] = torch.where((largest == g) | (A[:, g, g] <= 0), i[:, g], best)
+    best = (i * b).sum(-1, keepdim=True) / (i * (A @ i[..., None])[..., 0]).sum(-1, keepdim=True).clamp_min(1e-30)
+    return (torch.where(best > 0, best, f) * i).to(scales.dtype)
+
+
+def scale_equations(ints: Tensor, H: Tensor, target: Tensor, G: int, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """A [N, G, G] and b [N, G] in float64, for which E = sᵀA s - 2 bᵀs + a constant in the scales s of a row."""
+    N = len(ints)
+    D = (ints.to(H.dtype).view(N, G, -1) - zeros.to(H.dtype)[..., None]).view(N, -1)  # (N, K), in steps of the grid
+    g = D.shape[1] // G
+    A = torch.empty(N, G, G, dtype=torch.float64, device=D.device)
+    for i in range(G):
+        A[:, i] = ((D[:, i * g : (i + 1) * g] @ H[i * g : (i + 1) * g]) * D).view(N, G, g).sum(-1)
+    return A, (D * target).view(N, G, g).sum(-1).double()
 
 
 def refit_zeros(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

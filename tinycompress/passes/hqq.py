@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..graph import Graph
 from ..grids import find_grid, round_to_grid
 from ..quantize import QuantSpec, QuantTensor, named_specs, stacked, targets
@@ -36,6 +37,9 @@ class HQQ:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", named_specs(self.spec))
+        for spec in self.spec.values() if isinstance(self.spec, Mapping) else [self.spec]:
+            if spec.scale == "lpbq":
+                raise InputError("HQQ.spec", spec, "a grid without -lpbq; RTN or GPTQ search such scales")
 
     def __call__(self, graph: Graph) -> Graph:
         found = {graph.config.weight_name(name): (name, spec) for name, spec in targets(graph, self.spec, self.head).items()}
