@@ -128,7 +128,7 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
         Target.parse(target, "--prune")
         if unknown := [name for name in names if name not in AXES]:
             raise InputError("--prune", f"{text!r}: axes {unknown}", "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(AXES))
-        return Prune(tokens, target, multiple_of=multiple_of, **({"axes": tuple(names)} if names else {}))
+        return Prune(tokens, target, axes=tuple(names) or Prune.axes, multiple_of=multiple_of)
     accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
     try:
         amount = float(number) if "." in number else int(number)
