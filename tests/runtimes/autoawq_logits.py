@@ -20,12 +20,11 @@ config = AutoConfig.from_pretrained(folder)
 about = config.quantization_config
 del config.quantization_config
 model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float16).eval()
-skipped = about["modules_to_not_convert"] or []
+stored = {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
 for name, linear in list(model.named_modules()):
-    if isinstance(linear, nn.Linear) and name not in skipped:
+    if isinstance(linear, nn.Linear) and f"{name}.qweight" in stored:
         own = WQLinear_GEMM(about["bits"], about["group_size"], linear.in_features, linear.out_features, linear.bias is not None, "cpu")
         model.set_submodule(name, own)
-stored = {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
 missing, unexpected = model.load_state_dict(stored, strict=False)
 assert not unexpected and all("rotary" in name for name in missing), (missing, unexpected)
 print(type(model.model.layers[0].mlp.up_proj).__name__)

@@ -1,8 +1,9 @@
 """Run in the venv of README.md: FOLDER IDS.json OUT.safetensors → the logits that the format's own library computes.
 
 compressed-tensors and GPTQ folders are opened by transformers (the latter with GPTQModel's plain torch kernel: its fused
-one for CPUs ignores zero points), AWQ folders by GPTQModel, because AutoAWQ's last version does not import beside
-transformers 4.57. Prints which module stands in the place of a linear.
+one for CPUs ignores zero points). GPTQModel itself opens AWQ folders, because AutoAWQ's last version does not import beside
+transformers 4.57, and gptq_v2 folders, because transformers 4.57 hands `checkpoint_format` to optimum 2.1, which calls it `format`
+and takes them for version 1. Prints which module stands in the place of a linear.
 """
 
 import json
@@ -17,10 +18,12 @@ from transformers import AutoModelForCausalLM, GPTQConfig  # noqa: E402
 
 folder, ids, out = sys.argv[1:]
 about = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
-if about["quant_method"] == "awq":
+if about["quant_method"] == "awq" or about.get("checkpoint_format") == "gptq_v2":
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(folder, backend=BACKEND.TORCH_AWQ, device="cpu", dtype=torch.float16).model
+    awq = about["quant_method"] == "awq"
+    how = {"backend": BACKEND.TORCH_AWQ, "dtype": torch.float16} if awq else {"backend": BACKEND.TORCH, "dtype": torch.float32}
+    model = GPTQModel.load(folder, device="cpu", **how).model
 else:
     gptq = about["quant_method"] == "gptq"
     backend = {"quantization_config": GPTQConfig(bits=about["bits"], backend="torch")} if gptq else {}
