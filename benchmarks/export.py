@@ -141,10 +141,10 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
 
-    _by_turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1), tokens)
+    _turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1), tokens)
 
 
-def _by_turns(prefill: Callable[[], None], step: Callable[[int], None], tokens: int) -> None:
+def _turns(prefill: Callable[[], None], step: Callable[[int], None], tokens: int) -> None:
     for _ in sys.stdin:
         prefill()
         step(0)
@@ -218,10 +218,15 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
     commands = {n: [sys.executable, __file__, "--worker", "decode", str(f), *counts] for n, f in folders.items() if (f / "model.onnx").is_file()}
     if args.llama_python:
         commands["llama.cpp Q4_0"] = [args.llama_python, "-c", LLAMA, str(args.work / GGUF), *counts, str(PROMPT)]
+    return by_turns(commands, args.rounds)
+
+
+def by_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, Any]:
+    """Tokens a second of engines that answer each line with them; "builder" and "llama.cpp Q4_0" are the peers."""
     out: dict[str, list[float]] = {name: [] for name in commands}
     engines = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
     try:
-        for _ in tqdm(range(args.rounds), desc="rounds"):
+        for _ in tqdm(range(rounds), desc="rounds"):
             for name, engine in engines.items():
                 assert engine.stdin is not None and engine.stdout is not None
                 engine.stdin.write("\n")
