@@ -3,10 +3,11 @@
     python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
         [--rows NAME …] [--again] [--quick] [--no-times] [--peer gptqmodel|auto-round --peer-python VENV/bin/python]
 
-Protocol: every linear but the head, on calibration windows of 1024 tokens taken from the start of the text; perplexity
-over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in a process of its own, so that its peak
-memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of one float forward over the
-calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are kept: a killed run goes on where it was.
+Protocol: every linear but the head (or the embedding alone, which is the head too), on calibration windows of 1024 tokens
+taken from the start of the text; perplexity over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in
+a process of its own, so that its peak memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of
+one float forward over the calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are
+kept: a killed run goes on where it was.
 `--peer` runs another library instead of rows of ours, in its own Python (peers/run_*.py say which venv), on the same weights
 and tokens; what it saves is loaded and measured here.
 Differences are paired: mean NLL a token against the row named in the table, with a 95% bootstrap over windows.
@@ -37,6 +38,7 @@ from tinycompress.files import write_json, write_text
 from tinycompress.graph import Graph
 from tinycompress.passes.autoround import AutoRound
 from tinycompress.passes.awq import AWQ
+from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.hqq import HQQ
 from tinycompress.passes.mixed_bits import MixedBits, linear_shapes, packed_bytes
@@ -57,6 +59,8 @@ BEST = "gptq + refine + qep"  # the default of `compress --quantize`
 
 ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared with, what it does)
     "float": (None, lambda g, t, s: g),
+    "the table alone, w8g64": ("float", lambda g, t, s: QuantizeEmbedding(QuantSpec(8, 64))(g)),
+    "the table alone": ("float", lambda g, t, s: QuantizeEmbedding(s)(g)),
     "rtn": ("float", lambda g, t, s: RTN(s)(g)),
     "hqq": ("rtn", lambda g, t, s: HQQ(s)(g)),
     "awq": ("rtn", lambda g, t, s: AWQ(t, s)(g)),
