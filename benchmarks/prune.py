@@ -343,7 +343,7 @@ def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any
     whole = rows["float", 1.0]["perplexity"]
     lines = ["# Pruning without retraining", "", f"{protocol}; made by `benchmarks/prune.py`, which says what the rows are.", ""]
     lines += ["Kept of the non-embedding parameters, in brackets where more than 1% from the column's share.", ""]
-    lines.append(f"| perplexity (whole: {whole:.2f}) | " + " | ".join(f"{share:.0%}" for share in shares) + " | cost at the first | machine |")
+    lines.append(f"| perplexity (whole: {whole:.2f}) | " + " | ".join(f"{100 * share:g}%" for share in shares) + " | cost at the first | machine |")
     lines.append("|---" * (len(shares) + 3) + "|")
     for name in names(rows):
         cells = [rows.get((name, share)) for share in shares]
@@ -361,7 +361,7 @@ def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any
         for name in ("wanda_sp", "wanda_sp, layer by layer"):
             if "ours" in lost and name in lost:
                 ratio = f"{lost['ours'] / lost[name]:.2f} of it"
-                lines += ["", f"At {share:.0%} ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}."]
+                lines += ["", f"At {100 * share:g}% ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}."]
     fast = [(name, row) for (name, _), row in rows.items() if "speed" in row]
     if fast:
         lines += ["", "| speed in ONNX Runtime, float32 | kept | prefill | decode |", "|---|---|---|---|"]
