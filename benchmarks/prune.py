@@ -207,7 +207,7 @@ def worker(args: argparse.Namespace) -> None:
         "nll": result.nll.tolist(),
         "seconds": None if args.no_times else seconds,
         "peak_mb": peak,
-        "layers": [[layer.n_heads, layer.n_kv_heads, layer.ffn_dim] for layer in out.config.layers],
+        "layers": " ".join(f"{layer.n_heads}/{layer.n_kv_heads}/{layer.ffn_dim}" for layer in out.config.layers),
         "hidden": out.config.hidden_size,
         "pass": out.history[-1] if out.history else "",
         "machine": environment()["machine"],
@@ -222,7 +222,7 @@ def speeds(args: argparse.Namespace) -> None:
         found = measured(args)
         row = next((row for row in found["rows"] if (row["recipe"], row["share"]) == (name, share)), None)
         if row and "speed" not in row:
-            layers = tuple(Layer(*layer) for layer in row["layers"])
+            layers = tuple(Layer(*map(int, layer.split("/"))) for layer in row["layers"].split())
             row["speed"] = speed(graph, Graph.random(replace(graph.config, layers=layers, hidden_size=row["hidden"])))
             tqdm.write(f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × {row['speed']['decode_ratio']:.2f}")
             write_json(RESULTS, found)

@@ -163,7 +163,11 @@ def worker(args: argparse.Namespace) -> None:
     parameters = body(whole())
     model, ratio = search(make, parameters, args.share, CLOSE[args.peer])
     model.config._attn_implementation = "sdpa"
-    values = nll(model, tokens["evaluation"])
+    values, size = nll(model, tokens["evaluation"]), model.model.layers[0].self_attn.head_dim
+
+    def heads(linear: torch.nn.Linear) -> int:
+        return linear.out_features // size
+
     row = {
         "recipe": args.peer,
         "share": args.share,
@@ -171,14 +175,7 @@ def worker(args: argparse.Namespace) -> None:
         "perplexity": math.exp(sum(values) / len(values)),
         "nll": values,
         "ratio": ratio,
-        "layers": [
-            [
-                m.self_attn.q_proj.out_features // m.self_attn.head_dim,
-                m.self_attn.k_proj.out_features // m.self_attn.head_dim,
-                m.mlp.gate_proj.out_features,
-            ]
-            for m in model.model.layers
-        ],
+        "layers": " ".join(f"{heads(m.self_attn.q_proj)}/{heads(m.self_attn.k_proj)}/{m.mlp.gate_proj.out_features}" for m in model.model.layers),
         "hidden": model.lm_head.in_features,
         "versions": {
             name: metadata.version(name) for name in ("torch", "transformers", *(["torch-pruning"] if args.peer == "torch-pruning" else []))
