@@ -124,7 +124,7 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     caches = {
-        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + tokens + 4, n.shape[3]), np.float32))
+        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + tokens + 4, head_size(folder)), np.float32))
         for n in session.get_inputs()
         if n.name.startswith("past_key_values.")
     }
@@ -142,6 +142,11 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
         session.run_with_iobinding(binding)
 
     _turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1), tokens)
+
+
+def head_size(folder: Path) -> int:
+    """The builder's caches name it only, in the graph."""
+    return int(json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["head_size"])
 
 
 def _turns(prefill: Callable[[], None], step: Callable[[int], None], tokens: int) -> None:

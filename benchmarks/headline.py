@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from export import LLAMA, PROMPT, by_turns, decode, run
+from export import LLAMA, PROMPT, by_turns, decode, head_size, run
 from tinycompress import data
 from tinycompress.checkpoint import load, save
 from tinycompress.evaluate import environment, perplexity
@@ -101,7 +101,7 @@ def nll(folder: Path, windows: list[list[int]]) -> list[float]:
         feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64), "position_ids": np.arange(len(ids))[None]}
         for node in session.get_inputs():
             if node.name.startswith("past_key_values."):
-                feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float32)
+                feeds[node.name] = np.zeros((1, node.shape[1], 0, head_size(folder)), np.float32)
         logits = torch.from_numpy(session.run(["logits"], {node.name: feeds[node.name] for node in session.get_inputs()})[0][0, :-1])
         losses = [torch.nn.functional.cross_entropy(x.double(), y) for x, y in zip(logits.split(256), torch.tensor(ids[1:]).split(256))]
         counts = [len(x) for x in logits.split(256)]
