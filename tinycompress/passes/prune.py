@@ -129,8 +129,8 @@ class Prune:
         check_calibration(graph, self.tokens)
         if self.uneven_kv and "kv_heads" in self.budget.cuts:
             warnings.warn(
-                "KV heads that differ between layers: runtimes with one cache shape for all layers (onnxruntime-genai, transformers.js) "
-                "will not take the model; transformers loads it through tinycompress only",
+                "KV heads that differ between layers: the ort profile loses Optimum, which has one cache shape for all layers, and "
+                "onnxruntime-genai before 0.15; the other profiles carry them; transformers loads the model through tinycompress only",
                 stacklevel=2,
             )
         graph = self.reshape(graph)
