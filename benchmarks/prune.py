@@ -381,17 +381,23 @@ def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    colours: dict[str, str] = {}  # one a recipe, dashed with a refit
     for name in names(rows):
+        colour = colours.setdefault(name.replace(" + refit", ""), f"C{len(colours) % 10}")
         points = sorted((row["kept"], row["perplexity"]) for (recipe, _), row in rows.items() if recipe == name)
         if points:
-            style = {"linewidth": 2.5, "color": "black"} if name == "ours" else {"linestyle": "--" if "refit" in name else "-", "alpha": 0.7}
-            axes.plot(*zip(*points), marker="o", label=name, **style)
+            style = (
+                {"linewidth": 2.5, "color": "black"}
+                if name == "ours"
+                else {"linestyle": "--" if "refit" in name else "-", "color": colour, "alpha": 0.7}
+            )
+            axes.plot(*zip(*points), marker="os^"[list(colours.values()).count(colour) - 1], markersize=5, label=name, **style)
     axes.axhline(whole, color="grey", linewidth=0.8)
     axes.set(xlabel="share of the non-embedding parameters kept", ylabel="perplexity", yscale="log")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120, metadata={"Software": None})
 
 
