@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinycompress.graph import Graph
+from tinycompress.quantize import QuantTensor
 
 from .profiles import Profile
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EMBEDDING = "model.embed_tokens.weight"
+JOINED = {"self_attn": {"qkv_proj": ("q_proj", "k_proj", "v_proj")}, "mlp": {"gate_up_proj": ("gate_proj", "up_proj")}}  # linears of one input
 KINDS = {
     torch.float32: "FLOAT",
     torch.float16: "FLOAT16",
@@ -75,12 +77,24 @@ class Draw:
         """A parameter's entry: packed, or dense and not yet read."""
         return self.graph.weights.entries[name]
 
+    def joins(self, linears: Sequence[str]) -> bool:
+        """Whether linears of one input become one product: the profile wants it and they are packed on one grid."""
+        weights = [self.entry(f"{name}.weight") for name in linears]
+        if not self.profile.joins or not all(isinstance(w, QuantTensor) for w in weights):
+            return False
+        return len({w.spec for w in weights}) == 1 and len({f"{name}.bias" in self.graph.weights for name in linears}) == 1
+
     def dense(self, name: str, transposed: bool = False) -> ir.Value:
         """A float32 parameter; matrices of linears are stored [K, N]."""
         shape = tuple(self.entry(name).shape)
         if transposed:
             return self.lazy(name, torch.float32, shape[::-1], lambda: self.graph.weights[name].T)
         return self.lazy(name, torch.float32, shape, partial(self.graph.weights.__getitem__, name))
+
+    def dense_rows(self, name: str, parts: Sequence[str]) -> ir.Value:
+        """float32 parameters one below the other, as one."""
+        shape = (sum(self.entry(part).shape[0] for part in parts), *self.entry(parts[0]).shape[1:])
+        return self.lazy(name, torch.float32, tuple(shape), lambda: torch.cat([self.graph.weights[part] for part in parts]))
 
     def scales(self, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
         """Quantization scales, float32 to the reader; stored as float16 they are widened when the model is loaded."""

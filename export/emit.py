@@ -26,7 +26,7 @@ from tinycompress.graph import Config, Graph
 from tinycompress.quantize import QuantTensor
 
 from . import forms_contrib, forms_standard
-from .draw import EMBEDDING, Choices, Draw
+from .draw import EMBEDDING, JOINED, Choices, Draw
 from .profiles import Profile
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _walk(draw: Draw, form: Any) -> None:
         at = layer_prefix(i)
         if layer.n_heads:
             n, residual = form.norm(draw, f"{at}.input_layernorm", x, residual)
-            qkv = [_linear(draw, form, f"{at}.self_attn.{part}_proj", n) for part in "qkv"]
+            qkv = _linears(draw, form, f"{at}.self_attn", "qkv_proj", n)
             past = [draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past")) for kind in ("key", "value")]
             y, new = form.attention(draw, f"{at}.self_attn", qkv, past, shared, layer.n_heads, layer.n_kv_heads)
             presents.append((i, new))
@@ -160,9 +160,20 @@ def _cache(config: Config, layer: Any, span: str) -> list[str | int]:
 
 def _ffn(draw: Draw, form: Any, at: str, x: ir.Value) -> ir.Value:
     """down(silu(gate) · up); runtimes fuse x · sigmoid(x)."""
-    gate, up = (_linear(draw, form, f"{at}.{part}_proj", x) for part in ("gate", "up"))
+    both = _linears(draw, form, at, "gate_up_proj", x)
+    gate, up = both if len(both) == 2 else draw.ops(at, "Split", both, 2, axis=-1, num_outputs=2)
     silu = draw.op(f"{at}.silu", "Mul", [gate, draw.op(at, "Sigmoid", [gate])])
     return _linear(draw, form, f"{at}.down_proj", draw.op(at, "Mul", [silu, up]))
+
+
+def _linears(draw: Draw, form: Any, at: str, joined: str, x: ir.Value) -> list[ir.Value]:
+    """The linears of `JOINED`, a value each; or one value, theirs side by side, where they are one product."""
+    parts = [f"{at}.{part}" for part in JOINED[at.rpartition(".")[2]][joined]]
+    if not draw.joins(parts):
+        return [_linear(draw, form, part, x) for part in parts]
+    y = form.product(draw, f"{at}.{joined}", parts, x)
+    biases = [f"{part}.bias" for part in parts]
+    return [draw.op(f"{at}.{joined}", "Add", [y, draw.dense_rows(f"{at}.{joined}.bias", biases)])] if biases[0] in draw.graph.weights else [y]
 
 
 def _linear(draw: Draw, form: Any, name: str, x: ir.Value) -> ir.Value:

@@ -37,6 +37,7 @@ class Profile:
     float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
     grouped: bool = False  # every layer with attention has fewer KV heads than heads
     width_multiple: int = 1  # of hidden, FFN, head and vocabulary
+    joins: bool = False  # packed linears of one input and one grid are one product: q, k and v; gate and up
     position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
     weight_rows: bool = False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
     layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
@@ -106,6 +107,7 @@ ORT = Profile(
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
     floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
     limits=LIMITS,
+    joins=True,
     caches=("float32", "int8"),
 )
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinycompress.config import Config, shapes
+from tinycompress.config import Config, layer_prefix, shapes
 from tinycompress.errors import InputError
 from tinycompress.files import inside, read_json
 from tinycompress.graph import Graph, Weights
 from tinycompress.quantize import QuantSpec, QuantTensor, unpack
 from tinycompress.tokenizer import Tokenizer
 
-from .draw import EMBEDDING
+from .draw import EMBEDDING, JOINED
 from .emit import attention_layers
 from .forms_standard import nibbles
 from .kv_cache import scale_names
@@ -58,11 +58,31 @@ def read(folder: str | Path) -> Graph:
     folder = Path(folder)
     manifest = read_manifest(folder)
     config, specs, profile = Config.from_dict(manifest["config"]), _specs(manifest, folder), profile_of(manifest["profile"])
-    stored = initializers(folder)
+    stored = apart(initializers(folder), config)
     if profile.form == "static":
         return Graph(config, Weights(static_weights(stored, specs, config)), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
     weights = {name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()}
     return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
+
+
+def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Initializers with those of joined linears (`draw.JOINED`) under the names of their parts: views of the rows."""
+    out, rows = dict(stored), {name: shape[0] for name, shape in shapes(config).items()}
+    modules = [
+        (f"{layer_prefix(i)}.{module}", joined, parts) for i in range(config.n_layers) for module, j in JOINED.items() for joined, parts in j.items()
+    ]
+    for at, joined, parts in modules:
+        for suffix in (".weight.packed", ".weight.scales", ".weight.zeros", ".bias"):
+            tensor = out.pop(f"{at}.{joined}{suffix}", None)
+            if tensor is None:
+                continue
+            lengths = [rows.get(f"{at}.{part}.weight", 0) for part in parts]
+            if tuple(tensor.shape[:1]) != (sum(lengths),):
+                raise InputError(
+                    f"{at}.{joined}{suffix}", f"shape {tuple(tensor.shape)}", f"{' + '.join(map(str, lengths))} rows by the manifest's config"
+                )
+            out |= {f"{at}.{part}{suffix}": piece for part, piece in zip(parts, tensor.split(lengths))}
+    return out
 
 
 def kv_scales(folder: str | Path) -> dict[str, Tensor]:

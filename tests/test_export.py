@@ -11,7 +11,7 @@ from conftest import random_graph
 from tinycompress.config import Config, Layer
 from tinycompress.errors import InputError
 from tinycompress.export import ORT, PROFILES, GateError, OrtModel, emit, export, prepare, read
-from tinycompress.export.read import initializers
+from tinycompress.export.read import apart, initializers
 from tinycompress.graph import Graph, cut, feeds
 from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.quantize import QuantSpec, QuantTensor
@@ -134,16 +134,47 @@ def test_beyond_the_original_context(rope, tmp_path):
 def test_bytes_and_shapes_in_the_file(tmp_path):
     graph = quantized(small(layers=(Layer(4, 2, 128),)), "w4g32")
     export(graph, tmp_path / "out", check=False)
-    stored, data = initializers(tmp_path / "out"), (tmp_path / "out" / "model.onnx.data").read_bytes()
+    files, data = initializers(tmp_path / "out"), (tmp_path / "out" / "model.onnx.data").read_bytes()
+    stored = apart(files, graph.config)
     for name, weight in graph.weights.items():
         if isinstance(weight, QuantTensor):
             assert weight.packed.numpy().tobytes() in data
             assert torch.equal(stored[f"{name}.packed"], weight.packed) and torch.equal(stored[f"{name}.scales"], weight.scales)
         elif weight.dim() == 2 and "embed" not in name:
             assert torch.equal(stored[name], weight.T)  # [K, N]
-    assert operators(tmp_path / "out").count("MatMulNBits") == 7
+    for joined, parts in (("self_attn.qkv_proj", "self_attn.{}_proj".format), ("mlp.gate_up_proj", "mlp.{}_proj".format)):
+        weights = [graph.weights[f"model.layers.0.{parts(p)}.weight"] for p in (("q", "k", "v") if "qkv" in joined else ("gate", "up"))]
+        assert torch.equal(files[f"model.layers.0.{joined}.weight.packed"], torch.cat([w.packed for w in weights]))
+    assert operators(tmp_path / "out").count("MatMulNBits") == 4  # q, k and v in one, gate and up in one, o, down
     levels = [a.i for n in proto(tmp_path / "out").graph.node for a in n.attribute if a.name == "accuracy_level"]
-    assert levels == [4] * 7
+    assert levels == [4] * 4
+
+
+@pytest.mark.parametrize("biased", [(), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("q_proj", "gate_proj")])
+@pytest.mark.parametrize("head_dim", [16, 24])  # 24: no GroupQueryAttention, so the joined product is parted
+def test_linears_of_one_input_are_one_product_where_their_grids_agree(biased, head_dim, tmp_path):
+    graph = small(layers=(Layer(4, 2, 96), Layer(2, 2, 32), Layer(2, 1, 64)), head_dim=head_dim, biases=frozenset(biased))
+    wider, graph = quantized(graph, "w8g16-asym"), quantized(graph, "w4g16-asym")
+    odd = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight"
+    graph = graph.replace(weights={name: wider.weights[name] for name in odd})
+    assert_same_everywhere(graph, tmp_path / "out")
+    joined = {
+        n.partition(".weight")[0].removeprefix("model.layers.")
+        for n in initializers(tmp_path / "out")
+        if "_proj.weight" in n and ("qkv" in n or "gate_up" in n)
+    }
+    assert joined == (set() if len(biased) == 2 else {"0.self_attn.qkv_proj", "0.mlp.gate_up_proj", "1.mlp.gate_up_proj", "2.self_attn.qkv_proj"})
+
+
+def test_joined_rows_that_do_not_fit_the_config(tmp_path):
+    graph = quantized(small(layers=(Layer(4, 2, 128),)), "w4g32")
+    export(graph, tmp_path / "out", check=False)
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["layers"] = [[4, 2, 96]]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"qkv_proj|gate_up_proj.*96 \+ 96 rows"):
+        read(tmp_path / "out")
 
 
 def test_no_bloat(tmp_path):

@@ -16,7 +16,7 @@ from test_export import DENSE, MIXED, YARN, ids_of, one_thread, operators, quant
 from tinycompress.errors import InputError
 from tinycompress.export import PROFILES, OrtModel, emit, export, prepare, read, run_check, verify, write_reference
 from tinycompress.export.forms_standard import nibbles
-from tinycompress.export.read import initializers, load_proto, model_path
+from tinycompress.export.read import apart, initializers, load_proto, model_path
 from tinycompress.export.runtime import RUNTIMES, names
 from tinycompress.graph import Layer
 from tinycompress.quantize import QuantTensor, unpack
@@ -74,7 +74,7 @@ def test_integers_and_scales_bit_for_bit(profile, tmp_path):
     """The stored initializers themselves, not what `read` makes of them, against the quantized weight."""
     graph = quantized(small(**WIDE), "w4g64", embedding=True)
     export(graph, tmp_path / "out", profile, check=False)
-    stored = initializers(tmp_path / "out")
+    stored = apart(initializers(tmp_path / "out"), graph.config)
     packed = {name: w for name, w in graph.weights.items() if isinstance(w, QuantTensor)}
     assert len(packed) == 1 + 1 + 4 * 3 + 3 * 3
     for name, weight in packed.items():

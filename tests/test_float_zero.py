@@ -11,7 +11,7 @@ from tinycompress.checkpoint import load, save
 from tinycompress.config import Config, Layer
 from tinycompress.errors import InputError
 from tinycompress.export import OrtModel, export, prepare, read
-from tinycompress.export.read import initializers
+from tinycompress.export.read import apart, initializers
 from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.gptq import GPTQ, gptq_quantize
@@ -111,7 +111,7 @@ def test_onnx_runtime_computes_with_them(text, tmp_path):
     """The stored tensors bit for bit; logits within 1e-4 at both accuracy levels, since the kernel stays in float."""
     graph = RTN(dataclasses.replace(QuantSpec.parse(text), scale="mse"), head=True)(random_graph(CONFIG))
     export(graph, tmp_path / "out", check=False)
-    stored = initializers(tmp_path / "out")
+    stored = apart(initializers(tmp_path / "out"), graph.config)
     packed = {name: w for name, w in graph.weights.items() if isinstance(w, QuantTensor)}
     for name, weight in packed.items():
         zeros = stored[f"{name}.zeros"]

@@ -67,7 +67,7 @@ def test_changed_bytes(tmp_path):
     def flip(packed) -> None:
         packed[0, 0, 0] ^= 1
 
-    overwrite(tmp_path / "out", "model.layers.0.mlp.up_proj.weight.packed", flip)
+    overwrite(tmp_path / "out", "model.layers.0.mlp.gate_up_proj.weight.packed", flip)
     report = verify(tmp_path / "out")
     assert list(checks(report)) == ["files"] and not report["passed"] and "model.onnx.data" in report["checks"][0]["about"]
     assert summary(report)[-1] == "failed"
