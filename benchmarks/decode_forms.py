@@ -5,8 +5,9 @@
 
 The graph has TinyLlama's layers (`--shape smollm2`: SmolLM2's), fewer of them, with random integers and scales in groups of 32 and
 a small vocabulary, so that the layers are what is measured. "plain" is what the `ort` profile emits
-but for joined linears: one product a linear, float32 scales, the cache as one shared buffer bound once. A form changes one thing: the graph, the session or how a step is called. A round is a burst of plain steps and
-a burst of the form's, in changing order; the ratio is the median over rounds of form / plain in tokens/s (above 1: the form is
+but for joined linears: one product a linear, float32 scales, the cache as one shared buffer bound once.
+A form changes one thing: the graph, the session or how a step is called. A round is a burst of plain steps and a burst of the
+form's, in changing order; the ratio is the median over rounds of form / plain in tokens/s (above 1: the form is
 faster), with the 10th and 90th percentile beside it. `difference` is the largest one of logits, over the largest logit, from
 plain's on the same ids; forms with other weights have none.
 
