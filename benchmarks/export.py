@@ -3,7 +3,7 @@
     python benchmarks/export.py --work DIR --builder-python PYTHON --llama-python PYTHON [--rows export,speed] [--rounds 5]
         [--quick] [--json benchmarks/results/export.json]
 
-  export   file size, time and peak memory of tinycompress' export (groups of 32 and 128, scales in float32 and float16)
+  export   file size, time and peak memory of tinycompress' export (groups of 32, 64 and 128, scales in float32 and float16)
            and of onnxruntime-genai's builder on the same shape, a process of its own each
   speed    decode tokens/s at --threads threads: our folders and the builder's model, both by ONNX Runtime with one shared
            cache buffer, and llama.cpp on our groups of 32 as Q4_0, by turns
@@ -36,7 +36,13 @@ from tinycompress.graph import Graph
 from tinycompress.quantize import QuantSpec, QuantTensor
 
 GGUF = "q4_0.gguf"
-OURS = {"g32": (32, "float32"), "g32-half": (32, "float16"), "g128": (128, "float32"), "g128-half": (128, "float16")}
+OURS = {
+    "g32": (32, "float32"),
+    "g32-half": (32, "float16"),
+    "g64": (64, "float32"),
+    "g128": (128, "float32"),
+    "g128-half": (128, "float16"),
+}
 PROMPT = 32
 AIMS = {  # of the whole shape: what, of which rows, at most
     "g32, MB": (lambda row: row["g32"]["bytes"] / 1e6, 700.0),
@@ -57,7 +63,7 @@ def make_graphs(work: Path, layers: int) -> None:
     if not (work / "dense").is_dir():
         save(dense(layers), work / "dense")
         write_tokenizer(work / "dense")
-    for group in (32, 128):
+    for group in sorted({group for group, _ in OURS.values()}):
         if not (work / f"packed{group}").is_dir():
             save(packed(layers, group), work / f"packed{group}")
     if not (work / GGUF).is_file():

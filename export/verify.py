@@ -57,7 +57,13 @@ class GateError(RuntimeError):
     def __init__(self, report: Mapping[str, Any]) -> None:
         self.report = report
         failed = [check for check in report["checks"] if not check["passed"]]
-        super().__init__("the exported model failed: " + "; ".join(f"{c['check']} {_show(c['figure'])}, limit {_show(c['limit'])}" for c in failed))
+        super().__init__("the exported model failed: " + "; ".join(map(_failure, failed)))
+
+
+def _failure(check: Mapping[str, Any]) -> str:
+    """A count (changed files, what a runtime found wrong) says little without what was counted."""
+    about = f" ({check['about']})" if isinstance(check["figure"], int) else ""
+    return f"{check['check']} {_show(check['figure'])}, limit {_show(check['limit'])}{about}"
 
 
 def verify(
