@@ -121,13 +121,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing written")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not args.quick else {"rows": {}}
+
+    def known() -> dict[str, Any]:
+        """What was measured so far, by whichever process."""
+        return json.loads(RESULTS.read_text()) if RESULTS.is_file() and not args.quick else {"rows": {}}
+
+    results = known()
     models = {"w4": args.w4, "lpbq": args.lpbq, "dense": args.model}
     with tqdm(args.only, desc="profiles") as bar:
         for name in bar:
             bar.set_postfix_str(name)
             row = ROWS[name]
             found = measure(row, models[row.model], args.work / name.replace(", ", "-"), bar.set_postfix_str)
+            results = known() if not args.quick else results
             results["rows"][name] = found
             results |= {"model": Path(args.model).name, "environment": environment()}
             if not args.quick:

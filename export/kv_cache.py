@@ -1,6 +1,6 @@
 """The int8 cache of GroupQueryAttention: its scales, from text.
 
-  q = clip(round(x / s), -128, 127),   x ≈ s · q,   s = 1.25 · max|x| / 127, one a channel of a KV head, fixed in the file
+  q = clip(round(x / s), -128, 127),   x ≈ s · q,   s = h · max|x| / 127, one a channel of a KV head, fixed in the file
 
 The operator rounds new keys (rotated) and values as it writes them, and reads them back as s · q
 (docs/ContribOperators.md of ONNX Runtime, k_scale and v_scale, "PER_CHANNEL": keys have channels of their own size,
@@ -8,7 +8,8 @@ KIVI, arXiv:2402.02750). A position then costs a quarter of the float cache's by
 
 A rotated key turns within its pairs of channels (i, i + d/2), by another angle at every position: what one channel holds
 at the positions of the text says little of the others. The pair's length √(k_i² + k_{i+d/2}²) is the same at all of them, so
-it is the range of both.
+it is the range of both. One channel rarely holds all of it, so keys have room for unseen text without a margin (h = 1);
+values have h = 1.25.
 
 Letters: B batch, K KV heads, T positions, d head_dim.
 """
@@ -29,7 +30,7 @@ from .emit import attention_layers
 from .profiles import Profile
 
 CACHES = ("float32", "int8")
-HEADROOM = 1.25  # of ranges over what the text showed, against clipping unseen text; a third of a bit of eight
+HEADROOM = {"key": 1.0, "value": 1.25}  # of ranges over what the text showed, against clipping unseen text
 LEVELS = 127
 SMALLEST = 1e-6  # a channel that is always zero still needs a step
 LARGEST_DENSE = 1 << 33  # bytes up to which torch runs packed weights unpacked
@@ -70,4 +71,8 @@ def cache_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[st
                 if not torch.isfinite(peak).all():
                     raise InputError(f"range of {name}", "NaN or infinite values", "finite ones (look at the weights before it)")
                 peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-    return {name: (peak * (HEADROOM / LEVELS)).clamp_min(SMALLEST) for name, peak in peaks.items()}
+    return {name: (peak * (HEADROOM[_kind(name)] / LEVELS)).clamp_min(SMALLEST) for name, peak in peaks.items()}
+
+
+def _kind(name: str) -> str:
+    return "key" if name.endswith("key_scale") else "value"

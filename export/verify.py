@@ -241,5 +241,5 @@ def _finish(report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _show(figure: float) -> str:
-    return str(figure) if isinstance(figure, int) else f"{figure:.3g}"
+def _show(figure: float | str) -> str:
+    return f"{figure:.3g}" if isinstance(figure, float) else str(figure)

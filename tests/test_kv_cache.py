@@ -74,7 +74,7 @@ def test_ranges_hold_at_every_position():
     seen = torch.zeros_like(scales)
     for at in range(0, 4096, 16):
         seen = torch.maximum(seen, rotate(plain, cos[at : at + 16], sin[at : at + 16]).abs().amax(2, keepdim=True))
-    range_ = scales * LEVELS / HEADROOM
+    range_ = scales * LEVELS / HEADROOM["key"]
     assert (seen <= range_ * (1 + 1e-5)).all()
     assert (seen > 0.5 * range_).all()  # and are no wider than that asks for
     assert (cache.layers[0][0].abs().amax(2, keepdim=True) < 0.99 * seen).any()  # which the text's own positions do not show

@@ -43,19 +43,23 @@ def figures(reference: Reference, logits: np.ndarray, first: int = 0) -> dict[st
     share of those that torch had decided, and the relative change of perplexity.
 
     A top token is decided where the other one is more than UNDECIDED behind it in torch. All flips are judged; the decided ones are
-    there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any rounding turns them over."""
+    there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any rounding turns them over.
+    `flips_se` and `perplexity_se` are the standard errors of those means over so few positions."""
     expected, got = reference.logits[first:].astype(np.float64), np.asarray(logits, np.float64)
     if got.shape != expected.shape:
         raise ValueError(f"logits of shape {got.shape}, expected {expected.shape}")
     p, q = _log_softmax(expected), _log_softmax(got)
     target = reference.ids[first + 1 :]
-    nll = [-x[np.arange(len(target)), target].mean() for x in (p, q)]
+    lost = (p - q)[np.arange(len(target)), target]
+    flips = float((p.argmax(-1) != q.argmax(-1)).mean())
     return {
         "error": float(np.abs(got - expected).max()),
         "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "flips": float((p.argmax(-1) != q.argmax(-1)).mean()),
+        "flips": flips,
         "decided_flips": float((p.max(-1) - np.take_along_axis(p, q.argmax(-1)[:, None], -1)[:, 0] > UNDECIDED).mean()),
-        "perplexity": float(abs(np.exp(nll[1] - nll[0]) - 1)),
+        "perplexity": float(abs(np.exp(lost.mean()) - 1)),
+        "flips_se": float(np.sqrt(flips * (1 - flips) / len(expected))),
+        "perplexity_se": float(lost.std() / np.sqrt(len(lost))),
     }
 
 
@@ -74,11 +78,15 @@ def is_exact(folder: Path) -> bool:
 
 
 def judge(reference: Reference, found: dict[str, float], exact: bool = False) -> list[str]:
-    """The figures beyond their limits; `exact` holds the largest difference to that of float32 arithmetic too."""
+    """The figures beyond their limits; `exact` holds the largest difference to that of float32 arithmetic too.
+
+    What is not exact is beyond its share of top tokens or its perplexity where it is so by twice the standard error: int8 activations
+    move the NLL of a token by about 0.13, so 64 positions cannot tell 1% from 3%. The gate's 4,096 can, and it makes no such allowance."""
+    errors = {} if exact else {k: 2 * found[f"{k}_se"] for k in ("flips", "perplexity")}
     limits = {k: reference.limits[k] for k in KEYS if k in reference.limits}
     if exact:
         limits["error"] = reference.limits["prefill"] * max(1.0, float(np.abs(reference.logits).max()) / 10)
-    return [f"{k} {found[k]:.3g} > {limit:.3g}" for k, limit in limits.items() if not found[k] <= limit]
+    return [f"{k} {found[k]:.3g} > {limit:.3g}" for k, limit in limits.items() if not found[k] - errors.get(k, 0.0) <= limit]
 
 
 def main(runtime: str, versions: Callable[[], dict[str, str]], check: Callable[[Path, Reference], tuple[dict[str, Any], list[str]]]) -> None:
