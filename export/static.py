@@ -2,7 +2,7 @@
 
   hidden [1,S,D] ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
                       └────────────────────────────────────┘└───────────────────────────────────┘
-  norm        m = max |x|; y = x/m ─ y·y ─ mean ─ +(√ε/m)² ─ √ ─ y/· ─ ·w       or RMSNormalization
+  norm        x·x ─ mean ─ +ε ─ √ ─ x/· ─ ·w                     or RMSNormalization
   q,k,v       linear ─ Reshape [1,S,n,d] ─ Transpose [1,n,S,d]; q and k turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
   attention   q ─ Reshape [1,K,g·S,d] ─┐                        past_value ┐
      past_key ┐                        MatMul ─ Reshape [1,H,S,C+S] ─ +mask ─ Softmax ─ Reshape [1,K,g·S,C+S] ─ MatMul ─ …
@@ -120,14 +120,10 @@ class _Static:
         weight = self.act(self.draw.dense(f"{name}.weight"), f"{name}.weight")
         if self.form.fused_norm:
             return self.op(name, "RMSNormalization", [x, weight], axis=-1, epsilon=self.config.norm_eps)
-        # Trained models have values beyond 256, whose squares float16 does not hold: SmolLM2's stream reaches 20,000.
-        axis, floor = self.draw.constant("last_axis", torch.tensor([-1])), self.number("norm_floor", self.config.norm_eps**0.5)
-        peak = self.op(f"{name}.peak", "ReduceMax", [self.op(f"{name}.size", "Abs", [x]), axis], keepdims=1)
-        peak = self.op(f"{name}.peak_floored", "Max", [peak, floor])
-        y, r = self.op(f"{name}.scaled", "Div", [x, peak]), self.op(f"{name}.eps_root", "Div", [floor, peak])
-        mean = self.op(f"{name}.mean", "ReduceMean", [self.op(f"{name}.square", "Mul", [y, y]), axis], keepdims=1)
-        root = self.op(f"{name}.root", "Sqrt", [self.op(f"{name}.sum", "Add", [mean, self.op(f"{name}.eps", "Mul", [r, r])])])
-        return self.op(name, "Mul", [self.op(f"{name}.unit", "Div", [y, root]), weight])
+        axis = self.draw.constant("last_axis", torch.tensor([-1]))
+        mean = self.op(f"{name}.mean", "ReduceMean", [self.op(f"{name}.square", "Mul", [x, x]), axis], keepdims=1)
+        root = self.op(f"{name}.root", "Sqrt", [self.op(f"{name}.sum", "Add", [mean, self.number("norm_eps", self.config.norm_eps)])])
+        return self.op(name, "Mul", [self.op(f"{name}.unit", "Div", [x, root]), weight])
 
     def attention(self, at: str, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]) -> ir.Value:
         """Grouped-query attention behind the cache; the new keys and values are added to `caches`."""

@@ -105,33 +105,6 @@ def test_float_graphs_are_torch(changes, tmp_path, short_chunks):
     assert_same(small(**changes), tmp_path / "out")
 
 
-@torch.inference_mode()
-def test_every_value_fits_float16_where_the_stream_is_large(tmp_path):
-    """Trained models have a few values of thousands in the residual stream; NPUs compute in float16, which ends at 65,504."""
-    graph = small(norm_eps=1e-5)
-    table = graph.weights["model.embed_tokens.weight"].clone()
-    table[:, 3] = 20000.0
-    table[5] = 0.0  # a row of zeros, as padding is
-    graph = graph.replace(weights={"model.embed_tokens.weight": table})
-    model = emit_static(graph, STATIC, 8)
-    proto = import_module("onnx_ir").to_proto(model)
-    proto.graph.output.extend(
-        onnx.ValueInfoProto(name=o) for node in proto.graph.node for o in node.output if o not in {x.name for x in proto.graph.output}
-    )
-    onnx.save(proto, tmp_path / "all.onnx")
-    session, ids = cpu_session(tmp_path / "all.onnx"), torch.tensor([[5, 1, 2, 5, 7, 9, 11, 5]])
-    C, S = graph.config.max_position, 8
-    cos, sin = (t[:S].numpy()[None, None] for t in graph.config.rope.tables(graph.config.head_dim, C))
-    mask = np.full((1, 1, S, C + S), -100.0, np.float32)
-    mask[..., C:] = np.triu(mask[..., C:][0, 0], 1)
-    feeds = {"hidden": table[ids].numpy(), "mask": mask, "cos": cos, "sin": sin}
-    feeds = {node.name: feeds.get(node.name, np.zeros(node.shape, np.float32)) for node in session.get_inputs()}
-    values = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds)))
-    torch.testing.assert_close(torch.from_numpy(values["logits"]), graph.module()(ids), atol=1e-3, rtol=0)
-    peaks = {name: float(np.abs(value).max()) for name, value in values.items() if value.dtype == np.float32}
-    assert max(peaks.values()) < 65504 and max(peaks.values()) >= 20000
-
-
 @pytest.mark.parametrize("changes", [{}, {"layers": MIXED, "biases": BIASES, "rope": YARN, "tie_embeddings": True}], ids=["uniform", "mixed"])
 @pytest.mark.parametrize("spec", [None, "w4", "w4g16-lpbq", "w3g16-lpbq"])
 def test_integer_graphs_are_torch_but_for_rounding(spec, changes, tmp_path, short_chunks):
