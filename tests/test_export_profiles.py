@@ -229,17 +229,14 @@ def test_all_flips_are_judged_and_the_decided_ones_told(tmp_path):
     assert found["flips"] == found["decided_flips"] == 1 and any(words.startswith("flips") for words in common.judge(reference, found))
 
 
-def test_few_positions_are_judged_by_their_standard_error(tmp_path):
-    """As figures over many positions they would be beyond 1% and 10%; an exact export has no such excuse."""
+def test_figures_over_few_positions_name_their_standard_error(tmp_path):
     graph = small()
     write_reference(graph, tmp_path, "ort", ids=ids_of(graph, 33)[0])
     reference, noise = common.Reference(tmp_path), torch.randn(33, 128, generator=torch.Generator().manual_seed(0)).numpy()
     found = common.figures(reference, reference.logits + 0.3 * noise)
     nll = [-common._log_softmax(x.astype(float))[range(32), reference.ids[1:]] for x in (reference.logits, reference.logits + 0.3 * noise)]
     assert found["perplexity_se"] == pytest.approx((nll[1] - nll[0]).std() / 32**0.5)
-    reference.limits = {"perplexity": found["perplexity"] - found["perplexity_se"], "prefill": 10.0}
-    assert common.judge(reference, found) == [] and [w.split()[0] for w in common.judge(reference, found, exact=True)] == ["perplexity"]
-    reference.limits["perplexity"] = found["perplexity"] - 3 * found["perplexity_se"]
+    reference.limits = {"perplexity": found["perplexity"] - found["perplexity_se"] / 2}  # the limit is the limit
     assert [w.split()[0] for w in common.judge(reference, found)] == ["perplexity"]
 
 
