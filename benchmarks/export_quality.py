@@ -6,7 +6,8 @@
 
 Each row is `tinycompress export MODEL --profile … --verify` (its gate: 8 windows of 512 tokens of "pydoc"; `qnn` and `static` on
 their own host, ONNX Runtime's CPU provider) and then `tinycompress verify OUT --runtime …` for every installed runtime that the
-profile is proved in (64 tokens of the same text and greedy steps). A row that failed says so. Exports stay in DIR and are
+profile is proved in (the same text, or its first 512 tokens where steps are slow, and greedy steps).
+A row that failed says so. Exports stay in DIR and are
 not made again; results go to results/export_quality.json and .md.
 """
 

@@ -73,6 +73,11 @@ class StaticSession:
             ids = ids[size:]
         return np.concatenate(out)
 
+    def logits(self, ids: Array, steps: int = 0) -> Array:
+        """[T, V] of ids [T] behind nothing: in chunks, the last `steps` one at a time."""
+        cache, start = self.new_cache(), max(1, len(ids) - steps)
+        return np.concatenate([self.step(ids[:start], cache), *(self.step(ids[i : i + 1], cache) for i in range(start, len(ids)))])
+
     def _run(self, name: str, ids: Array, size: int, cache: Cache) -> Array:
         """One run of a graph that takes `size` positions, of which ids [n] fill the first n."""
         n, start = len(ids), cache.length

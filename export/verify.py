@@ -37,11 +37,11 @@ from tinycompress.files import inside
 from tinycompress.graph import Graph
 from tinycompress.tokenizer import Tokenizer
 
-from .checks import TILE, Shipped, cached, exact_checks, far, shipped, tables
+from .checks import Shipped, cached, exact_checks, far, shipped, tables
 from .emit import attention_layers, prepare
 from .profiles import profile_of
 from .read import read, read_manifest
-from .runtime import installed, run_check
+from .runtime import installed, run_check, text_of
 from .session import OrtModel
 from .static_forms import make_ready
 from .static_model import StaticModel
@@ -130,13 +130,14 @@ def gate(
     if optional and not installed(runtime):
         report["not_run"] = [f"{runtime}: not installed (make runtime NAME={runtime})"]
     elif runtime != "onnxruntime":
-        _in_runtime(report, runtime, folder, expected, ids[0])
+        _in_runtime(report, runtime, folder, expected, ids, progress)
     return _finish(report)
 
 
-def _in_runtime(report: dict[str, Any], runtime: str, folder: str | Path, graph: Graph, ids: Tensor) -> None:
+def _in_runtime(report: dict[str, Any], runtime: str, folder: str | Path, graph: Graph, ids: Tensor, progress: bool) -> None:
     """The check of the runtime that the profile is for: what it wrote, as one check."""
-    result = run_check(runtime, folder, graph, report["profile"], ids[:TILE])
+    windows, positions = text_of(runtime)
+    result = run_check(runtime, folder, graph, report["profile"], ids[:windows, :positions], progress=progress)
     report["versions"] |= result.get("versions", {})
     report[runtime] = result["figures"]
     figures = ", ".join(f"{name} {_show(value)}" for name, value in result["figures"].items())

@@ -1,7 +1,8 @@
 """What every check does with what its runtime computed: figures against torch, one line, an exit code. Needs numpy only.
 
 A check gets one or more exported folders, each with a reference (reference.json and reference.f32, see
-export/reference.py). It feeds the prompt, then the other ids one by one behind the cache, and hands the logits over.
+export/reference.py). It feeds the first window as a prompt and then id by id behind the cache, the other windows whole, and
+hands the logits over.
 """
 
 from __future__ import annotations
@@ -11,55 +12,72 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 KEYS = ("error", "kl", "flips", "perplexity")
+CHUNK = 64  # positions that are compared at once
 UNDECIDED = 0.25  # nats: torch holds the other token for at least 78% as likely as its own first
 
 
 class Reference:
-    """The yardstick in `folder`: ids [T], logits float32 [T, V], the greedy continuation of the first `prompt` ids."""
+    """The yardstick in `folder`: ids [W, T], logits float32 [W, T, V], the greedy continuation of the first `prompt` ids."""
 
     def __init__(self, folder: Path) -> None:
         data = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
         self.folder, self.limits = folder, data["limits"]
         self.ids = np.array(data["ids"], np.int64)
+        self.windows, self.length = self.ids.shape
         self.prompt, self.vocab, self.context = data["prompt"], data["vocab"], data["context"]
         self.cache: list[list[int]] = data["cache"]
         self.greedy, self.margins = data["greedy"], data["margins"]
-        self.logits = np.fromfile(folder / "reference.f32", "<f4").reshape(len(self.ids), self.vocab)
+        self.logits = np.memmap(folder / "reference.f32", "<f4", "r", shape=(*self.ids.shape, self.vocab))
 
-    def spans(self) -> list[tuple[int, int]]:
-        """The prompt, then one id at a time."""
-        return [(0, self.prompt), *((i, i + 1) for i in range(self.prompt, len(self.ids)))]
+    def spans(self, window: int = 0) -> list[tuple[int, int]]:
+        """How a window is fed: the first as a prompt and then one id at a time, the others whole."""
+        steps = [(0, self.prompt), *((i, i + 1) for i in range(self.prompt, self.length))]
+        return [(0, self.length)] if window else steps
+
+    @property
+    def start(self) -> np.ndarray:
+        """ids [prompt]: what greedy decoding continues."""
+        return self.ids[0, : self.prompt]
 
 
-def figures(reference: Reference, logits: np.ndarray, first: int = 0) -> dict[str, float]:
-    """Logits [T - first, V] of positions `first` and later: largest difference, mean KL in nats, share of changed top tokens, the
-    share of those that torch had decided, and the relative change of perplexity.
+def figures(reference: Reference, logits: Iterable[np.ndarray], first: int = 0, stop: int | None = None) -> dict[str, float]:
+    """What differs over windows of logits [T - first, V], in turn, from position `first` of each on: the largest difference, mean KL
+    in nats, share of changed top tokens, the share of those that torch had decided, and the relative change of perplexity.
+    `stop` leaves out the positions from there on, and all windows but the first.
 
     A top token is decided where the other one is more than UNDECIDED behind it in torch. All flips are judged; the decided ones are
     there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any rounding turns them over.
     `flips_se` and `perplexity_se` are the standard errors of those means over so few positions."""
-    expected, got = reference.logits[first:].astype(np.float64), np.asarray(logits, np.float64)
-    if got.shape != expected.shape:
-        raise ValueError(f"logits of shape {got.shape}, expected {expected.shape}")
-    p, q = _log_softmax(expected), _log_softmax(got)
-    target = reference.ids[first + 1 :]
-    lost = (p - q)[np.arange(len(target)), target]
-    flips = float((p.argmax(-1) != q.argmax(-1)).mean())
+    rows, losses = [], []
+    windows = slice(1 if stop else None)
+    for expected, ids, got in zip(reference.logits[windows, first:stop], reference.ids[windows, first:stop], logits, strict=True):
+        if got.shape != expected.shape:
+            raise ValueError(f"logits of shape {got.shape}, expected {expected.shape}")
+        for a in range(0, len(got), CHUNK):
+            p, q = (_log_softmax(part[a : a + CHUNK].astype(np.float64)) for part in (expected, got))
+            behind = p.max(-1) - np.take_along_axis(p, q.argmax(-1)[:, None], -1)[:, 0]
+            error = np.abs(got[a : a + CHUNK].astype(np.float64) - expected[a : a + CHUNK]).max(-1)
+            rows.append(np.stack([error, (np.exp(p) * (p - q)).sum(-1), p.argmax(-1) != q.argmax(-1), behind > UNDECIDED]))
+            target = ids[a + 1 : a + 1 + CHUNK]
+            losses.append((p - q)[np.arange(len(target)), target])
+    error, kl, flips, decided = np.concatenate(rows, 1)
+    lost, share = np.concatenate(losses), float(flips.mean())
     return {
-        "error": float(np.abs(got - expected).max()),
-        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "flips": flips,
-        "decided_flips": float((p.max(-1) - np.take_along_axis(p, q.argmax(-1)[:, None], -1)[:, 0] > UNDECIDED).mean()),
+        "error": float(error.max()),
+        "kl": float(kl.mean()),
+        "flips": share,
+        "decided_flips": float(decided.mean()),
         "perplexity": float(abs(np.exp(lost.mean()) - 1)),
-        "flips_se": float(np.sqrt(flips * (1 - flips) / len(expected))),
+        "flips_se": float(np.sqrt(share * (1 - share) / len(flips))),
         "perplexity_se": float(lost.std() / np.sqrt(len(lost))),
+        "positions": len(flips),
     }
 
 
@@ -78,12 +96,10 @@ def is_exact(folder: Path) -> bool:
 
 
 def judge(reference: Reference, found: dict[str, float], exact: bool = False) -> list[str]:
-    """The figures beyond their limits; `exact` holds the largest difference to that of float32 arithmetic too.
-
-    Over 64 positions a perplexity has a standard error of its own (`perplexity_se`), about 1% with int8 activations."""
+    """The figures beyond their limits; `exact` holds the largest difference to that of float32 arithmetic too."""
     limits = {k: reference.limits[k] for k in KEYS if k in reference.limits}
     if exact:
-        limits["error"] = reference.limits["prefill"] * max(1.0, float(np.abs(reference.logits).max()) / 10)
+        limits["error"] = reference.limits["prefill"] * max(1.0, _peak(reference.logits) / 10)
     return [f"{k} {found[k]:.3g} > {limit:.3g}" for k, limit in limits.items() if not found[k] <= limit]
 
 
@@ -116,6 +132,10 @@ def _run(runtime: str, versions: Callable, check: Callable, folder: Path, where:
     words = f"passed: {shown}" if result["passed"] else f"failed: {'; '.join(result['failures'])}" + (f" ({shown})" if shown else "")
     print(f"{runtime} {folder.name} {words}".replace("\n", " "), flush=True)
     return result
+
+
+def _peak(logits: np.ndarray) -> float:
+    return max(float(np.abs(window).max()) for window in logits)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

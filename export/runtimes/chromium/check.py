@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,10 +36,14 @@ VERSIONS: dict[str, str] = {}
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves the page, /ort/ (the runtime), /model/ (the export) and request.json; /answer receives the page's result."""
+    """Serves the page, /ort/ (the runtime), /model/ (the export) and request.json; /logits receives float32 rows, in their order,
+    and /answer the page's result."""
 
-    def __init__(self, *args: Any, model: Path, request: dict[str, Any], answers: queue.Queue[dict[str, Any]], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, model: Path, request: dict[str, Any], answers: queue.Queue[dict[str, Any]], logits: IO[bytes] | None = None, **kwargs: Any
+    ) -> None:
         self.model, self.request_data, self.answers, self.answered = model, request, answers, kwargs.pop("answered", threading.Event())
+        self.logits = logits
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path: str) -> str:
@@ -60,7 +64,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
         return super().do_GET()
 
     def do_POST(self) -> None:
-        self.answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/logits" and self.logits:
+            self.logits.write(body)
+            return self._send(b"{}")
+        self.answers.put(json.loads(body))
         self._send(b"{}")
         self.answered.set()
 
@@ -84,19 +92,20 @@ Server.extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, 
 
 
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
-    request = {"ids": reference.ids.tolist(), "prompt": reference.prompt, "steps": len(reference.greedy), "check": True}
-    answer = in_browser(folder, request, os.environ.get("SCREENSHOT"))
+    request = {"windows": reference.ids.tolist(), "prompt": reference.prompt, "steps": len(reference.greedy), "check": True}
+    with tempfile.TemporaryFile() as logits:
+        answer = in_browser(folder, request, os.environ.get("SCREENSHOT"), logits)
+        found: dict[str, Any] = figures(reference, np.memmap(logits, "<f4", "r", shape=reference.logits.shape))
     VERSIONS.update(answer["versions"])
-    found: dict[str, Any] = figures(reference, np.concatenate([np.array(row, np.float32).reshape(-1, reference.vocab) for row in answer["logits"]]))
     fine, about = greedy_agrees(reference, answer["greedy"], MARGIN)
     failures = judge(reference, found, is_exact(folder)) + ([] if fine else [about])
     return found | {"greedy": about.split()[1], "tok_s": answer["tok_s"], "load_s": answer["loaded"]}, failures
 
 
-def in_browser(folder: Path, request: dict[str, Any], picture: str | None = None) -> dict[str, Any]:
-    """What the page posts back; `picture` gets a screenshot of it."""
+def in_browser(folder: Path, request: dict[str, Any], picture: str | None = None, logits: IO[bytes] | None = None) -> dict[str, Any]:
+    """What the page posts back; `picture` gets a screenshot of it, `logits` the rows."""
     answers: queue.Queue[dict[str, Any]] = queue.Queue()
-    handler = functools.partial(Server, model=folder.resolve(), request=request, answers=answers, answered=threading.Event())
+    handler = functools.partial(Server, model=folder.resolve(), request=request, answers=answers, logits=logits, answered=threading.Event())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, tempfile.TemporaryDirectory() as profile:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}"]
@@ -126,7 +135,8 @@ def _browser() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serving = functools.partial(Server, model=Path(sys.argv[2]).resolve(), request={"ids": [1], "prompt": 1, "steps": 128}, answers=queue.Queue())
+        told = {"windows": [[1]], "prompt": 1, "steps": 128}
+        serving = functools.partial(Server, model=Path(sys.argv[2]).resolve(), request=told, answers=queue.Queue())
         print("http://localhost:8000 (Ctrl-C ends it)")
         http.server.ThreadingHTTPServer(("127.0.0.1", 8000), serving).serve_forever()
     main("chromium", lambda: VERSIONS, check)

@@ -1,6 +1,6 @@
 // Loads an exported `web` folder into onnxruntime-web, writes greedily from a prompt, streams the text and counts tokens a
 // second. Everything is local: the page, the runtime and the model come from the server that serves this file.
-// `window.check(ids, prompt)` gives logits step by step, for the check that compares them with torch.
+// Where request.json asks for a check, logits of its windows go back too, to be compared with torch's.
 import * as ort from "./ort/ort.wasm.min.mjs";
 
 const $ = (id) => document.getElementById(id);
@@ -90,19 +90,22 @@ async function write(prompt, count) {
   return { greedy: ids, tok_s: ids.length / ((performance.now() - begun) / 1000) };
 }
 
-async function check(ids, prompt) {
-  const stepper = new Stepper();
-  const rows = [await stepper.step(ids.slice(0, prompt))];
-  for (const id of ids.slice(prompt)) rows.push(await stepper.step([id]));
-  return rows.map((row) => Array.from(row));
+// The first window as a prompt and then id by id, the others whole; logits are posted as they come.
+async function check(windows, prompt) {
+  for (const [i, ids] of windows.entries()) {
+    const stepper = new Stepper();
+    const parts = i ? [ids] : [ids.slice(0, prompt), ...ids.slice(prompt).map((id) => [id])];
+    for (const part of parts) await fetch("logits", { method: "POST", body: await stepper.step(part) });
+  }
 }
 
 const megabytes = (graph.length + weights.length) / 1e6;
 $("about").textContent = `${manifest.scheme}, ${megabytes.toFixed(1)} MB, loaded in ${loaded.toFixed(1)} s, onnxruntime-web ${ort.env.versions.web}, ${ort.env.wasm.numThreads} threads`;
-const request = await fetch("request.json").then((answer) => (answer.ok ? answer.json() : { ids: [1], prompt: 1, steps: 64 }));
-$("again").onclick = () => write(request.ids.slice(0, request.prompt), request.steps);
-const written = await write(request.ids.slice(0, request.prompt), request.steps);
+const request = await fetch("request.json").then((answer) => (answer.ok ? answer.json() : { windows: [[1]], prompt: 1, steps: 64 }));
+const prompt = request.windows[0].slice(0, request.prompt);
+$("again").onclick = () => write(prompt, request.steps);
+const written = await write(prompt, request.steps);
 const answer = { ...written, loaded, versions: { "onnxruntime-web": ort.env.versions.web, browser: navigator.userAgent.match(/Chrome\/[\d.]+/)?.[0] ?? "?" } };
-if (request.check) answer.logits = await check(request.ids, request.prompt);
+if (request.check) await check(request.windows, request.prompt);
 await fetch("answer", { method: "POST", body: JSON.stringify(answer) });
 document.title = "done";

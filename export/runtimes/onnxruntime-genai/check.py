@@ -29,14 +29,18 @@ def generator(model: Any, max_length: int) -> Any:
 
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     model = og.Model(str(folder))
-    stepped, rows = generator(model, min(len(reference.ids) + 1, reference.context)), []
-    for start, stop in reference.spans():
-        stepped.append_tokens(reference.ids[start:stop].astype(np.int32))
-        rows.append(np.asarray(stepped.get_logits()).reshape(-1, reference.vocab)[-1:].copy())  # genai keeps the last position
-    found: dict[str, Any] = figures(reference, np.concatenate(rows), reference.prompt - 1)
+
+    def stepped(ids: np.ndarray) -> np.ndarray:
+        run, rows = generator(model, min(reference.length + 1, reference.context)), []
+        for start, stop in reference.spans():  # of every window: genai keeps the last position only
+            run.append_tokens(ids[start:stop].astype(np.int32))
+            rows.append(np.asarray(run.get_logits()).reshape(-1, reference.vocab)[-1:].copy())
+        return np.concatenate(rows)
+
+    found: dict[str, Any] = figures(reference, map(stepped, reference.ids), reference.prompt - 1)
     failures = judge(reference, found, is_exact(folder))
     search = generator(model, reference.prompt + len(reference.greedy))
-    search.append_tokens(reference.ids[: reference.prompt].astype(np.int32))
+    search.append_tokens(reference.start.astype(np.int32))
     while not search.is_done():
         search.generate_next_token()
     tokens = [int(t) for t in search.get_sequence(0)][reference.prompt :]

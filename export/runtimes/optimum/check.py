@@ -28,14 +28,18 @@ MARGIN = 0.25
 @torch.inference_mode()
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     model = ORTModelForCausalLM.from_pretrained(folder)
-    ids, past, rows = torch.from_numpy(reference.ids)[None], None, []
-    for start, stop in reference.spans():
-        out = model(input_ids=ids[:, start:stop], attention_mask=torch.ones(1, stop, dtype=torch.long), past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        rows.append(out.logits[0].numpy())
-    found: dict[str, Any] = figures(reference, np.concatenate(rows))
+
+    def logits(window: int) -> np.ndarray:
+        ids, past, rows = torch.from_numpy(reference.ids[window])[None], None, []
+        for start, stop in reference.spans(window):
+            out = model(input_ids=ids[:, start:stop], attention_mask=torch.ones(1, stop, dtype=torch.long), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            rows.append(out.logits[0].numpy())
+        return np.concatenate(rows)
+
+    found: dict[str, Any] = figures(reference, map(logits, range(reference.windows)))
     failures = judge(reference, found, is_exact(folder))
-    prompt = ids[:, : reference.prompt]
+    prompt = torch.from_numpy(reference.start)[None]
     made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(reference.greedy), do_sample=False, eos_token_id=None)
     fine, about = greedy_agrees(reference, made[0, reference.prompt :].tolist(), MARGIN)
     return found | {"greedy": about.split()[1]}, failures + ([] if fine else [about])

@@ -23,14 +23,14 @@ from common import Reference, figures, judge, main
 from epcontext import session
 from static_session import StaticSession
 
-STEPS = 8  # last ids that are fed one by one: the emulator takes its time
+STEPS = 8  # last ids of a window that are fed one by one: the emulator takes its time
 ARCH = os.environ.get("HTP_ARCH", "75")
 
 
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     """Figures against torch, and the failures among them."""
-    device = logits(StaticSession.from_folder(folder, lambda path: session(path, ARCH)), reference.ids)
-    cpu = logits(StaticSession.from_folder(folder), reference.ids)
+    device = logits(StaticSession.from_folder(folder, lambda path: session(path, ARCH)), reference)
+    cpu = logits(StaticSession.from_folder(folder), reference)
     found = figures(reference, device)
     failures = judge(reference, found)
     alone = figures(reference, cpu)  # what rounding the activations costs without HTP
@@ -38,10 +38,9 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     return found | {"htp_to_cpu": float(np.abs(device - cpu).max()), "peak": float(np.abs(cpu).max()), "htp": int(ARCH)}, failures
 
 
-def logits(model: StaticSession, ids: np.ndarray) -> np.ndarray:
-    """[T, V]: a prompt, then the last ids one at a time."""
-    cache, start = model.new_cache(), max(1, len(ids) - STEPS)
-    return np.concatenate([model.step(ids[:start], cache), *(model.step(ids[i : i + 1], cache) for i in range(start, len(ids)))])
+def logits(model: StaticSession, reference: Reference) -> np.ndarray:
+    """[W, T, V]"""
+    return np.stack([model.logits(ids, STEPS) for ids in reference.ids])
 
 
 if __name__ == "__main__":

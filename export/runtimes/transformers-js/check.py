@@ -27,14 +27,14 @@ VERSIONS: dict[str, str] = {}
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "logits.f32"
-        request = {"folder": str(folder.resolve()), "ids": reference.ids.tolist(), "prompt": reference.prompt}
+        request = {"folder": str(folder.resolve()), "windows": reference.ids.tolist(), "prompt": reference.prompt}
         request |= {"steps": len(reference.greedy), "out": str(out)}
-        done = subprocess.run(["node", str(HERE / "run.mjs"), json.dumps(request)], capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(["node", str(HERE / "run.mjs")], input=json.dumps(request), capture_output=True, text=True, timeout=1800, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-400:])
         answer = json.loads(done.stdout.strip().splitlines()[-1])
         VERSIONS.update(answer["versions"])
-        found: dict[str, Any] = figures(reference, np.fromfile(out, "<f4").reshape(-1, reference.vocab))
+        found: dict[str, Any] = figures(reference, np.memmap(out, "<f4", "r", shape=reference.logits.shape))
     fine, about = greedy_agrees(reference, answer["greedy"], MARGIN)
     failures = judge(reference, found, is_exact(folder)) + ([] if fine else [about])
     return found | {"greedy": about.split()[1], "tok_s": answer["tok_s"]}, failures
