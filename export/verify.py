@@ -41,6 +41,7 @@ from .checks import Shipped, cached, exact_checks, far, shipped, tables
 from .emit import attention_layers, prepare
 from .profiles import profile_of
 from .read import read, read_manifest
+from .reference import POSITIONS, WINDOWS
 from .runtime import installed, run_check, text_of
 from .session import OrtModel
 from .static_forms import make_ready
@@ -72,8 +73,8 @@ def verify(
     *,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
-    windows: int = 8,
-    seq_len: int = 512,
+    windows: int = WINDOWS,
+    seq_len: int = POSITIONS,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Checks an exported folder against `graph`, or (None) against the graph that the folder itself holds.
@@ -96,8 +97,8 @@ def gate(
     *,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
-    windows: int = 8,
-    seq_len: int = 512,
+    windows: int = WINDOWS,
+    seq_len: int = POSITIONS,
     progress: bool = True,
     report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
