@@ -12,12 +12,14 @@ import torch
 from tinycompress import PruneFFN, checkpoint, data
 from tinycompress.errors import InputError
 from tinycompress.evaluate import agreement, perplexity
-from tinycompress.fake_quant import fake_quantize
+from tinycompress.fake_quant import PackedLinear, fake_quantize
 from tinycompress.graph import Config, Graph, Layer, shapes
 from tinycompress.grids import find_grid, round_to_grid
 from tinycompress.lora import LoRA, merge
 from tinycompress.losses import Loss
+from tinycompress.lpbq import is_lpbq
 from tinycompress.passes.distill import Distill, HiddenLoss
+from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.schedule import Ramp
@@ -205,6 +207,50 @@ def test_gradients_of_fake_quantization():
     assert 0 < inside.sum() < inside.numel()
     assert torch.equal(weight.grad, upstream * inside)
     torch.testing.assert_close(scales.grad, (upstream * (q - u * inside)).reshape(4, 2, 8).sum(-1))
+
+
+# of a quantized graph, the scales
+
+
+@pytest.mark.parametrize("text", ["w3g16", "w4g16-asym", "w4", "w2g16-floatzero", "w4g16-lpbq"])
+def test_scales_learn_and_integers_stay(nonuniform, monkeypatch, tmp_path, text):
+    import tinycompress.passes.distill as where
+
+    seen, plain = [], where.train
+    monkeypatch.setattr(where, "train", lambda network, *args, **kwargs: (plain(network, *args, **kwargs), seen.append(network)))
+    spec, tokens = QuantSpec.parse(text), windows(nonuniform, 24)
+    rounded = RTN(spec)(nonuniform)
+    out = Distill(tokens, nonuniform, Training(steps=15, lr=5e-3, batch=8), scales=True)(rounded)
+    assert kl(nonuniform, out, tokens) < 0.9 * kl(nonuniform, rounded, tokens)
+    for name, before in rounded.weights.items():
+        after = out.weights[name]
+        if isinstance(before, QuantTensor):
+            assert torch.equal(after.packed, before.packed) and after.spec == spec and not torch.equal(after.scales, before.scales)
+            assert (after.zeros is None) == (before.zeros is None) and (before.zeros is None or torch.equal(after.zeros, before.zeros))
+            assert text != "w4g16-lpbq" or is_lpbq(after)
+        else:
+            assert torch.equal(before, after) == (before.dim() > 1)
+    ids = windows(nonuniform, 2, seed=4)
+    with torch.no_grad():
+        assert torch.equal(seen[0].transformer(ids), out.dense().module()(ids))
+    checkpoint.save(out, tmp_path / "out")
+    assert torch.equal(checkpoint.load(tmp_path / "out").dense().module()(ids), out.dense().module()(ids))
+
+
+def test_a_packed_table_stays_while_scales_learn(tiny):
+    rounded = QuantizeEmbedding(QuantSpec(8, 16))(RTN(QuantSpec(3, 16))(tiny))
+    out = Distill(windows(tiny), tiny, FAST, scales=True)(rounded)
+    assert out.weights["model.embed_tokens.weight"] is rounded.weights["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("text", ["w3g8", "w3g8-asym", "w2g8-floatzero"])
+def test_gradients_of_the_scales_of_packed_weights(text):
+    spec, w, x = QuantSpec.parse(text), torch.randn(4, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    scales, zeros = find_grid("w", w, spec)
+    weight = QuantTensor.from_ints(round_to_grid(w, scales, zeros, spec), scales, zeros, spec)
+    linear = PackedLinear(weight, None, torch.float64)
+    linear.scales_delta.data.uniform_(-0.1, 0.1)
+    assert torch.autograd.gradcheck(lambda delta: torch.func.functional_call(linear, {"scales_delta": delta}, x), linear.scales_delta)
 
 
 # the stable embedding
@@ -475,6 +521,8 @@ def test_bad_input_is_named_before_any_work(tiny, nonuniform):
         (lambda: Distill(tokens, tiny, FAST, lora=LoRA(), fake_quant=QuantSpec()), "one of the two"),
         (lambda: Distill(tokens, tiny, FAST)(RTN(QuantSpec(4, 16))(tiny)), "already w4g16"),
         (lambda: Distill(tokens, tiny, FAST, fake_quant=QuantSpec(4, 40))(tiny), "does not divide"),
+        (lambda: Distill(tokens, tiny, FAST, scales=True)(tiny), "without a packed linear"),
+        (lambda: Distill(tokens, tiny, FAST, scales=True, lora=LoRA()), "Distill.scales"),
         (lambda: Distill(tokens.repeat(1, 8), tiny, FAST)(tiny), "at most the context, 64"),
         (lambda: Distill(tokens, tiny, FAST, held_out=torch.zeros(1, 99, dtype=torch.long))(tiny), "held-out set held_out"),
         (lambda: Distill(tokens, tiny, FAST, hidden=(HiddenLoss(layers=((5, 0),)),))(tiny), "HiddenLoss.layers"),

@@ -14,6 +14,8 @@ import torch
 from tinycompress import checkpoint, train_state, training
 from tinycompress.graph import Config, Graph, Layer
 from tinycompress.passes.distill import Distill, HiddenLoss
+from tinycompress.passes.rtn import RTN
+from tinycompress.quantize import QuantSpec, QuantTensor
 from tinycompress.training import Training
 
 LAYERS = (Layer(2, 1, 48), Layer(0, 0, 32), Layer(2, 2, 0), Layer(0, 0, 0))
@@ -26,6 +28,8 @@ import sys, torch
 from tinycompress.checkpoint import load, save
 from tinycompress.distributed import joined, rank, world
 from tinycompress.passes.distill import Distill, HiddenLoss
+from tinycompress.passes.rtn import RTN
+from tinycompress.quantize import QuantSpec
 from tinycompress.training import Training
 torch.set_num_threads(1)
 folder = sys.argv[1]
@@ -38,6 +42,9 @@ with joined("cpu") as device:
         out = pass_(load(folder + "/student"))
         if rank() == 0:
             save(out, f"{folder}/{work}-out")
+    out = Distill(tokens, load(folder + "/teacher"), Training(**%r), scales=True)(RTN(QuantSpec(3, 16))(load(folder + "/student")))
+    if rank() == 0:
+        save(out, f"{folder}/scales-out")
 """
 
 
@@ -70,7 +77,7 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
     )(student)
     assert len(list((tmp_path / "continued/step-00000003").glob("*.safetensors"))) > 2  # a large state is several files
     script = tmp_path / "run.py"
-    script.write_text(RUN % TRAINING)
+    script.write_text(RUN % (TRAINING, TRAINING))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -86,4 +93,9 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
         out = checkpoint.load(tmp_path / f"{work}-out")
         for name, weight in one.weights.items():
             torch.testing.assert_close(out.weights[name], weight, rtol=1e-3, atol=1e-4)
+    scales = Distill(tokens, teacher, Training(**TRAINING), scales=True)(RTN(QuantSpec(3, 16))(student))
+    out = checkpoint.load(tmp_path / "scales-out")
+    for name, weight in scales.weights.items():
+        ours, theirs = (w.scales if isinstance(w, QuantTensor) else w for w in (out.weights[name], weight))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "one" / "step-00000003").exists()  # only the newest state is kept

@@ -161,16 +161,19 @@ from tinycompress.passes.distill import Distill, HiddenLoss
 from tinycompress.schedule import Ramp
 from tinycompress.training import Training
 from tinycompress.lora import LoRA
+from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
 torch.set_num_threads(1)
 folder, work, out, how = sys.argv[1:]
 tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
 ramps = {"losses": (Loss("kl", Ramp(0.2, 1, "cosine")), Loss("ce", Ramp(0.5, 0))),
          "hidden": (HiddenLoss("mse", Ramp(0, 1)), HiddenLoss("relation", Ramp(1, 0), last=1))}
-extra = {"plain": {}, "ramps": ramps, "lora": {"lora": LoRA(2)}, "learn": {"fake_quant": QuantSpec(4, 16), "grid": "learn"}}[how]
+extra = {"plain": {}, "ramps": ramps, "lora": {"lora": LoRA(2)}, "scales": {"scales": True},
+         "learn": {"fake_quant": QuantSpec(4, 16), "grid": "learn"}}[how]
 training = Training(steps=25, lr=1e-2, batch=4, micro_batch=3, save_every=4, eval_every=7, patience=50)
 pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work, **extra)
-save(pass_(load(folder + "/student")), out)
+student = load(folder + "/student")
+save(pass_(RTN(QuantSpec(3, 16))(student) if how == "scales" else student), out)
 """
 
 
@@ -201,6 +204,7 @@ def log_of(work):
         ("ramps", [(8, signal.SIGKILL)]),
         pytest.param("plain", [(4, signal.SIGTERM), (12, signal.SIGKILL)], marks=pytest.mark.slow),
         pytest.param("learn", [(4, signal.SIGKILL), (12, signal.SIGTERM)], marks=pytest.mark.slow),
+        pytest.param("scales", [(4, signal.SIGKILL), (8, signal.SIGTERM)], marks=pytest.mark.slow),
         pytest.param("lora", [(4, signal.SIGKILL), (8, signal.SIGKILL)], marks=pytest.mark.slow),
     ],
 )

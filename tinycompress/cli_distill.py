@@ -49,6 +49,7 @@ def distill(
     lora: Annotated[int | None, typer.Option(metavar="RANK", min=1, help="Learn low-rank updates only.")] = None,
     fake_quant: Annotated[str | None, typer.Option(metavar="w4g64", help="Quantization-aware: learn on this grid, and save packed.")] = None,
     grid: Annotated[str, typer.Option(help="Of --fake-quant: refind, or learn.")] = "refind",
+    scales: Annotated[bool, typer.Option("--scales", help="STUDENT is quantized: only its scales, norms and biases learn.")] = False,
     stable_embedding: Annotated[bool, typer.Option("--stable-embedding", help="Train the embedding behind a norm (folded away).")] = False,
     on_policy: Annotated[float, typer.Option(min=0, max=1, help="Share of steps on text that the student writes.")] = 0.0,
     teacher_context: Annotated[int | None, typer.Option(min=1, help="The teacher reads windows in pieces of so many tokens.")] = None,
@@ -68,6 +69,7 @@ def distill(
     Examples:
       tinycompress distill small --teacher smollm2-135m --data wikitext2 --steps 500 --work run -o healed
       tinycompress distill small --teacher smollm2-135m --data wikitext2 --fake-quant w3g64 --grid learn -o w3
+      tinycompress distill w3 --teacher smollm2-135m --data wikitext2 --scales --lr 1e-3 --batch 2 --steps 32 -o w3-tuned
       tinycompress distill small --teacher smollm2-135m --loss kl+1:0*ce --hidden 0.5*cosine+relation --tokens 1000000 -o healed
       tinycompress cache-teacher meta-llama/Llama-2-7b-hf --data big.jsonl --windows 20000 --seq-len 2048 -o cache
       tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
@@ -118,6 +120,7 @@ def distill(
             LoRA(lora, 2.0 * lora) if lora else None,
             spec,
             grid,
+            scales,
             stable_embedding,
             on_policy,
             teacher_context,

@@ -8,7 +8,11 @@ The grid is found again for every forward ("refind", what RTN finds for the weig
 of the given weight, s₀, and learns s = s₀ (1 + δ) ("learn": a step of δ is a relative change, as AdamW's learning rate
 is meant). torchao's fake-quantizers are not used: their symmetric scale is
 max / (2^bits - 1) · 2 and they multiply by the reciprocal, which is not this grid, so that what was trained would not be
-what is packed. Letters: N out_features, K in_features, G groups.
+what is packed.
+
+A weight that is packed already keeps its integers, and only its scales learn, s = s₀ (1 + δ) (`PackedLinear`; the second,
+end-to-end phase of EfficientQAT, arXiv:2407.11062): ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z).
+Letters: N out_features, K in_features, G groups.
 """
 
 from __future__ import annotations
@@ -87,6 +91,42 @@ class FakeQuantLinear(nn.Module):
         return product(x, fake_quantize(self.weight, scales, zeros, self.spec), self.bias)
 
 
+class _Unpack(torch.autograd.Function):
+    """packed and scales [N, G] to the weight [N, K]. Keeps the packed integers for the backward pass, not unpacked ones."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+        ctx.weight = QuantTensor(packed, scales.detach(), zeros, spec, shape)
+        return ctx.weight.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+        weight: QuantTensor = ctx.weight
+        q = weight.ints().view(*weight.scales.shape, -1).to(grads[0].dtype)
+        zero: Any = weight.spec.zero if weight.zeros is None else weight.zeros.to(q.dtype)[..., None]
+        return None, q.sub_(zero).mul_(grads[0].view(q.shape)).sum(-1), None, None, None
+
+
+class PackedLinear(nn.Module):
+    """x [..., K] → [..., N] with the integers of `weight`; `scales_delta` [N, G] learns, or [N, 1] where the scales of a row have
+    HTP's form (lpbq.py), which keeps it."""
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec, self.shape, self.bias = weight.spec, weight.shape, bias
+        self.integers: Tensor
+        self.start: Tensor
+        self.zeros: Tensor | None
+        self.register_buffer("integers", weight.packed)
+        self.register_buffer("start", weight.scales.to(dtype))
+        self.register_buffer("zeros", weight.zeros.to(dtype) if weight.zeros is not None and weight.spec.float_zero else weight.zeros)
+        self.scales_delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if weight.spec.scale == "lpbq" else self.start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = learned_scales(self.start, self.scales_delta)
+        return product(x, _Unpack.apply(self.integers, scales, self.zeros, self.spec, self.shape), self.bias)
+
+
 def learned_scales(start: Tensor, delta: Tensor) -> Tensor:
     """s₀ (1 + δ): one function, so that packing computes what the forward did."""
     return start * (1 + delta)
@@ -105,3 +145,14 @@ def add_fake_quant(network: Network, graph: Graph, specs: Mapping[str, QuantSpec
         if name in specs:
             assert isinstance(module, nn.Linear)
             replace_linear(network, name, FakeQuantLinear(name, module, specs[name], learn))
+
+
+def add_packed(network: Network, graph: Graph) -> None:
+    """Freezes all but norms and biases of a network made from the unpacked `graph`, and lets the scales of its packed linears learn."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+    for name, module in linears(network, graph).items():
+        weight = graph.weights[f"{name}.weight"]
+        if isinstance(weight, QuantTensor):
+            assert isinstance(module, nn.Linear)
+            replace_linear(network, name, PackedLinear(weight, module.bias, module.weight.dtype))

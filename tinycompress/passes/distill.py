@@ -7,8 +7,8 @@ Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679
 chunk by chunk (losses.py), so that [tokens × vocabulary] never exists. The teacher runs beside the student, or was cached
 once; on-policy, the student writes part of the text itself (GKD, arXiv:2306.13649).
 
-The student learns with all its weights, through low-rank updates (lora.py), or seeing the grid that it will be packed
-on (fake_quant.py). Under torchrun student and teacher are split over the processes (distributed.py): the same pass.
+The student learns with all its weights, through low-rank updates (lora.py), seeing the grid that it will be packed on, or,
+packed already, by its scales (fake_quant.py). Under torchrun student and teacher are split over the processes (distributed.py): the same pass.
 Letters: N windows, B windows of a micro-batch, T positions, D hidden, V vocabulary.
 """
 
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from ..calibrate import check_calibration
 from ..distributed import shard, whole, world
 from ..errors import InputError
-from ..fake_quant import GRIDS, add_fake_quant, learned_scales, packed
-from ..graph import Graph, LazyTensor, Weight
+from ..fake_quant import GRIDS, add_fake_quant, add_packed, learned_scales, packed
+from ..graph import Graph, LazyTensor, Weight, feeds
 from ..hidden_losses import HiddenLoss
 from ..lesson import Lesson
 from ..lora import LoRA, add_lora, merge
 from ..losses import Loss
-from ..quantize import QuantSpec, named_specs, targets
+from ..quantize import QuantSpec, QuantTensor, named_specs, targets
 from ..stable_embedding import stable_rows
 from ..student import Network, add_stable_embedding
 from ..training import Training, train
@@ -51,6 +51,7 @@ class Distill:
     losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run.
     lora, fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
     mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward saw.
+    scales: of a graph that is packed already the scales learn, with norms and biases: integers, embedding and head stay.
     stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
     teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
     context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
@@ -70,6 +71,7 @@ class Distill:
     lora: LoRA | None = None
     fake_quant: QuantSpec | Mapping[str, QuantSpec] | None = None
     grid: str = "refind"
+    scales: bool = False
     stable_embedding: bool = False
     on_policy: float = 0.0
     teacher_context: int | None = None
@@ -91,6 +93,8 @@ class Distill:
             raise InputError("Distill.grid", repr(self.grid), " | ".join(GRIDS))
         if self.lora and self.fake_quant:
             raise InputError("Distill", "lora together with fake_quant", "one of the two (a merged update would leave the grid)")
+        if self.scales and (self.lora or self.fake_quant or self.stable_embedding):
+            raise InputError("Distill.scales", "True, together with lora, fake_quant or stable_embedding", "one of them")
         if self.lora and self.stable_embedding:
             raise InputError("Distill", "lora together with stable_embedding", "one of the two (with LoRA the embedding does not learn)")
         if not 0 <= self.on_policy <= 1:
@@ -125,11 +129,14 @@ class Distill:
         self.check(graph)
         device = torch.device("cuda", torch.cuda.current_device()) if world() > 1 and torch.cuda.is_available() else self.tokens.device
         dtype = torch.promote_types(graph.dtype, torch.float32)
-        network = Network(graph, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
+        dense = graph.dense(dtype) if self.scales else graph
+        network = Network(dense, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
         if self.lora:
             add_lora(network, graph, self.lora, self.training.seed)
         if self.fake_quant:
             add_fake_quant(network, graph, targets(graph, self.fake_quant), self.grid == "learn")
+        if self.scales:
+            add_packed(network, graph)
         if self.stable_embedding:
             add_stable_embedding(network)
         lesson = Lesson(self, graph, device)
@@ -163,7 +170,11 @@ class Distill:
                 loss.pairs(graph.config, self.teacher.config)
         elif self.teacher is not None:
             check_cache(self.teacher, graph, self.tokens)
-        specs = targets(graph, self.fake_quant or QuantSpec(8, None))  # still dense, and groups that divide
+        if self.scales:
+            linears = [graph.weights.entries[f"{name}.weight"] for feed in feeds(graph.config) if feed.layer is not None for name in feed.readers]
+            if not any(isinstance(weight, QuantTensor) for weight in linears):
+                raise InputError("Distill.scales", "True for a graph without a packed linear in its layers", "a quantized graph")
+        specs = {} if self.scales else targets(graph, self.fake_quant or QuantSpec(8, None))  # still dense, and groups that divide
         if "lm_head" in specs:
             raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
         if self.grid == "learn" and any(spec.scale == "lpbq" for spec in specs.values()):
@@ -185,7 +196,7 @@ class Distill:
         teacher = self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
         settings = asdict(replace(self.training, save_every=1))
         parts = [graph.fingerprint(), str(teacher), json.dumps(settings), repr((self.losses, self.hidden, self.lora, self.fake_quant))]
-        digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece}"]).encode())
+        digest = hashlib.sha256(" ".join([*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece} {self.scales}"]).encode())
         measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
         weights = [part.double() for _, part in sorted(self.weights_by_kind().items())]
         for windows in (self.tokens, *weights, *measured):
@@ -203,6 +214,12 @@ class Distill:
                 embedding: Any = network.transformer.get_submodule(owner)
                 folded = stable_rows(whole(table), embedding.length, whole(parameters[f"transformer.{owner}.gain"]))
                 out[name] = folded.to(_device(entry), entry.dtype)
+                continue
+            if isinstance(entry, QuantTensor):
+                delta = parameters.get(f"transformer.{owner}.scales_delta")
+                if delta is not None:  # else a table, which stays
+                    learned = learned_scales(entry.scales.to(delta.dtype), whole(delta).detach().to(entry.device))
+                    out[name] = replace(entry, scales=learned.to(entry.dtype))
                 continue
             parameter = parameters[f"transformer.{name}"]
             lora_a = parameters.get(f"transformer.{owner}.lora_a") if what == "weight" else None
