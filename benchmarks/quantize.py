@@ -38,7 +38,6 @@ from tinycompress.files import write_json, write_text
 from tinycompress.graph import Graph
 from tinycompress.passes.autoround import AutoRound
 from tinycompress.passes.awq import AWQ
-from tinycompress.passes.distill import Distill
 from tinycompress.passes.embedding import QuantizeEmbedding
 from tinycompress.passes.gptq import GPTQ
 from tinycompress.passes.hqq import HQQ
@@ -46,8 +45,7 @@ from tinycompress.passes.mixed_bits import MixedBits, linear_shapes, packed_byte
 from tinycompress.passes.rotate import Rotate
 from tinycompress.passes.rtn import RTN
 from tinycompress.quantize import QuantSpec
-from tinycompress.recipe import best_gptq
-from tinycompress.training import Training
+from tinycompress.recipe import best_gptq, tuned_scales
 
 RESULTS = Path(__file__).parent / "results"
 Make = Callable[[Graph, Tensor, QuantSpec], Graph]
@@ -85,10 +83,10 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "gptq + refine + qep, block tuning, α = 1": (BEST, lambda g, t, s: AutoRound(t, g, BlockTuning(propagate=1.0))(best_gptq(t, s)(g))),
     "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
     "gptq + refine + qep, each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
-    "gptq + refine + qep, scales tuned": (BEST, lambda g, t, s: scales_tuned(best_gptq(t, s)(g), g, t)),
+    "gptq + refine + qep, scales tuned": (BEST, lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(g))),
     "rotation, gptq + refine + qep, scales tuned": (
         "rotation, gptq + refine + qep",
-        lambda g, t, s: scales_tuned(best_gptq(t, s)(Rotate()(g)), g, t),
+        lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(Rotate()(g))),
     ),
     "rotation, gptq + refine + qep, each block tuned in the walk": ("rotation, gptq + refine + qep", lambda g, t, s: tuned(Rotate()(g), t, s)),
 }
@@ -103,11 +101,6 @@ def mixed(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
 
 def tuned(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
     return replace(best_gptq(tokens, spec), tuning=BlockTuning(propagate=1.0))(graph)
-
-
-def scales_tuned(graph: Graph, teacher: Graph, tokens: Tensor) -> Graph:
-    """The scales and norms of all blocks together, by forward KL to the float model: one pass over the calibration text."""
-    return Distill(tokens, teacher, Training(epochs=1, lr=1e-3, warmup=0.1, batch=2, micro_batch=1), scales=True)(graph)
 
 
 TIMED = ("gptq",)

@@ -75,6 +75,24 @@ def test_scales_of_htp_come_out_in_its_form(nonuniform):
         HQQ(spec)
 
 
+def test_tuned_scales_come_nearer_to_the_model_that_was_given(nonuniform):
+    """With pruning too: the float model before it is what the scales learn from."""
+    tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(0))
+    reference = nonuniform.module()(tokens).log_softmax(-1)
+
+    def kl(tune):
+        out = nonuniform
+        for step in Recipe(prune="ffn=0.75", quantize=QuantSpec(3, 16), quantize_embedding=QuantSpec(8, 16), tune=tune).passes(nonuniform, tokens):
+            out = step(out)
+        assert out.history[-1].startswith("Distill") == tune
+        return (reference.exp() * (reference - out.dense().module()(tokens).log_softmax(-1))).sum(-1).mean().item()
+
+    assert kl(True) < 0.97 * kl(False)
+    assert Recipe(quantize=SPEC, quantize_method="rtn", tune=True).calibrates and not Recipe(quantize=SPEC, quantize_method="rtn").calibrates
+    with pytest.raises(InputError, match="--tune"):
+        Recipe(tune=True)
+
+
 def test_a_budget_can_name_its_axes(nonuniform):
     (step,) = Recipe(prune="params=0.7,ffn,heads").passes(nonuniform)
     assert (step.target, step.axes) == ("params=0.7", ("ffn", "heads"))

@@ -118,6 +118,7 @@ def compress(
     quantize_embedding: Annotated[
         str | None, typer.Option(metavar="w8g64", help="Bits and group size of the embedding and the head (tied: one table).")
     ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Let the scales learn from MODEL at the end: some forwards and backwards more.")] = False,
     calibration: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help="Calibration text: pydoc, wikitext2, a hub name or a file.")] = "pydoc",
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [default: 1024, or the context if that is shorter]")] = None,
@@ -137,8 +138,7 @@ def compress(
       tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
       tinycompress compress smollm2-135m --quantize w4g64 --rotate --quantize-embedding w8g64 -o small
       tinycompress compress smollm2-135m --context 16384 --rope-method yarn -o long
-      tinycompress compress model.gguf -o copy
-      tinycompress compress smollm2-135m --quantize w4g64 --export ort -o small-onnx
+      tinycompress compress smollm2-135m --quantize w3g64 --tune --export ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
       tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
     """
@@ -156,7 +156,7 @@ def compress(
         check_free(output, overwrite)
     spec = QuantSpec.parse(quantize) if quantize else None
     tables = QuantSpec.parse(quantize_embedding) if quantize_embedding else None
-    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate)
+    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate, tune)
     before = open_model(model)
     config = recipe.check(before)
     if export:

@@ -13,6 +13,7 @@ from .allocate import AXES, KINDS, Target
 from .config import Config, shapes
 from .errors import InputError
 from .graph import Graph, Pass, feeds
+from .passes.distill import Distill
 from .passes.embedding import QuantizeEmbedding
 from .passes.gptq import GPTQ
 from .passes.prune import Prune
@@ -21,6 +22,7 @@ from .passes.rope import ChooseRope, ScaleRope, method_of
 from .passes.rotate import Rotate
 from .passes.rtn import RTN
 from .quantize import QuantSpec, targets
+from .training import Training
 
 METHODS = ("gptq", "rtn")
 AUTO = "auto"  # the context scaling that a window of the new length speaks for
@@ -30,7 +32,8 @@ WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for a
 @dataclass(frozen=True)
 class Recipe:
     """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate` turns the
-    model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own."""
+    model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own. `tune` lets the scales learn from
+    the model that was given, last of all."""
 
     prune: str | None = None
     context: int | None = None
@@ -39,18 +42,21 @@ class Recipe:
     quantize_method: str = "gptq"
     quantize_embedding: QuantSpec | None = None
     rotate: bool | None = None
+    tune: bool = False
 
     def __post_init__(self) -> None:
         if self.quantize_method not in METHODS:
             raise InputError("--quantize-method", repr(self.quantize_method), " | ".join(METHODS))
         if self.rotate and self.quantize is None:
             raise InputError("--rotate", "without --quantize", "both: a rotation alone changes nothing but the basis")
+        if self.tune and self.quantize is None:
+            raise InputError("--tune", "without --quantize", "both: what learns are the scales of quantized weights")
         if self.rope_method not in (None, AUTO, *ROPE_METHODS):
             raise InputError("--rope-method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
 
     @property
     def calibrates(self) -> bool:
-        return self.prune is not None or (self.quantize is not None and self.quantize_method == "gptq")
+        return self.prune is not None or self.tune or (self.quantize is not None and self.quantize_method == "gptq")
 
     def rotates(self, graph: Graph) -> bool:
         """Whether the model is rotated before it is quantized."""
@@ -82,6 +88,8 @@ class Recipe:
             out.append(RTN(self.quantize) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
         if self.quantize_embedding:
             out.append(QuantizeEmbedding(self.quantize_embedding))
+        if self.tune:
+            out.append(tuned_scales(tokens, graph))
         return out
 
     def check(self, graph: Graph) -> Config:
@@ -111,6 +119,11 @@ class Recipe:
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
     """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md, of those that leave the basis alone."""
     return GPTQ(tokens, spec, propagate=0.5, refine=2)
+
+
+def tuned_scales(tokens: Tensor, teacher: Graph) -> Distill:
+    """One pass over the calibration text, window by window in memory: scales and norms towards the float model's distribution."""
+    return Distill(tokens, teacher, Training(epochs=1, lr=1e-3, warmup=0.1, batch=2, micro_batch=1), scales=True)
 
 
 def linear_inputs(config: Config) -> dict[str, int]:
