@@ -65,11 +65,16 @@ def write_reference(
 def reference_text(graph: Graph, windows: int = WINDOWS, positions: int = POSITIONS) -> Tensor:
     """ids [W, T] of the "pydoc" test split, or random ones without a tokenizer: at most what LARGEST allows."""
     T = min(positions, graph.config.max_position)
-    W = max(1, min(windows, LARGEST // (4 * T * graph.config.vocab_size)))
+    W = fitting(windows, T, graph.config.vocab_size)
     if graph.tokenizer is not None:
         return read_tokens("pydoc", graph.tokenizer, W, T, split="test").long()
     usable = torch.tensor(sorted(set(range(graph.config.vocab_size)) - set(end_tokens(graph.config))))  # genai takes them for padding
     return usable[torch.randint(len(usable), (W, T), generator=torch.Generator().manual_seed(1))]
+
+
+def fitting(windows: int, positions: int, vocab_size: int) -> int:
+    """How many of so many windows may be judged: their logits take at most LARGEST, but one window always may."""
+    return max(1, min(windows, LARGEST // (4 * positions * vocab_size)))
 
 
 def _greedy(model: Any, prompt: Tensor, steps: int) -> tuple[list[int], list[float]]:

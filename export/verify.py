@@ -41,7 +41,7 @@ from .checks import Shipped, cached, exact_checks, far, shipped, tables
 from .emit import attention_layers, prepare
 from .profiles import profile_of
 from .read import read, read_manifest
-from .reference import POSITIONS, WINDOWS
+from .reference import POSITIONS, WINDOWS, fitting
 from .runtime import installed, run_check, text_of
 from .session import OrtModel
 from .static_forms import make_ready
@@ -138,7 +138,9 @@ def gate(
 def _in_runtime(report: dict[str, Any], runtime: str, folder: str | Path, graph: Graph, ids: Tensor, progress: bool) -> None:
     """The check of the runtime that the profile is for: what it wrote, as one check."""
     windows, positions = text_of(runtime)
-    result = run_check(runtime, folder, graph, report["profile"], ids[:windows, :positions], progress=progress)
+    ids = ids[:windows, :positions]
+    ids = ids[: fitting(*ids.shape, graph.config.vocab_size)]
+    result = run_check(runtime, folder, graph, report["profile"], ids, progress=progress)
     report["versions"] |= result.get("versions", {})
     report[runtime] = result["figures"]
     figures = ", ".join(f"{name} {_show(value)}" for name, value in result["figures"].items())

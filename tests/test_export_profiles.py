@@ -18,7 +18,7 @@ from tinycompress.errors import InputError
 from tinycompress.export import PROFILES, OrtModel, emit, export, prepare, read, run_check, verify, write_reference
 from tinycompress.export.forms_standard import nibbles
 from tinycompress.export.read import apart, initializers, load_proto, model_path
-from tinycompress.export.reference import reference_text
+from tinycompress.export.reference import fitting, reference_text
 from tinycompress.export.runtime import RUNTIMES, names
 from tinycompress.graph import Layer
 from tinycompress.quantize import QuantTensor, unpack
@@ -249,6 +249,7 @@ def test_reference_text(monkeypatch):
     assert set(range(128)) - set(reference_text(graph, 64).unique().tolist()) == {graph.config.eos_token_id}
     monkeypatch.setattr("tinycompress.export.reference.LARGEST", 3 * 4 * graph.config.vocab_size * graph.config.max_position)  # bytes of logits
     assert reference_text(graph).shape[0] == 3
+    assert fitting(8, graph.config.max_position, graph.config.vocab_size) == 3 and fitting(8, 10**6, 10**6) == 1
 
 
 def test_all_flips_are_judged_and_the_decided_ones_told(tmp_path):
