@@ -133,7 +133,8 @@ def peer(args: argparse.Namespace, graph: Graph, tokens: Tensor) -> tuple[Graph,
         script = Path(__file__).parent / "peers" / PEERS[args.worker]
         command = [args.peer_python, script, folder, ids, out, spec.bits, spec.group_size or -1]
         command += [2] if args.quick and args.worker == "auto-round" else []
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+        # in that folder: GPTQModel leaves a log wherever it is run
+        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, cwd=temporary)
         said = json.loads(done.stdout.splitlines()[-1])
         quantized = load(next(out.rglob("config.json")).parent).dense(torch.float32)
         return graph.replace(weights={name: quantized.tensor(name).clone() for name in quantized.weights}), said
