@@ -131,7 +131,7 @@ def peer(args: argparse.Namespace, graph: Graph, tokens: Tensor) -> tuple[Graph,
         save(graph, folder)
         save_file({"tokens": tokens}, ids)
         script = Path(__file__).parent / "peers" / PEERS[args.worker]
-        command = [args.peer_python, script, folder, ids, out, spec.bits, spec.group_size or -1]
+        command = [Path(args.peer_python).absolute(), script, folder, ids, out, spec.bits, spec.group_size or -1]
         command += [2] if args.quick and args.worker == "auto-round" else []
         # in that folder: GPTQModel leaves a log wherever it is run
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, cwd=temporary)
