@@ -1,6 +1,6 @@
 """A real model through all six profiles, from the command line: what each export loses against torch with the same weights.
 
-    tinycompress compress smollm2-135m --quantize w4g64 --quantize-embedding w8g64 --calibration wiki_passages.txt -o w4
+    tinycompress compress smollm2-135m --quantize w4g64 --quantize-embedding w8g32 --calibration wiki_passages.txt -o w4
     tinycompress compress smollm2-135m --quantize w4g64-lpbq --rotate --calibration wiki_passages.txt -o lpbq
     python benchmarks/export_quality.py --w4 w4 --lpbq lpbq --work DIR [--only ROW …] [--quick]
 

@@ -1,15 +1,15 @@
 """What each step of the quantization recipe gives at equal bits, and what it costs.
 
     python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
-        [--rows NAME …] [--again] [--quick] [--no-times] [--peer gptqmodel|auto-round --peer-python VENV/bin/python]
+        [--rows NAME …] [--again] [--quick] [--no-times] [--peer NAME --peer-python VENV/bin/python]
 
 Protocol: every linear but the head (or the embedding alone, which is the head too), on calibration windows of 1024 tokens
 taken from the start of the text; perplexity over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in
 a process of its own, so that its peak memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of
 one float forward over the calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are
 kept: a killed run goes on where it was.
-`--peer` runs another library instead of rows of ours, in its own Python (peers/run_*.py say which venv), on the same weights
-and tokens; what it saves is loaded and measured here.
+`--peer` runs another library, alone or behind the rows named, in its own Python (peers/run_*.py say which venv), on the same
+weights and tokens; what it saves is loaded and measured here.
 Differences are paired: mean NLL a token against the row named in the table, with a 95% bootstrap over windows.
 """
 
@@ -104,10 +104,17 @@ def tuned(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
 
 
 TIMED = ("gptq",)
-PEERS = {"gptqmodel": "run_gptqmodel.py", "auto-round": "run_auto_round.py"}
+PEERS = {  # name: (script, what it is told besides model, tokens, folder, bits and group)
+    "gptqmodel": ("run_gptqmodel.py",),
+    "llm-compressor": ("run_llmcompressor.py",),
+    "auto-round": ("run_auto_round.py", "default"),
+    "auto-round-light": ("run_auto_round.py", "light"),
+}
 COMPARED = {name: other for name, (other, _) in ROWS.items()} | {
     "gptqmodel": "gptq",
-    "auto-round": "gptq + refine + qep, each block tuned in the walk",
+    "llm-compressor": "gptq",
+    "auto-round": "gptq + refine + qep, scales tuned",
+    "auto-round-light": "gptq + refine + qep, scales tuned",
 }
 
 
@@ -130,9 +137,10 @@ def peer(args: argparse.Namespace, graph: Graph, tokens: Tensor) -> tuple[Graph,
         folder, ids, out = (Path(temporary) / name for name in ("model", "tokens.safetensors", "out"))
         save(graph, folder)
         save_file({"tokens": tokens}, ids)
-        script = Path(__file__).parent / "peers" / PEERS[args.worker]
-        command = [Path(args.peer_python).absolute(), script, folder, ids, out, spec.bits, spec.group_size or -1]
-        command += [2] if args.quick and args.worker == "auto-round" else []
+        script, *told = PEERS[args.worker]
+        told = ["quick" for _ in told] if args.quick else told
+        command = [Path(args.peer_python).absolute(), Path(__file__).parent / "peers" / script, folder, ids, out]
+        command += [spec.bits, spec.group_size or -1, *told]
         # in that folder: GPTQModel leaves a log wherever it is run
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, cwd=temporary)
         said = json.loads(done.stdout.splitlines()[-1])
@@ -207,13 +215,13 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--evaluation", default="pydoc")
     parser.add_argument("--spec", nargs="+", default=["w4g64", "w3g64"])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME", help=" | ".join(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help=" | ".join(ROWS))
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--no-times", action="store_true", help="the machine is not quiet: no seconds in the rows")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
-    parser.add_argument("--peer", choices=list(PEERS), help="measure this library instead of rows of ours")
+    parser.add_argument("--peer", choices=list(PEERS), help="measure this library, alone or behind --rows")
     parser.add_argument("--peer-python", help="the Python of the venv that --peer is installed in")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -233,7 +241,7 @@ def main() -> None:
         return known.get("rows", {}) if known.get("protocol") == protocol else {}
 
     for spec in args.spec:
-        for name in [args.peer] if args.peer else args.rows:
+        for name in [*(args.rows or []), args.peer] if args.peer else args.rows or ROWS:
             if name in rows().get(spec, {}) and not args.again:
                 continue
             options = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation, "--spec", spec]

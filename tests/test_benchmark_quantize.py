@@ -24,7 +24,7 @@ def test_a_peer_needs_its_python():
 
 
 @pytest.mark.runtime
-@pytest.mark.parametrize("peer, venv", [("gptqmodel", "transformers"), ("auto-round", "auto-round")])
+@pytest.mark.parametrize("peer, venv", [("gptqmodel", "transformers"), ("llm-compressor", "llm-compressor"), ("auto-round", "auto-round")])
 def test_a_peer_is_measured_on_the_same_weights_and_tokens(peer, venv, shared, tmp_path):
     """stories260K with FFNs of whole groups and a context for the benchmark's windows: 4 bits cost it little."""
     python = Path(os.environ.get("TINYCOMPRESS_RUNTIMES", "")).expanduser() / venv / "bin" / "python"

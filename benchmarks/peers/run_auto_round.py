@@ -1,11 +1,11 @@
-"""auto-round on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP [ITERATIONS] → a folder of the
+"""auto-round on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP RECIPE → a folder of the
 dequantized weights, and JSON of its cost.
 
-Run by `benchmarks/quantize.py --peer auto-round --peer-python VENV/bin/python`. Its venv:
+Run by `benchmarks/quantize.py --peer auto-round|auto-round-light --peer-python VENV/bin/python`. Its venv:
 
     python3.11 -m venv auto-round && auto-round/bin/pip install torch==2.13.0 auto-round==0.16.1
 
-Its defaults otherwise: 200 steps a block of 8 windows.
+RECIPE: `default` (200 steps a block of 8 windows) or `light` (50), with the rates of its own command line; `quick` is a smoke test.
 """
 
 import json
@@ -17,12 +17,15 @@ from importlib.metadata import version
 from auto_round import AutoRound
 from safetensors.torch import load_file
 
-model, tokens, out, bits, group, *iterations = sys.argv[1:]
+RECIPES = {"default": {"iters": 200}, "light": {"iters": 50, "lr": 5e-3}, "quick": {"iters": 2}}  # RECIPES of its cli/main.py
+
+model, tokens, out, bits, group, recipe = sys.argv[1:]
 windows = load_file(tokens)["tokens"]
-settings = {"bits": int(bits), "group_size": int(group), "sym": True, "iters": int(iterations[0]) if iterations else 200}
+settings = {"bits": int(bits), "group_size": int(group), "sym": True, **RECIPES[recipe]}
 quantizer = AutoRound(model, dataset=list(windows.split(1)), nsamples=len(windows), seqlen=windows.shape[1], device_map="cpu", **settings)
 start = time.perf_counter()
 quantizer.quantize_and_save(out, format="fake")
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"peer": f"auto-round {version('auto-round')}", "seconds": round(seconds, 1), "peak_mb": round(peak), **settings}))
+name = f"auto-round {version('auto-round')}, {recipe} recipe"
+print(json.dumps({"peer": name, "seconds": round(seconds, 1), "peak_mb": round(peak), **settings}))
