@@ -80,15 +80,20 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "rotation, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate()(g))),
     "rotation of the heads, gptq + refine + qep": (BEST, lambda g, t, s: best_gptq(t, s)(Rotate(residual=False)(g))),
     "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
-    "gptq + refine + qep, block tuning, α = 1": (BEST, lambda g, t, s: AutoRound(t, g, BlockTuning(propagate=1.0))(best_gptq(t, s)(g))),
-    "gptq + refine + qep, block tuning": (BEST, lambda g, t, s: AutoRound(t, g)(best_gptq(t, s)(g))),
-    "gptq + refine + qep, each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
+    "rtn on least-squares grids, block tuning": (
+        "rtn",
+        lambda g, t, s: AutoRound(t, g, BlockTuning(propagate=1.0))(RTN(replace(s, scale="mse"))(g)),
+    ),
+    "gptq + refine + qep, scales of each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
     "gptq + refine + qep, scales tuned": (BEST, lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(g))),
     "rotation, gptq + refine + qep, scales tuned": (
         "rotation, gptq + refine + qep",
         lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(Rotate()(g))),
     ),
-    "rotation, gptq + refine + qep, each block tuned in the walk": ("rotation, gptq + refine + qep", lambda g, t, s: tuned(Rotate()(g), t, s)),
+    "rotation, gptq + refine + qep, scales of each block tuned in the walk": (
+        "rotation, gptq + refine + qep",
+        lambda g, t, s: tuned(Rotate()(g), t, s),
+    ),
 }
 
 
@@ -100,7 +105,7 @@ def mixed(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
 
 
 def tuned(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
-    return replace(best_gptq(tokens, spec), tuning=BlockTuning(propagate=1.0))(graph)
+    return replace(best_gptq(tokens, spec), tuning=BlockTuning(steps=100, rate=0))(graph)
 
 
 TIMED = ("gptq",)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinycompress.block_tuning import BlockTuning, RoundedLinear, draws
+from tinycompress.block_tuning import BlockTuning, RoundedLinear, TunableBlock, draws
 from tinycompress.calibrate import walk, walk_blocks
 from tinycompress.errors import InputError
 from tinycompress.graph import cut
@@ -50,6 +50,49 @@ def test_a_rounded_linear_starts_as_the_packed_one_and_packs_what_it_computes(sp
         linear.delta += 0.01
     assert torch.allclose(linear(x), x @ linear.packed().dequantize().T, atol=1e-5)
     assert (linear.packed().ints() != weight.ints()).any() and int(linear.packed().ints().max()) < 2**spec.bits
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 32, False), QuantSpec(8, None), QuantSpec(2, 32, False, float_zero=True)])
+def test_integers_start_where_the_float_weight_lies_in_their_step(spec):
+    weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    packed = rtn_quantize(weight, spec)
+    linear = RoundedLinear(packed, None, torch.float32, weight)
+    assert torch.equal(linear.packed().ints(), packed.ints())
+    step = packed.scales[..., None]
+    at = (linear.u.detach() - linear.zeros) * step
+    inside = ((weight.view_as(at) - at).abs() / step.abs()) < 0.002  # all but those that the grid does not reach
+    assert inside.float().mean() > 0.8 and (linear.u - linear.u.round()).abs().mean() > 0.1
+    away = RoundedLinear(packed, None, torch.float32, -weight)  # as GPTQ moves some: still the given integers
+    assert torch.equal(away.packed().ints(), packed.ints())
+    dead = QuantTensor.from_ints(packed.ints(), torch.zeros_like(packed.scales), packed.zeros, spec)
+    assert torch.equal(RoundedLinear(dead, None, torch.float32, weight).packed().ints(), packed.ints())
+
+
+def test_without_a_rate_no_integer_moves(nonuniform, tokens):
+    quantized = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
+    tuned = AutoRound(tokens, nonuniform, BlockTuning(steps=30, rate=0))(quantized)
+    packed = [n for n, w in tuned.weights.items() if isinstance(w, QuantTensor)]
+    assert all(torch.equal(tuned.weights[n].ints(), quantized.weights[n].ints()) for n in packed)
+    assert any(not torch.equal(tuned.weights[n].scales, quantized.weights[n].scales) for n in packed)
+
+
+def test_a_reference_of_other_widths_will_do(nonuniform, tokens):
+    """A pruned and quantized graph, tuned towards the model that it was cut from."""
+    small = cut(nonuniform, "layers.0.ffn", range(32))
+    quantized = RTN(QuantSpec(3, 16))(small)
+    tuned = AutoRound(tokens, nonuniform, BlockTuning(steps=30, batch=4))(quantized)
+    error = lambda g: (g.module()(tokens) - nonuniform.module()(tokens)).square().mean().item()  # noqa: E731
+    assert error(tuned) < error(quantized)
+
+
+def test_a_stream_in_bfloat16_is_tuned_in_float32(nonuniform, tokens):
+    """As on a GPU, where the stream has the graph's dtype: a start near the edge of a step would round to the next integer."""
+    graph = RTN(QuantSpec(3, 16))(nonuniform)
+    block = TunableBlock(graph, nonuniform, 1, torch.zeros(1, dtype=torch.bfloat16), True)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert block.rounded[name].u.dtype == torch.float32 and torch.equal(block.weights()[name].ints(), graph.weights[name].ints())
+    x = torch.randn(1, 8, nonuniform.config.hidden_size).bfloat16()
+    assert block.error(x, x, graph.module().tables(0, 8)).dtype == torch.float32
 
 
 def test_scales_of_htp_keep_their_form(nonuniform, tokens):

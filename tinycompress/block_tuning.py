@@ -3,7 +3,7 @@
 For a block that is already quantized (by RTN, GPTQ, …), what reaches it and what it should make of that. Signed gradient
 descent moves, for every packed linear of the block, a latent u [N, K] and the scales s [N, G]:
 
-    ŵ = (clamp(round(u), 0, 2^bits - 1) - z) · s            u starts at the given integers, s at the given scales
+    ŵ = (clamp(round(u), 0, 2^bits - 1) - z) · s            s starts at the given scales
     v ← v - η · sign(∂L/∂v)                                 η falls linearly to 0; round is passed straight through
 
 The target lies between what the float block makes of the same inputs and what the float graph has there, `propagate` of
@@ -11,9 +11,12 @@ the way: the whole way, as in the paper, a block answers for all that the blocks
 
 Of scales made for HTP (lpbq.py) only the row's float moves, so they keep HTP's form.
 
-u starts in the middle of its step, so an integer moves only where the signs agree over many steps. The norms' weights of the block, which stay
-float in every export, may move along (`norms`). The loss of a token is its squared error over its squared norm: the
-next norm divides by the latter, so the few tokens with massive activations do not drown the others.
+u starts where the float weight lies within the step of the given integer, so those that were rounded farthest move first, as in
+the paper; started in the middle, all are as ready as each other, and the block's error rises instead of falling. An integer that
+GPTQ put elsewhere, to make good for others, starts at the edge of its step and falls back at once: behind GPTQ, let scales and
+norms move alone (`rate=0`). The norms' weights of the block, which stay float in every export, may move along (`norms`).
+The loss of a token is its squared error over its squared norm: the next norm divides by the latter, so the few tokens with
+massive activations do not drown the others.
 The block as given is kept where tuning does not lower the loss of the whole calibration text.
 Letters: N out_features, K in_features, G groups, W windows, T positions, D hidden.
 """
@@ -38,13 +41,13 @@ from .quantize import QuantTensor
 @dataclass(frozen=True)
 class BlockTuning:
     """`steps` a block, `batch` windows a step; `propagate` from 0, the float block's outputs on the same inputs, to 1, the float
-    graph's own; `rate` is the first step of u in grid steps (None: 3 / steps, so that u can move by one and a half in all),
-    `scale_rate` that of scales and norms, relative to their size."""
+    graph's own; `rate` is the first step of u in grid steps (0: no integer moves), `scale_rate` that of scales and norms, relative to
+    their size."""
 
     steps: int = 200
     batch: int = 2
-    rate: float | None = None
-    scale_rate: float = 0.0005
+    rate: float = 0.005
+    scale_rate: float = 0.002
     norms: bool = True
     propagate: float = 0.5
     seed: int = 0
@@ -55,8 +58,8 @@ class BlockTuning:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"BlockTuning.{name}", getattr(self, name), "a positive number")
-        if self.rate is not None and not 0 < self.rate <= 1:
-            raise InputError("BlockTuning.rate", self.rate, "a part of a grid step, above 0 and at most 1")
+        if not 0 <= self.rate <= 1:
+            raise InputError("BlockTuning.rate", self.rate, "a part of a grid step, at least 0 and at most 1")
         if not 0 <= self.scale_rate < 0.1:
             raise InputError("BlockTuning.scale_rate", self.scale_rate, "a relative step of at least 0 and below 0.1")
 
@@ -66,7 +69,7 @@ class BlockTuning:
         """The parameters that replace block `layer` of a quantized graph; none where tuning does not help.
 
         inputs: batches [b, T, D] of what reaches it; targets: what the block of the float `reference` makes of its own inputs."""
-        block = TunableBlock(graph, layer, inputs[0], self.norms)
+        block = TunableBlock(graph, reference, layer, inputs[0], self.norms)
         if not block.rounded:
             return {}
         if self.propagate < 1:
@@ -74,8 +77,7 @@ class BlockTuning:
             targets = [whole(x.clone(), tables).lerp_(y, self.propagate) for x, y in zip(inputs, targets)]
         before = sum(block.error(x, y, tables).sum().item() for x, y in zip(inputs, targets))
         generator = torch.Generator().manual_seed(self.seed * graph.config.n_layers + layer)
-        rate = self.rate or min(1.0, 3 / self.steps)
-        tune(block, torch.cat(inputs), torch.cat(targets), tables, self.steps, self.batch, rate, self.scale_rate, generator)
+        tune(block, torch.cat(inputs), torch.cat(targets), tables, self.steps, self.batch, self.rate, self.scale_rate, generator)
         after = sum(block.error(x, y, tables).sum().item() for x, y in zip(inputs, targets))
         return block.weights() if after < before else {}
 
@@ -100,14 +102,20 @@ class _Round(torch.autograd.Function):
 
 
 class RoundedLinear(nn.Module):
-    """A packed linear with its latent u [N, G, g] and the relative change of its scales, delta [N, G] or [N, 1], as parameters."""
+    """A packed linear with its latent u [N, G, g] and the relative change of its scales, delta [N, G] or [N, 1], as parameters.
+    `near` [N, K], the weight before rounding, says where in its step each integer starts (None: in the middle)."""
 
-    def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype, near: Tensor | None = None) -> None:
         super().__init__()
         self.spec, self.shape, self.bias = weight.spec, weight.shape, bias
         self.zeros: Tensor | float = float(weight.spec.zero) if weight.zeros is None else weight.zeros.to(dtype)[..., None]
         self.start = weight.scales.to(dtype)
-        self.u = nn.Parameter(weight.ints().view(*self.start.shape, -1).to(dtype))
+        u = weight.ints().view(*self.start.shape, -1).to(dtype)
+        if near is not None:
+            step = self.start[..., None]
+            at = torch.where(step == 0, u, near.to(u.device, dtype).view_as(u) / step + self.zeros)
+            u = torch.maximum(torch.minimum(at, u + 0.499), u - 0.499)
+        self.u = nn.Parameter(u)
         # All scales of a row alike, where the integers between them are what the runtime stores.
         self.delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if weight.spec.scale == "lpbq" else self.start))
 
@@ -123,19 +131,24 @@ class RoundedLinear(nn.Module):
 
 
 class TunableBlock(nn.Module):
-    """Block `layer` of a graph, its packed linears as `rounded`, its norms' relative changes as `gains`."""
+    """Block `layer` of a graph, its packed linears as `rounded`, its norms as `norms`; the float `reference` says where integers start.
+    In float32 at least, whatever the stream is in: bfloat16 has no room for a step of u or of a scale."""
 
-    def __init__(self, graph: Graph, layer: int, like: Tensor, norms: bool) -> None:
+    def __init__(self, graph: Graph, reference: Graph, layer: int, like: Tensor, norms: bool) -> None:
         super().__init__()
         self.at = layer_prefix(layer)
-        self.block = Block(graph, layer, like.device, like.dtype)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.block = Block(graph, layer, like.device, dtype)
         self.rounded: dict[str, RoundedLinear] = {}
         for part in (self.block.self_attn, self.block.mlp):
             for name in LINEARS:
                 weight = getattr(getattr(part, name, None), "weight", None)
                 if isinstance(weight, QuantTensor):
                     full = f"{self.at}.{'self_attn' if part is self.block.self_attn else 'mlp'}.{name}.weight"
-                    self.rounded[full] = RoundedLinear(weight, getattr(part, name).bias, like.dtype)
+                    near = reference.weights.get(full)
+                    if not isinstance(near, Tensor) or tuple(near.shape) != weight.shape:  # cut or quantized since
+                        near = None
+                    self.rounded[full] = RoundedLinear(weight, getattr(part, name).bias, dtype, near)
                     setattr(part, name, self.rounded[full])
         self.norms = {n: m for n, m in self.block.named_children() if isinstance(m, Norm)} if norms else {}
         self.start = {n: m.weight.detach().clone() for n, m in self.norms.items()}
@@ -144,7 +157,8 @@ class TunableBlock(nn.Module):
 
     def error(self, x: Tensor, target: Tensor, tables: RotaryTables) -> Tensor:
         """x, target [b, T, D] to the relative squared error of each token, [b, T]."""
-        y = self.block(x.clone() if not torch.is_grad_enabled() else x, tables)
+        x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
+        y = self.block(x if torch.is_grad_enabled() else x.clone(), tables)
         return (y - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
 
     def weights(self) -> dict[str, Weight]:
@@ -165,7 +179,7 @@ def tune(
 ) -> None:
     """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]: every one once before any comes again."""
     picks = draws(len(inputs), batch, generator)
-    latents = [linear.u for linear in block.rounded.values()]
+    latents = [linear.u for linear in block.rounded.values()] if rate else []
     deltas = [linear.delta for linear in block.rounded.values()]
     gains = [m.weight for m in block.norms.values()]
     starts = [p.detach().abs() for p in gains]

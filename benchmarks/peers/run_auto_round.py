@@ -19,7 +19,7 @@ from pathlib import Path
 from auto_round import AutoRound
 from safetensors.torch import load_file, save_file
 
-RECIPES = {"default": {"iters": 200}, "light": {"iters": 50, "lr": 5e-3}, "quick": {"iters": 2}}  # RECIPES of its cli/main.py
+RECIPES = {"default": {"iters": 200}, "light": {"iters": 50, "lr": 5e-3}, "quick": {"iters": 2, "lr": 5e-3}}  # RECIPES of its cli/main.py
 
 model, tokens, out, bits, group, recipe = sys.argv[1:]
 windows = load_file(tokens)["tokens"]
