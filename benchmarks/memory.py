@@ -6,7 +6,8 @@ A bfloat16 folder of random weights is written to a temporary place (`--folder` 
 its own then opens it, quantizes it and (rtn, hqq) saves it. `private_mb` is the most memory the process had of its own, sampled
 every 50 ms: what a machine must have. `peak_mb` is the largest resident set, which counts pages of the mapped checkpoint too, as
 many as the system leaves in its cache. Results go to results/memory.json, one row a configuration, and each at once; `--layers`
-cuts the model to its first layers, to see in minutes what a layer more costs.
+cuts the model to its first layers, to see in minutes what a layer more costs. Whether a smaller machine would do shows a control
+group, which counts cached pages too: `systemd-run --scope -p MemoryMax=4G python benchmarks/memory.py …`; such a row says its limit.
 """
 
 from __future__ import annotations
@@ -51,6 +52,22 @@ def random_folder(shape: str, layers: int | None, folder: Path) -> None:
         return LazyTensor(size, torch.bfloat16, read)
 
     save(Graph(config, Weights({name: weight(name, size) for name, size in shapes(config).items()})), folder)
+
+
+def memory_limit() -> float | None:
+    """GiB that this process's control group may use (Linux), None without a limit."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    limits = []
+    for _, controllers, path in lines:
+        if "memory" in controllers.split(","):
+            limits.append(Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"))
+        elif not controllers:
+            limits.append(Path(f"/sys/fs/cgroup{path}/memory.max"))
+    found = [int(text) for file in limits if file.exists() and (text := file.read_text().strip()).isdigit()]
+    return min(found) / 2**30 if found and min(found) < 2**60 else None
 
 
 class PrivateMemory(threading.Thread):
@@ -113,6 +130,8 @@ def main() -> None:
     print(row)
     key = f"{args.shape} {args.method} {args.spec} {args.device}" + (f" {args.samples}x{args.seq_len}" if args.method == "gptq" else "")
     key += "" if args.layers is None else f", first {args.layers} layers"
+    limit = memory_limit()
+    key += "" if limit is None else f", within {limit:g} GiB"
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     write_json(RESULTS, known | {key: row | {"environment": environment()}})
 

@@ -82,7 +82,7 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
     "rtn on least-squares grids, block tuning": (
         "rtn",
-        lambda g, t, s: AutoRound(t, g, BlockTuning(propagate=1.0))(RTN(replace(s, scale="mse"))(g)),
+        lambda g, t, s: AutoRound(t, g, BlockTuning(steps=100, propagate=1.0))(RTN(replace(s, scale="mse"))(g)),
     ),
     "gptq + refine + qep, scales of each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
     "gptq + refine + qep, scales tuned": (BEST, lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(g))),
@@ -105,7 +105,7 @@ def mixed(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
 
 
 def tuned(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
-    return replace(best_gptq(tokens, spec), tuning=BlockTuning(steps=100, rate=0))(graph)
+    return replace(best_gptq(tokens, spec), tuning=BlockTuning(steps=60, rate=0))(graph)
 
 
 TIMED = ("gptq",)
