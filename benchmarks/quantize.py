@@ -90,9 +90,9 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
         "rotation, gptq + refine + qep",
         lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(Rotate()(g))),
     ),
-    "rotation, gptq + refine + qep, scales of each block tuned in the walk": (
-        "rotation, gptq + refine + qep",
-        lambda g, t, s: tuned(Rotate()(g), t, s),
+    "rotation, gptq + refine + qep, scales of each block tuned in the walk, then of all": (
+        "rotation, gptq + refine + qep, scales tuned",
+        lambda g, t, s: tuned_scales(t, g)(tuned(Rotate()(g), t, s)),
     ),
 }
 
