@@ -50,7 +50,8 @@ class GPTQ:
     `propagate` is the α of the `correction` for what that prefix lost (0: off), and with `stream` what writes the
     residual stream also corrects what the stream itself has lost. `refine` counts rounds of scale and integer refinement.
     `balance` weighs the positions of what writes the residual stream by the stream's size (`Inputs.balanced`). `tuning` moves
-    rounding, scales and norms of every block by gradients once it is quantized, before the next one is (block_tuning.py)."""
+    scales and norms of every block (and its rounding, unless `rate=0`, as it should be here) by gradients once it is quantized,
+    before the next one is (block_tuning.py)."""
 
     tokens: Tensor = field(repr=False, compare=False)
     spec: QuantSpec | Mapping[str, QuantSpec] = field(default_factory=QuantSpec)
