@@ -134,6 +134,12 @@ def test_groups_that_do_not_divide_are_refused_before_any_work():
         RTN(QuantSpec(4, 128))(graph)
 
 
+@pytest.mark.parametrize("width,accepted", [(576, "64, 32, 16, 8, or per-channel"), (172, r"per-channel \(w3-asym\)")])
+def test_groups_that_fit_are_named(width, accepted):
+    with pytest.raises(InputError, match=accepted):
+        QuantSpec.parse("w3g128-asym").group("here", width)
+
+
 def test_a_graph_is_quantized_once(tiny):
     with pytest.raises(InputError, match="already w4g16"):
         RTN(QuantSpec(8, 16))(RTN(QuantSpec(4, 16))(tiny))

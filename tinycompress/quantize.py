@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,9 @@ class QuantSpec:
         """The group length for a linear; an `InputError` when it does not divide."""
         g = self.group_size or in_features
         if in_features % g:
-            fits = [n for n in (128, 64, 32, 16, 8) if in_features % n == 0]
-            raise InputError(f"group_size for {name}", f"{g}, which does not divide its {in_features} inputs", f"{fits} or per-channel")
+            fits = [str(n) for n in (128, 64, 32, 16, 8) if in_features % n == 0]
+            accepted = f"{', '.join(fits)}, or per-channel" if fits else f"per-channel ({replace(self, group_size=None)}), since no multiple of 8 fits"
+            raise InputError(f"group_size for {name}", f"{g}, which does not divide its {in_features} inputs", accepted)
         return g
 
     @property
