@@ -110,7 +110,7 @@ def compress(
             "[default: as the model already is, else auto]"
         ),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Weight bits and group size: w4g64, w3g64, w8, w4g32-asym.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="w4g64", help="Bits, group size: w4g64, w3g64, w8, w4g32-asym, w4g64-lpbq (qnn).")] = None,
     quantize_method: Annotated[str, typer.Option(help="gptq, or rtn: nearest, without calibration.")] = "gptq",
     rotate: Annotated[
         bool | None, typer.Option("--rotate/--no-rotate", help="Rotate before quantizing; it unties a tied head.  [default: where there is none]")
