@@ -74,7 +74,7 @@ class QuantSpec:
         g = self.group_size or in_features
         if in_features % g:
             fits = [str(n) for n in (128, 64, 32, 16, 8) if in_features % n == 0]
-            accepted = f"{', '.join(fits)}, or per-channel" if fits else f"per-channel ({replace(self, group_size=None)}), since no multiple of 8 fits"
+            accepted = f"{', '.join(fits)}, or per-channel" if fits else f"per-channel ({replace(self, group_size=None)}): no multiple of 8 fits"
             raise InputError(f"group_size for {name}", f"{g}, which does not divide its {in_features} inputs", accepted)
         return g
 
