@@ -273,6 +273,7 @@ def tensor(suffix, value):
 
 DAMAGE = [
     ("gptq", settings_of(quant_method="aqlm"), r"quant_method.*'aqlm'.*gptq \| awq \| compressed-tensors"),
+    ("gptq", settings_of(quant_method=["gptq"]), r"quant_method.*gptq \| awq \| compressed-tensors"),
     ("gptq", settings_of(checkpoint_format="marlin"), r"checkpoint_format.*'marlin'.*gptq_v2"),
     ("gptq", tensor(".scales", None), r"no tensor .*up_proj\.scales"),
     ("gptq", tensor(".qweight", lambda t: t[:-1].contiguous()), r"up_proj\.qweight.*7 words for 64 inputs"),

@@ -66,6 +66,9 @@ def test_quantized_tensors_round_trip_through_their_parts(spec, seed):
     assert torch.equal(q.select("w", 0, torch.tensor([4, 1])).dequantize(), q.dequantize()[[4, 1]])
     with pytest.raises(InputError):
         QuantTensor.from_tensors(q.tensors(), spec, (5, 128))
+    for part, dtype in ((".packed", torch.float16), (".packed", torch.int64), (".scales", torch.int32)):
+        with pytest.raises(InputError, match=f"packed weight.*{dtype}"):
+            QuantTensor.from_tensors(q.tensors() | {part: q.tensors()[part].to(dtype)}, spec, q.shape)
 
 
 def weighted_error(w, q, h):

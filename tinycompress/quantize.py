@@ -129,6 +129,8 @@ class QuantTensor:
             raise InputError(
                 "packed weight", f"packed {tuple(packed.shape)}, scales {tuple(scales.shape)}", f"{(shape[0], G, width)} and {(shape[0], G)}"
             )
+        if packed.dtype != torch.uint8 or not scales.is_floating_point():
+            raise InputError("packed weight", f"packed {packed.dtype}, scales {scales.dtype}", "uint8 and floats")
         if zeros is not None and (zeros.shape != scales.shape or zeros.is_floating_point() != spec.float_zero):
             kind = "floats" if spec.float_zero else "uint8"
             raise InputError("zero points of a packed weight", f"{zeros.dtype} {tuple(zeros.shape)}", f"{kind} {tuple(scales.shape)} for {spec}")

@@ -56,7 +56,7 @@ def read_packed(stored: dict[str, LazyTensor], about: Mapping[str, Any], config:
     """The packed weights that quantization_config `about` describes, by parameter; their tensors leave `stored`."""
     method = about.get("quant_method")
     layouts: dict[Any, Any] = {"gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_tensors}
-    if method not in layouts:
+    if not isinstance(method, str) or method not in layouts:
         raise InputError(f"quant_method of quantization_config in {where}", repr(method), " | ".join(layouts))
     layout = layouts[method]
     layout.check(about, where)
