@@ -197,6 +197,9 @@ def test_configs_survive_a_round_trip(config):
 def test_unknown_config_fields_are_named(tiny):
     with pytest.raises(InputError, match="surprise"):
         Config.from_dict(tiny.config.to_dict() | {"surprise": 1})
+    for rope in (None, 3, []):
+        with pytest.raises(InputError, match=r"Config\.rope"):
+            Config.from_dict(tiny.config.to_dict() | {"rope": rope})
 
 
 def test_fingerprint_sees_every_change(tiny):

@@ -102,6 +102,8 @@ class Config:
     def from_dict(data: Mapping[str, Any]) -> Config:
         """The inverse of `to_dict`; an unknown or missing field is an `InputError`."""
         data = dict(data)
+        if not isinstance(data.get("rope", {}), dict):
+            raise InputError("Config.rope", data["rope"], "an object with the fields that Config.to_dict writes")
         for cls, values in ((Config, data), (Rope, data.get("rope", {}))):
             if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
                 raise InputError(f"{cls.__name__} fields", sorted(unknown), sorted(f.name for f in dataclasses.fields(cls)))
