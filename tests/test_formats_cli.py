@@ -35,7 +35,7 @@ def test_folders(format, model, tmp_path):
     assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert about["quant_method"] == format
-    back, ours = load(tmp_path / "out", dtype=torch.float32), RTN(QuantSpec(4, 32))(load(model))
+    back, ours = load(tmp_path / "out", dtype=torch.float32), RTN(QuantSpec(4, 32, scale="mse"))(load(model))
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(back.weights[name].ints(), ours.weights[name].ints())
 

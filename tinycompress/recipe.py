@@ -85,7 +85,7 @@ class Recipe:
         if self.rotates(graph):
             out.append(Rotate())
         if self.quantize:
-            out.append(RTN(self.quantize) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
+            out.append(RTN(without_data(self.quantize)) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
         if self.quantize_embedding:
             out.append(QuantizeEmbedding(self.quantize_embedding))
         if self.tune:
@@ -119,6 +119,12 @@ class Recipe:
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
     """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md, of those that leave the basis alone."""
     return GPTQ(tokens, spec, propagate=0.5, refine=2)
+
+
+def without_data(spec: QuantSpec) -> QuantSpec:
+    """The grid search of the lowest perplexity in benchmarks/results/quantize.md where there is no text; eight bits cover the range, which
+    keeps their scales positive, as some NPUs want them."""
+    return dataclasses.replace(spec, scale="mse") if spec.scale == "auto" and spec.bits < 8 else spec
 
 
 def tuned_scales(tokens: Tensor, teacher: Graph) -> Distill:
