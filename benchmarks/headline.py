@@ -5,6 +5,7 @@
 
   w4                ours: `compress --quantize w4g64 --quantize-embedding w8g64`, profile ort
   w4, 90%, w4, 80%  ours: the same behind `--prune params=0.9` and 0.8, no retraining
+  …, tuned          ours: the same with `--tune`, in which scales and norms learn from the float model on the calibration text
   builder           onnxruntime-genai's model builder, int4 in blocks of 32, accuracy level 4, as it comes
   llama.cpp Q4_0    llama.cpp's own quantization of the float32 GGUF
 
@@ -38,7 +39,8 @@ from tinycompress.quantize import QuantSpec
 from tinycompress.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "headline.json"
-OURS = {"w4": None, "w4, 90%": "params=0.9", "w4, 80%": "params=0.8"}
+PRUNED = {"w4": None, "w4, 90%": "params=0.9", "w4, 80%": "params=0.8"}
+OURS = [f"{name}{tuned}" for name in PRUNED for tuned in ("", ", tuned")]
 PEERS = ("builder", "llama.cpp Q4_0")
 GGUF = {"float": "f32.gguf", "llama.cpp Q4_0": "q4_0.gguf"}
 
@@ -70,12 +72,17 @@ def make(args: argparse.Namespace, graph: Graph) -> None:
     from tinycompress.export import export
 
     tokens = data.tokens(args.calibration, graph.tokenizer, args.samples, 1024)
-    for name, target in tqdm(OURS.items(), desc="compress and export"):
-        if not (args.work / "out" / name).is_dir():
-            out = graph
-            for step in Recipe(prune=target, quantize=QuantSpec(4, 64), quantize_embedding=QuantSpec(8, 64)).passes(graph, tokens):
+    for name, prune in tqdm(PRUNED.items(), desc="compress and export"):
+        folders = [args.work / "out" / f"{name}{tuned}" for tuned in ("", ", tuned")]
+        if all(folder.is_dir() for folder in folders):
+            continue
+        *steps, tune = Recipe(prune, quantize=QuantSpec(4, 64), quantize_embedding=QuantSpec(8, 64), tune=True).passes(graph, tokens)
+        out = graph
+        for folder, passes in zip(folders, (steps, [tune])):
+            for step in passes:
                 out = step(out)
-            export(out, args.work / "out" / name, check=False, progress=False)
+            if not folder.is_dir():
+                export(out, folder, check=False, progress=False)
     if args.builder_python and not (args.work / "out" / "builder").is_dir():
         if not (args.work / "dense").is_dir():
             save(graph, args.work / "dense")
