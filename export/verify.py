@@ -48,6 +48,7 @@ from .static_forms import make_ready
 from .static_model import StaticModel
 
 LARGEST_DENSE = 1 << 33  # bytes up to which torch runs packed weights unpacked: the same numbers, many times as fast
+AS_SHIPPED = {"kl", "flips", "perplexity"}  # checks of the arithmetic that the runtime uses by itself
 PEAK = 10.0  # logits up to which limits of level 0 hold as they are; beyond, float32 rounding grows with the logits
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime")
 
@@ -58,7 +59,10 @@ class GateError(RuntimeError):
     def __init__(self, report: Mapping[str, Any]) -> None:
         self.report = report
         failed = [check for check in report["checks"] if not check["passed"]]
-        super().__init__("the exported model failed: " + "; ".join(map(_failure, failed)))
+        said = "the exported model failed: " + "; ".join(map(_failure, failed))
+        if report.get("accuracy_level") and failed and {check["check"] for check in failed} <= AS_SHIPPED:
+            said += ". Its int8 activations cost this: accuracy level 0 computes in float (slower); narrower groups, the embedding's too, lose less"
+        super().__init__(said)
 
 
 def _failure(check: Mapping[str, Any]) -> str:

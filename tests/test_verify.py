@@ -116,6 +116,8 @@ def test_limits(tmp_path):
     assert failed(report) == {"kl", "perplexity"}  # int8 activations cost something
     error = GateError(report)
     assert "kl" in str(error) and "limit 1e-12" in str(error) and error.report is report
+    assert "accuracy level 0" in str(error)
+    assert "accuracy level 0" not in str(GateError(verify(tmp_path / "out", limits={"kl": 1e-12, "prefill": 0.0})))  # float fails, too
     with pytest.raises(InputError, match=r"limits.*speed"):
         verify(tmp_path / "out", limits={"speed": 1.0})
 
