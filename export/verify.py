@@ -61,7 +61,8 @@ class GateError(RuntimeError):
         failed = [check for check in report["checks"] if not check["passed"]]
         said = "the exported model failed: " + "; ".join(map(_failure, failed))
         if report.get("accuracy_level") and failed and {check["check"] for check in failed} <= AS_SHIPPED:
-            said += ". Its int8 activations cost this: accuracy level 0 computes in float (slower); narrower groups, the embedding's too, lose less"
+            cache = " or the int8 cache" if any(check["check"] == "kv_cache" for check in report["checks"]) else ""
+            said += f". Int8 activations{cache} cost this: accuracy level 0 computes in float (slower); narrower groups lose less"
         super().__init__(said)
 
 
