@@ -28,18 +28,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress import data
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import environment, perplexity
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.context.scale_rope import METHODS, ScaleRope
+from tinycompress.evaluation.long_context import (
+    cached_nll,
+    footprint,
+    full_windows,
+    perplexity_interval,
+    sliding_windows,
+)
+from tinycompress.evaluation.passkey import heat_map, passkey
+from tinycompress.evaluation.perplexity import environment, perplexity
 from tinycompress.files import read_json, write_json
-from tinycompress.graph import Graph
-from tinycompress.long_context import cached_nll, footprint, full_windows, perplexity_interval, sliding_windows
-from tinycompress.passes.rope import METHODS, ScaleRope
-from tinycompress.passkey import heat_map, passkey
+from tinycompress.graph.graph import Graph
 
 KINDS = ("float32", "int8", "evaluate")
 STRIDE = 256  # targets of a sliding window
-Measure = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]  # table, key, row: kept or measured now
+Measure = Callable[
+    [str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]
+]  # table, key, row: kept or measured now
 
 
 def stretched(args: argparse.Namespace) -> Graph:
@@ -74,7 +82,11 @@ def footprints(args: argparse.Namespace, measure: Measure) -> None:
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
     for length, kind in tqdm([(length, kind) for length in args.lengths for kind in KINDS], desc="lengths", delay=2):
-        found = measure("evaluate" if kind == "evaluate" else "footprint", {"length": length, "kind": kind}, partial(row, length, kind))
+        found = measure(
+            "evaluate" if kind == "evaluate" else "footprint",
+            {"length": length, "kind": kind},
+            partial(row, length, kind),
+        )
         figures = ", ".join(f"{k} {v:,.1f}" for k, v in found.items() if isinstance(v, float))
         print(f"{length:6d} {kind:8} {figures}", flush=True)
 
@@ -107,22 +119,36 @@ def perplexities(args: argparse.Namespace, graph: Graph, measure: Measure) -> No
                 return {"windows": len(values)} | asdict(perplexity_interval(values))
 
             found = measure("perplexity", {"length": length, "kind": kind}, row)
-            print(f"{length:6d} {kind:16} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of {found['windows']}", flush=True)
+            print(
+                f"{length:6d} {kind:16} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of {found['windows']}",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--context", type=int, help="stretch the model to this many positions (default: the longest length, if it needs it)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help="stretch the model to this many positions (default: the longest length, if it needs it)",
+    )
     parser.add_argument("--method", choices=METHODS, default="yarn")
     parser.add_argument("--perplexity", metavar="TEXT", help="a text's path or name: adds perplexity against length")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a length for --perplexity (default: 16,384)")
-    parser.add_argument("--segments", type=int, default=16, help=f"sliding windows of {STRIDE} targets each (default: 16)")
+    parser.add_argument(
+        "--segments", type=int, default=16, help=f"sliding windows of {STRIDE} targets each (default: 16)"
+    )
     parser.add_argument("--passkey", action="store_true", help="adds passkey retrieval and its heat map")
     parser.add_argument("--trials", type=int, default=10, help="keys a cell of --passkey (default: 10)")
     parser.add_argument("--no-footprint", action="store_true", help="leave memory and speed out")
-    parser.add_argument("--out", type=Path, default=Path("build/context"), help="folder of context.json and passkey.png (default: build/context)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/context"),
+        help="folder of context.json and passkey.png (default: build/context)",
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -32,11 +32,11 @@ import torch
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
-from tinycompress.config import SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.export import PROFILES, emit
 from tinycompress.files import write_json
-from tinycompress.graph import Graph, shapes
-from tinycompress.quantize import QuantSpec, QuantTensor
+from tinycompress.graph.config import SMOLLM2_135M, TINYLLAMA_1_1B, shapes
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 SHAPES = {"tinyllama": TINYLLAMA_1_1B, "smollm2": SMOLLM2_135M}
 VOCABULARY, BURST, WARM = 2048, 24, 2
@@ -63,8 +63,16 @@ def random_graph(config: Any, group: int) -> Graph:
         if len(shape) == 1:
             weights[name] = torch.ones(shape)
             continue
-        integers = torch.randint(0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator)
-        weights[name] = QuantTensor(integers, torch.rand(shape[0], shape[1] // group, generator=generator) * 0.004 + 0.001, None, spec, tuple(shape))
+        integers = torch.randint(
+            0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator
+        )
+        weights[name] = QuantTensor(
+            integers,
+            torch.rand(shape[0], shape[1] // group, generator=generator) * 0.004 + 0.001,
+            None,
+            spec,
+            tuple(shape),
+        )
     return Graph(config, weights)
 
 
@@ -130,7 +138,10 @@ def join_gate_up(model: Any) -> None:
     for gate, up, sigmoid, *_ in gates(rewriter):
         names = [gate.output[0], up.output[0]]
         new = rewriter.joined([gate, up], f"{gate.name}.up")
-        rewriter.place(helper.make_node("Split", [new.output[0]], names, axis=-1, num_outputs=2, name=f"{gate.name}.split"), sigmoid)
+        rewriter.place(
+            helper.make_node("Split", [new.output[0]], names, axis=-1, num_outputs=2, name=f"{gate.name}.split"),
+            sigmoid,
+        )
 
 
 def swiglu(model: Any) -> None:
@@ -160,7 +171,11 @@ def int8_cache(model: Any) -> None:
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             node.input.extend([""] * (12 - len(node.input)) + ["kv.scale", "kv.scale"])
-            for name, value in (("k_quant_type", "PER_TENSOR"), ("v_quant_type", "PER_TENSOR"), ("kv_cache_bit_width", 8)):
+            for name, value in (
+                ("k_quant_type", "PER_TENSOR"),
+                ("v_quant_type", "PER_TENSOR"),
+                ("kv_cache_bit_width", 8),
+            ):
                 node.attribute.append(helper.make_attribute(name, value))
     for value in (*model.graph.input, *model.graph.output):
         if "past_key_values" in value.name or "present" in value.name:
@@ -182,7 +197,9 @@ FORMS = {
     "cache grown": Form("past and present apart, as a runtime without buffer sharing", cache="grown"),
     "no binding": Form("session.run on arrays, past and present apart", cache="arrays"),
     "cache grown, long": Form(f"the same behind {LONG} positions, against plain there", cache="grown", context=LONG),
-    "int8 cache, long": Form(f"int8 keys and values behind {LONG} positions", rewrite=int8_cache, context=LONG, same_weights=False),
+    "int8 cache, long": Form(
+        f"int8 keys and values behind {LONG} positions", rewrite=int8_cache, context=LONG, same_weights=False
+    ),
     "no prepacking": Form("weights read in the order of the file", session={"session.disable_prepacking": "1"}),
     "table look-up": Form("MLAS's look-up products", session={"mlas.use_lut_gemm": "1"}),
     "no spinning": Form("threads sleep between operators", session={"session.intra_op.allow_spinning": "0"}),
@@ -204,7 +221,11 @@ class Runner:
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             else:
                 options.add_session_config_entry(key, value)
-        self.session, self.kind, self.context = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), form.cache, context
+        self.session, self.kind, self.context = (
+            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            form.cache,
+            context,
+        )
         self.nodes = [n for n in self.session.get_inputs() if n.name.startswith("past_key_values.")]
         self.dtype = np.int8 if self.nodes and "int8" in self.nodes[0].type else np.float32
         self.outputs = [n.name for n in self.session.get_outputs()]
@@ -219,7 +240,11 @@ class Runner:
 
     def burst(self, steps: int = BURST) -> float:
         """Tokens a second of `steps` steps behind the context. WARM steps go before: the other session's threads still spin then."""
-        grown = {name: cache.numpy()[:, :, : self.context].copy() for name, cache in self.caches.items()} if self.kind in ("grown", "arrays") else {}
+        grown = (
+            {name: cache.numpy()[:, :, : self.context].copy() for name, cache in self.caches.items()}
+            if self.kind in ("grown", "arrays")
+            else {}
+        )
         self._bind()
         for i in range(WARM + steps):
             if i == WARM:
@@ -231,13 +256,18 @@ class Runner:
                     values = self.session.run(None, feeds)
                 else:
                     for name, value in feeds.items():
-                        self.binding.bind_ortvalue_input(name, value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(value))
+                        self.binding.bind_ortvalue_input(
+                            name, value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(value)
+                        )
                     for name in self.outputs:
                         self.binding.bind_output(name)
                     self.session.run_with_iobinding(self.binding)
                     values = self.binding.get_outputs()
                 out = dict(zip(self.outputs, values))
-                self.logits, grown = out["logits"], {name: out[name.replace("past_key_values", "present")] for name in grown}
+                self.logits, grown = (
+                    out["logits"],
+                    {name: out[name.replace("past_key_values", "present")] for name in grown},
+                )
                 continue
             if self.kind == "rebound":
                 self._bind()
@@ -265,7 +295,9 @@ def model_of(form: Form, args: argparse.Namespace) -> Path:
     path = args.work / f"{args.shape}{args.layers}-g{form.group}{'-half' if form.half else ''}{rewritten}.onnx"
     if not path.is_file():
         base = SHAPES[args.shape]
-        config = dataclasses.replace(base, layers=base.layers[: args.layers], vocab_size=VOCABULARY, tie_embeddings=False)
+        config = dataclasses.replace(
+            base, layers=base.layers[: args.layers], vocab_size=VOCABULARY, tie_embeddings=False
+        )
         import onnx_ir as ir
 
         apart = dataclasses.replace(PROFILES["ort"], joins=False)
@@ -286,7 +318,12 @@ def measure(form: Form, args: argparse.Namespace) -> dict[str, Any]:
         speeds = {id(runner): runner.burst() for runner in order}
         pairs.append((speeds[id(plain)], speeds[id(other)]))
     ratios = np.array([b / a for a, b in pairs[1:]])  # the first round warms up
-    row = {"about": form.about, "ratio": float(np.median(ratios)), "p10": float(np.quantile(ratios, 0.1)), "p90": float(np.quantile(ratios, 0.9))}
+    row = {
+        "about": form.about,
+        "ratio": float(np.median(ratios)),
+        "p10": float(np.quantile(ratios, 0.1)),
+        "p90": float(np.quantile(ratios, 0.9)),
+    }
     row |= {"plain_ms": 1e3 / float(np.median([a for a, _ in pairs[1:]])), "rounds": ratios.tolist()}
     if form.same_weights:
         expected = plain.answer()
@@ -314,11 +351,14 @@ def main() -> None:
         except Exception as error:  # a form the runtime refuses is a finding
             rows[name] = {"about": FORMS[name].about, "failed": str(error).strip().splitlines()[0][:200]}
         if args.json:
-            from tinycompress.evaluate import environment
+            from tinycompress.evaluation.perplexity import environment
 
             write_json(args.json, results | {"environment": environment()})
     for name, row in rows.items():
-        words = row.get("failed") or f"{row['ratio']:.3f}  ({row['p10']:.3f} … {row['p90']:.3f})  difference {row.get('difference', np.nan):.1e}"
+        words = (
+            row.get("failed")
+            or f"{row['ratio']:.3f}  ({row['p10']:.3f} … {row['p90']:.3f})  difference {row.get('difference', np.nan):.1e}"
+        )
         print(f"{name:26s} {words}")
 
 

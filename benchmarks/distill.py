@@ -33,20 +33,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
-from tinycompress.graph import Graph, Weights
-from tinycompress.heap import held
-from tinycompress.lesson import Lesson
-from tinycompress.passes.distill import Distill
-from tinycompress.student import Network
-from tinycompress.training import Run, Training
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.objective import Lesson
+from tinycompress.distillation.student import Network
+from tinycompress.distillation.training import Run, Training
+from tinycompress.graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from tinycompress.graph.graph import Graph, Weights
+from tinycompress.model.cpu_memory import held
 
 ENGINES = ("ours", "transformers")
 WARM = 3  # steps before the first that counts: in those the process grows
-QUICK = Config(vocab_size=4096, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 384),) * 4, max_position=2048, tie_embeddings=True)
+QUICK = Config(
+    vocab_size=4096,
+    hidden_size=128,
+    head_dim=32,
+    layers=(Layer(4, 2, 384),) * 4,
+    max_position=2048,
+    tie_embeddings=True,
+)
 
 
-def ours(student: Graph, teacher: Graph, tokens: Tensor, batch: int, micro_batch: int | None, checkpointing: bool = False) -> Callable[[int], Any]:
+def ours(
+    student: Graph, teacher: Graph, tokens: Tensor, batch: int, micro_batch: int | None, checkpointing: bool = False
+) -> Callable[[int], Any]:
     """One update of ours: what `Distill` runs, without its logs."""
     training = Training(steps=1000, batch=batch, micro_batch=micro_batch, checkpointing=checkpointing)
     network = Network(student, dtype=torch.float32, trainable=True, checkpointing=checkpointing)
@@ -64,7 +73,9 @@ def plain(student: Graph, teacher: Graph, tokens: Tensor, batch: int) -> Callabl
         ids = tokens[torch.arange(number * batch, (number + 1) * batch) % len(tokens)]
         with torch.no_grad():
             target = F.log_softmax(other(ids).logits[:, :-1].flatten(0, 1), -1)
-        loss = F.kl_div(F.log_softmax(model(ids).logits[:, :-1].flatten(0, 1), -1), target, log_target=True, reduction="batchmean")
+        loss = F.kl_div(
+            F.log_softmax(model(ids).logits[:, :-1].flatten(0, 1), -1), target, log_target=True, reduction="batchmean"
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -78,8 +89,14 @@ def worker(engine: str, args: argparse.Namespace) -> None:
     """For each line of standard input: tokens a second of one step; at the end the peak in MB."""
     config = QUICK if args.quick else SMOLLM2_135M
     student, teacher = Graph.random(config, 0), Graph.random(config, 1)
-    tokens = torch.randint(config.vocab_size, (4 * args.batch, args.seq_len), generator=torch.Generator().manual_seed(0))
-    make = ours(student, teacher, tokens, args.batch, args.micro_batch) if engine == "ours" else plain(student, teacher, tokens, args.batch)
+    tokens = torch.randint(
+        config.vocab_size, (4 * args.batch, args.seq_len), generator=torch.Generator().manual_seed(0)
+    )
+    make = (
+        ours(student, teacher, tokens, args.batch, args.micro_batch)
+        if engine == "ours"
+        else plain(student, teacher, tokens, args.batch)
+    )
     with held() if engine == "ours" else contextlib.nullcontext():  # as `train` does
         for number in range(WARM):
             make(number)
@@ -102,7 +119,12 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
     options = ["--batch", str(args.batch), "--seq-len", str(args.seq_len), *(["--quick"] if args.quick else [])]
     options += ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
     workers = {
-        e: subprocess.Popen([sys.executable, __file__, "--worker", e, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        e: subprocess.Popen(
+            [sys.executable, __file__, "--worker", e, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for e in ENGINES
     }
     for process in workers.values():
@@ -118,7 +140,11 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
 
 def operations(config: Config, seq_len: int) -> float:
     """Of one token's forward: two a weight of every matrix but the embedding, and the causal attention."""
-    weights = sum(shape[0] * shape[1] for name, shape in shapes(config).items() if len(shape) == 2 and name != "model.embed_tokens.weight")
+    weights = sum(
+        shape[0] * shape[1]
+        for name, shape in shapes(config).items()
+        if len(shape) == 2 and name != "model.embed_tokens.weight"
+    )
     weights += config.vocab_size * config.hidden_size if config.tie_embeddings else 0
     return 2 * weights + sum(2 * seq_len * layer.n_heads * config.head_dim for layer in config.layers)
 
@@ -141,7 +167,9 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     """The 7B teacher and the 1.1B student on one card."""
 
     def random(config: Config) -> Graph:
-        made = {n: torch.empty(s, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02) for n, s in shapes(config).items()}
+        made = {
+            n: torch.empty(s, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02) for n, s in shapes(config).items()
+        }
         return Graph(config, Weights({n: torch.ones_like(w) if w.dim() == 1 else w for n, w in made.items()}))
 
     torch.manual_seed(0)
@@ -159,7 +187,13 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     speed = args.batch * args.seq_len / median(times[2:])
     each = operations(LLAMA_2_7B, args.seq_len) + 3 * operations(TINYLLAMA_1_1B, args.seq_len)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"tokens_per_second": speed, "matrix_rate": rate, "share_of_matrix_rate": speed * each / rate, "peak_gb": peak, "seconds": times}
+    return {
+        "tokens_per_second": speed,
+        "matrix_rate": rate,
+        "share_of_matrix_rate": speed * each / rate,
+        "peak_gb": peak,
+        "seconds": times,
+    }
 
 
 def main() -> None:
@@ -182,16 +216,20 @@ def main() -> None:
         return worker(args.worker, args)
     result = on_gpu(args) if args.gpu else side_by_side(args)
     if args.json:
-        from tinycompress.evaluate import environment
+        from tinycompress.evaluation.perplexity import environment
 
         print(json.dumps({"protocol": vars(args), **result, "environment": environment()}, indent=2))
     elif args.gpu:
         rate, share = result["matrix_rate"] / 1e12, result["share_of_matrix_rate"]
-        print(f"{result['tokens_per_second']:,.0f} tokens/s, {share:.1%} of the card's {rate:.0f} TFLOP/s, {result['peak_gb']:.1f} GB")
+        print(
+            f"{result['tokens_per_second']:,.0f} tokens/s, {share:.1%} of the card's {rate:.0f} TFLOP/s, {result['peak_gb']:.1f} GB"
+        )
     else:
         for engine, values in result["median"].items():
             print(f"{engine:14s} {values['tokens_per_second']:8.1f} tokens/s {values['peak_mb']:8.0f} MB peak")
-        print(f"ours / transformers {result['ratio']['tokens_per_second']:5.2f} in speed, {result['ratio']['peak_mb']:.2f} in memory")
+        print(
+            f"ours / transformers {result['ratio']['tokens_per_second']:5.2f} in speed, {result['ratio']['peak_mb']:.2f} in memory"
+        )
 
 
 if __name__ == "__main__":

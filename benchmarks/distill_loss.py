@@ -47,7 +47,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, head
 
 
 def ours(loss: str) -> Run:
-    from tinycompress.losses import HiddenTarget, Loss, fused_loss
+    from tinycompress.distillation.fused_loss import HiddenTarget, Loss, fused_loss
 
     def run(h: Tensor, W: Tensor, ht: Tensor, Wt: Tensor, labels: Tensor) -> Tensor:
         return fused_loss(h, W, [Loss(loss)], labels=labels, teacher=None if loss == "ce" else HiddenTarget(ht, Wt))
@@ -117,7 +117,12 @@ def worker(engine: str, args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         value = once(slice(None))
-        print(json.dumps({"loss": value, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}), flush=True)
+        print(
+            json.dumps(
+                {"loss": value, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+            ),
+            flush=True,
+        )
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}), flush=True)
 
 
@@ -133,7 +138,12 @@ def start(engine: str, args: argparse.Namespace) -> subprocess.Popen[str]:
     log = None if engine in ("ours", "dense") else subprocess.DEVNULL  # peers warn of a missing GPU
     command = [python, __file__, "--worker", engine, *options]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
     )
 
 
@@ -200,7 +210,7 @@ def main() -> None:
         return worker(args.worker, args)
     result = measure(args)
     if args.json:
-        from tinycompress.evaluate import environment
+        from tinycompress.evaluation.perplexity import environment
 
         protocol = {name: getattr(args, name) for name in ("tokens", "vocab", "hidden", "loss", "rounds")}
         print(json.dumps({"protocol": protocol, **result, "environment": environment()}, indent=2))
@@ -209,7 +219,9 @@ def main() -> None:
     for engine, e in result["engines"].items():
         ratios = f"   ours / it: memory {e['peak_memory_ratio']:.3f}, time {e['time_ratio']:.2f}, CPU time {e['cpu_time_ratio']:.2f}"
         ratios = "" if engine == "ours" else ratios
-        print(f"{engine:6s} {e['seconds']:7.2f} s  {e['cpu_seconds']:7.2f} CPU s  {e['peak_mb']:8.0f} MB peak   loss {e['loss']:.6f}{ratios}")
+        print(
+            f"{engine:6s} {e['seconds']:7.2f} s  {e['cpu_seconds']:7.2f} CPU s  {e['peak_mb']:8.0f} MB peak   loss {e['loss']:.6f}{ratios}"
+        )
     for engine, reason in result["missing"].items():
         print(f"{engine:6s}     n/a   {reason}")
 

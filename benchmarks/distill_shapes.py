@@ -27,11 +27,11 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
-from tinycompress.checkpoint import save
-from tinycompress.config import LLAMA_2_7B, TINYLLAMA_1_1B, Config
-from tinycompress.evaluate import environment
-from tinycompress.graph import Graph
-from tinycompress.tokenizer import Tokenizer
+from tinycompress.checkpoints.checkpoint import save
+from tinycompress.checkpoints.tokenizer import Tokenizer
+from tinycompress.evaluation.perplexity import environment
+from tinycompress.graph.config import LLAMA_2_7B, TINYLLAMA_1_1B, Config
+from tinycompress.graph.graph import Graph
 
 
 def checkpoint(config: Config, layers: int, folder: Path) -> Path:
@@ -47,7 +47,9 @@ def checkpoint(config: Config, layers: int, folder: Path) -> Path:
 
 def run(*command: Any) -> dict[str, Any]:
     """The peak resident MB of a `tinycompress` command, which must succeed."""
-    process = subprocess.Popen([sys.executable, "-m", "tinycompress.cli", *map(str, command)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinycompress.cli", *map(str, command)], stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -66,9 +68,17 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     common = ["--data", text, "--seq-len", args.seq_len]
     cache = work / "cache"
     rows = [run("cache-teacher", teacher, "--streamed", "--windows", 2, *common, "-o", cache)]
-    rows[0] |= {"layers": args.teacher_layers, "checkpoint_bytes": size(teacher), "bytes_a_token": size(cache) / (2 * args.seq_len)}
+    rows[0] |= {
+        "layers": args.teacher_layers,
+        "checkpoint_bytes": size(teacher),
+        "bytes_a_token": size(cache) / (2 * args.seq_len),
+    }
     for layers in args.student_layers:
-        student, state, out = checkpoint(TINYLLAMA_1_1B, layers, work / f"student-{layers}"), work / f"state-{layers}", work / f"out-{layers}"
+        student, state, out = (
+            checkpoint(TINYLLAMA_1_1B, layers, work / f"student-{layers}"),
+            work / f"state-{layers}",
+            work / f"out-{layers}",
+        )
         steps = ["--steps", 2, "--batch", 1, "--held-out", text, *common]
         row = run("distill", student, "--cache", cache, *steps, "--work", state, "-o", out, "--overwrite")
         rows.append(row | {"layers": layers, "checkpoint_bytes": size(student), "state_bytes": size(state)})
@@ -90,7 +100,9 @@ def main() -> None:
     parser.add_argument("--teacher-layers", type=int, default=1)
     parser.add_argument("--student-layers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--work", type=Path, help="where checkpoints, cache and states go, and stay (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoints, cache and states go, and stay (default: a temporary folder)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,7 +114,10 @@ def main() -> None:
         print(json.dumps({"protocol": protocol, **result, "environment": environment()}, indent=2))
         return
     for row in result["rows"]:
-        print(f"{row['command']:14s} {row['layers']} layers  " + "  ".join(f"{k} {v:,.0f}" for k, v in row.items() if k not in ("command", "layers")))
+        print(
+            f"{row['command']:14s} {row['layers']} layers  "
+            + "  ".join(f"{k} {v:,.0f}" for k, v in row.items() if k not in ("command", "layers"))
+        )
     if result["extrapolated"]:
         print("extrapolated   " + "  ".join(f"{k} {v:,}" for k, v in result["extrapolated"].items()))
 

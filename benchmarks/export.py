@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tinycompress.config import TINYLLAMA_1_1B
 from tinycompress.files import write_json
-from tinycompress.graph import Graph
-from tinycompress.quantize import QuantSpec, QuantTensor
+from tinycompress.graph.config import TINYLLAMA_1_1B
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 GGUF = "q4_0.gguf"
 OURS = {
@@ -58,7 +58,7 @@ def config(layers: int) -> Any:
 
 def make_graphs(work: Path, layers: int) -> None:
     """What the processes start from: bfloat16 for the builder, packed checkpoints for us, one of them as Q4_0 too."""
-    from tinycompress.checkpoint import save
+    from tinycompress.checkpoints.checkpoint import save
 
     if not (work / "dense").is_dir():
         save(dense(layers), work / "dense")
@@ -76,13 +76,18 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers.models import WordLevel
 
     Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    names = {
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     write_json(folder / "tokenizer_config.json", names)
 
 
 def dense(layers: int) -> Graph:
     """Random weights in bfloat16, never more than one of them in float32."""
-    from tinycompress.graph import shapes
+    from tinycompress.graph.config import shapes
 
     generator = torch.Generator().manual_seed(0)
     drawn = {}
@@ -94,14 +99,16 @@ def dense(layers: int) -> Graph:
 
 def packed(layers: int, group: int) -> Graph:
     """Random integers and scales in every matrix: what an export does not look at."""
-    from tinycompress.graph import shapes
+    from tinycompress.graph.config import shapes
 
     generator, spec, weights = torch.Generator().manual_seed(0), QuantSpec(4, group), {}
     for name, shape in shapes(config(layers)).items():
         if len(shape) == 1:
             weights[name] = torch.ones(shape)
             continue
-        integers = torch.randint(0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator)
+        integers = torch.randint(
+            0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator
+        )
         scales = torch.rand(shape[0], shape[1] // group, generator=generator) * 0.004 + 0.001
         weights[name] = QuantTensor(integers, scales, None, spec, (shape[0], shape[1]))
     return Graph(config(layers), weights, history=("random integers",))
@@ -111,12 +118,14 @@ def packed(layers: int, group: int) -> Graph:
 
 
 def export_ours(work: Path, name: str) -> None:
-    from tinycompress.checkpoint import load
+    from tinycompress.checkpoints.checkpoint import load
     from tinycompress.export import export
 
     group, scales = OURS[name]
     start = time.perf_counter()
-    export(load(work / f"packed{group}"), work / "out" / name, check=False, scales=scales, overwrite=True, progress=False)
+    export(
+        load(work / f"packed{group}"), work / "out" / name, check=False, scales=scales, overwrite=True, progress=False
+    )
     _print({"seconds": time.perf_counter() - start, "peak_mb": _peak()})
 
 
@@ -130,14 +139,20 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     caches = {
-        n.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, n.shape[1], PROMPT + tokens + 4, head_size(folder)), np.float32))
+        n.name: ort.OrtValue.ortvalue_from_numpy(
+            np.zeros((1, n.shape[1], PROMPT + tokens + 4, head_size(folder)), np.float32)
+        )
         for n in session.get_inputs()
         if n.name.startswith("past_key_values.")
     }
 
     def step(ids: Any, total: int) -> None:
         binding = session.io_binding()
-        feeds = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": np.arange(total - ids.shape[1], total)[None]}
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(total - ids.shape[1], total)[None],
+        }
         for name in names:
             if name in caches:
                 binding.bind_ortvalue_input(name, caches[name])
@@ -147,7 +162,11 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
 
-    _turns(lambda: step(np.ones((1, PROMPT), np.int64), PROMPT), lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1), tokens)
+    _turns(
+        lambda: step(np.ones((1, PROMPT), np.int64), PROMPT),
+        lambda i: step(np.ones((1, 1), np.int64), PROMPT + i + 1),
+        tokens,
+    )
 
 
 def head_size(folder: Path) -> int:
@@ -226,7 +245,11 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
     """Medians over rounds, each round a turn of every engine."""
     folders = {**{f"ours {n}": args.work / "out" / n for n in OURS}, "builder": args.work / "out" / "builder"}
     counts = [str(args.threads), str(args.tokens)]
-    commands = {n: [sys.executable, __file__, "--worker", "decode", str(f), *counts] for n, f in folders.items() if (f / "model.onnx").is_file()}
+    commands = {
+        n: [sys.executable, __file__, "--worker", "decode", str(f), *counts]
+        for n, f in folders.items()
+        if (f / "model.onnx").is_file()
+    }
     if args.llama_python:
         commands["llama.cpp Q4_0"] = [args.llama_python, "-c", LLAMA, str(args.work / GGUF), *counts, str(PROMPT)]
     return by_turns(commands, args.rounds)
@@ -235,7 +258,9 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
 def by_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, Any]:
     """Tokens a second of engines that answer each line with them; "builder" and "llama.cpp Q4_0" are the peers."""
     out: dict[str, list[float]] = {name: [] for name in commands}
-    engines = {n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()}
+    engines = {
+        n: subprocess.Popen(c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n, c in commands.items()
+    }
     try:
         for _ in tqdm(range(rounds), desc="rounds"):
             for name, engine in engines.items():
@@ -277,7 +302,13 @@ def main() -> None:
         args.rounds, args.tokens = 1, 8
     layers = 4 if args.quick else TINYLLAMA_1_1B.n_layers
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
-    protocol = {"layers": layers, "threads": args.threads, "rounds": args.rounds, "prompt": PROMPT, "tokens": args.tokens}
+    protocol = {
+        "layers": layers,
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "prompt": PROMPT,
+        "tokens": args.tokens,
+    }
     if results and results["protocol"] != protocol:
         parser.error(f"--json {args.json} holds rows of another protocol: {results['protocol']}, not {protocol}")
     results["protocol"] = protocol
@@ -295,7 +326,7 @@ def main() -> None:
 
 
 def _keep(results: dict[str, Any], path: Path | None) -> None:
-    from tinycompress.evaluate import environment
+    from tinycompress.evaluation.perplexity import environment
 
     if path:
         write_json(path, results | {"environment": environment()})
@@ -303,7 +334,9 @@ def _keep(results: dict[str, Any], path: Path | None) -> None:
 
 def show(results: dict[str, Any]) -> None:
     for name, row in results.get("export", {}).items():
-        words = row.get("failed") or f"{row['bytes'] / 1e6:7.0f} MB  {row['seconds']:6.1f} s  {row['peak_mb']:6.0f} MB peak"
+        words = (
+            row.get("failed") or f"{row['bytes'] / 1e6:7.0f} MB  {row['seconds']:6.1f} s  {row['peak_mb']:6.0f} MB peak"
+        )
         print(f"export {name:12s} {words}")
     if results["protocol"]["layers"] == TINYLLAMA_1_1B.n_layers:
         for what, (figure, most) in AIMS.items():
@@ -311,7 +344,9 @@ def show(results: dict[str, Any]) -> None:
                 found = figure(results["export"])
             except KeyError:
                 continue  # a row that did not run
-            print(f"aim    {what:27s} {found:7.2f}, at most {most:.2f}: {'holds' if found <= most else 'does not hold'}")
+            print(
+                f"aim    {what:27s} {found:7.2f}, at most {most:.2f}: {'holds' if found <= most else 'does not hold'}"
+            )
     for name, row in results.get("speed", {}).items():
         ratio = f"  {row['of_best_peer']:.2f} of the faster peer" if "of_best_peer" in row else ""
         print(f"decode {name:16s} {row['median']:6.1f} tok/s  ({', '.join(f'{v:.1f}' for v in row['rounds'])}){ratio}")

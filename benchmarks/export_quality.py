@@ -25,9 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinycompress.evaluate import environment
+from tinycompress.evaluation.perplexity import environment
 from tinycompress.export import PROFILES
-from tinycompress.export.runtime import installed
+from tinycompress.export.gate.runtime import installed
 from tinycompress.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results" / "export_quality.json"
@@ -69,28 +69,48 @@ def measure(row: Row, model: str, out: Path, report: Any) -> dict[str, Any]:
                 return {"failed": errors.read().strip().splitlines()[-1][-600:]}
     manifest = json.loads((out / "manifest.json").read_text())
     checks = manifest["checks"]
-    found: dict[str, Any] = {"scheme": manifest["scheme"], "bytes": sum(file["bytes"] for file in manifest["files"].values())}
-    found |= {"gate": {c["check"]: {"figure": c["figure"], "limit": c["limit"], "passed": c["passed"]} for c in checks["checks"]}}
+    found: dict[str, Any] = {
+        "scheme": manifest["scheme"],
+        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
+    }
+    found |= {
+        "gate": {
+            c["check"]: {"figure": c["figure"], "limit": c["limit"], "passed": c["passed"]} for c in checks["checks"]
+        }
+    }
     found |= {"perplexity": checks["perplexity"], "text": checks["text"]}
     runtime = PROFILES[row.profile].runtime  # which the gate ran itself
-    found["runtimes"] = {runtime: {"passed": True, "figures": checks[runtime], "failures": []}} if runtime in checks else {}
+    found["runtimes"] = (
+        {runtime: {"passed": True, "figures": checks[runtime], "failures": []}} if runtime in checks else {}
+    )
     for name in row.runtimes:
         if not installed(name):
             found["runtimes"][name] = {"not_run": "not installed"}
             continue
         report(f"{out.name} in {name}")
-        done = subprocess.run([str(COMMAND), "verify", str(out), "--runtime", name, "--json"], stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [str(COMMAND), "verify", str(out), "--runtime", name, "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         try:
             found["runtimes"][name] = json.loads(done.stdout)
         except json.JSONDecodeError:
-            found["runtimes"][name] = {"passed": False, "failures": [f"exit code {done.returncode}: {done.stdout.strip()[-400:]}"]}
+            found["runtimes"][name] = {
+                "passed": False,
+                "failures": [f"exit code {done.returncode}: {done.stdout.strip()[-400:]}"],
+            }
     return found
 
 
 def table(rows: dict[str, Any], model: str, machine: str) -> str:
     about = f"{model}; {machine}; made by `benchmarks/export_quality.py`, which says what the rows are."
     lines = ["# A real model through every profile", "", about, ""]
-    lines += ["| | weights | MB | KL, nats | other top token | perplexity in torch → exported | in runtimes |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| | weights | MB | KL, nats | other top token | perplexity in torch → exported | in runtimes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if "failed" in row:
             lines.append(f"| {name} | | | | | **failed**: {' '.join(row['failed'].split())} | |".replace("\n", " "))
@@ -108,9 +128,13 @@ def _words(one: dict[str, Any]) -> str:
     if "not_run" in one:
         return "not run"
     figures = one.get("figures", {})
-    shown = [f"{word} {figures[key]:.2g}" for key, word in (("kl", "KL"), ("flips", "other top token")) if key in figures]
+    shown = [
+        f"{word} {figures[key]:.2g}" for key, word in (("kl", "KL"), ("flips", "other top token")) if key in figures
+    ]
     shown += [f"greedy {figures['greedy']}"] if "greedy" in figures else []
-    return ("passed" if one["passed"] else "**failed** " + "; ".join(one.get("failures", ()))) + (f" ({', '.join(shown)})" if shown else "")
+    return ("passed" if one["passed"] else "**failed** " + "; ".join(one.get("failures", ()))) + (
+        f" ({', '.join(shown)})" if shown else ""
+    )
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress.checkpoint import load
-from tinycompress.graph import Graph
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.graph.graph import Graph
 
 ENGINES = ("ours", "transformers", "floor")
 
@@ -68,7 +68,9 @@ def forwards(engine: str, graph: Graph) -> dict[str, Callable[[Tensor], object]]
                 for _ in range(B):
                     F.linear(wide[weight.shape[1]][:T], weight)
         for layer in config.layers:
-            q, k, v = (torch.zeros(1, n, T, config.head_dim) for n in (layer.n_heads, layer.n_kv_heads, layer.n_kv_heads))
+            q, k, v = (
+                torch.zeros(1, n, T, config.head_dim) for n in (layer.n_heads, layer.n_kv_heads, layer.n_kv_heads)
+            )
             for _ in range(B):
                 F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -100,7 +102,12 @@ def main() -> None:
         return worker(args.worker, args)
     options = ["--model", args.model, "--batch", str(args.batch), "--seq-len", str(args.seq_len)]
     workers = {
-        engine: subprocess.Popen([sys.executable, __file__, "--worker", engine, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        engine: subprocess.Popen(
+            [sys.executable, __file__, "--worker", engine, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for engine in ENGINES
     }
     for process in workers.values():  # none measures while another still loads
@@ -108,19 +115,36 @@ def main() -> None:
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in tqdm(range(args.rounds), desc="rounds"):
         rounds.append({run: {engine: ask(workers[engine], run) for engine in ENGINES} for run in ("without", "with")})
-    best: dict[str, dict[str, float]] = {e: {run: median(r[run][e] for r in rounds) for run in ("without", "with")} for e in ENGINES}
+    best: dict[str, dict[str, float]] = {
+        e: {run: median(r[run][e] for r in rounds) for run in ("without", "with")} for e in ENGINES
+    }
     for engine, process in workers.items():
         best[engine]["peak_mb"] = float(process.communicate()[0])
-    ratio = {e: {run: median(r[run]["ours"] / r[run][e] for r in rounds) for run in ("without", "with")} for e in ENGINES[1:]}
+    ratio = {
+        e: {run: median(r[run]["ours"] / r[run][e] for r in rounds) for run in ("without", "with")} for e in ENGINES[1:]
+    }
     ratio["transformers"]["peak_mb"] = best["ours"]["peak_mb"] / best["transformers"]["peak_mb"]
     if args.json:
-        from tinycompress.evaluate import environment
+        from tinycompress.evaluation.perplexity import environment
 
-        print(json.dumps({"protocol": vars(args), "median": best, "rounds": rounds, "ratio": ratio, "environment": environment()}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "protocol": vars(args),
+                    "median": best,
+                    "rounds": rounds,
+                    "ratio": ratio,
+                    "environment": environment(),
+                },
+                indent=2,
+            )
+        )
         return
     print(f"{args.model}, batch {args.batch} × {args.seq_len}, float32, {args.rounds} rounds by turns")
     for engine, b in best.items():
-        print(f"{engine:14s} {b['without']:7.1f} tok/s without head  {b['with']:7.1f} with  {b['peak_mb']:7.0f} MB peak")
+        print(
+            f"{engine:14s} {b['without']:7.1f} tok/s without head  {b['with']:7.1f} with  {b['peak_mb']:7.0f} MB peak"
+        )
     for engine, r in ratio.items():
         memory = f"{r['peak_mb']:.2f} of its peak memory" if "peak_mb" in r else ""
         print(f"ours / {engine:12s} {r['without']:6.2f} without head   {r['with']:6.2f} with   {memory}")

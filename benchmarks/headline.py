@@ -30,12 +30,12 @@ import torch
 from tqdm import tqdm
 
 from export import LLAMA, PROMPT, by_turns, decode, head_size, run
-from tinycompress import data
-from tinycompress.checkpoint import load, save
-from tinycompress.evaluate import environment, perplexity
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load, save
+from tinycompress.evaluation.perplexity import environment, perplexity
 from tinycompress.files import write_json, write_text
-from tinycompress.graph import Graph
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "headline.json"
@@ -76,7 +76,9 @@ def make(args: argparse.Namespace, graph: Graph) -> None:
         folders = [args.work / "out" / f"{name}{tuned}" for tuned in ("", ", tuned")]
         if all(folder.is_dir() for folder in folders):
             continue
-        *steps, tune = Recipe(prune, quantize=QuantSpec(4, 64), quantize_embedding=QuantSpec(8, 64), tune=True).passes(graph, tokens)
+        *steps, tune = Recipe(prune, quantize=QuantSpec(4, 64), quantize_embedding=QuantSpec(8, 64), tune=True).passes(
+            graph, tokens
+        )
         out = graph
         for folder, passes in zip(folders, (steps, [tune])):
             for step in passes:
@@ -92,7 +94,12 @@ def make(args: argparse.Namespace, graph: Graph) -> None:
     if args.llama_python and not (args.work / GGUF["llama.cpp Q4_0"]).is_file():
         save(graph, args.work / GGUF["float"], format="gguf")
         files = [str(args.work / name) for name in GGUF.values()]
-        subprocess.run([args.llama_python, "-c", LLAMA_QUANTIZE, *files], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [args.llama_python, "-c", LLAMA_QUANTIZE, *files],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 def nll(folder: Path, windows: list[list[int]]) -> list[float]:
@@ -105,12 +112,21 @@ def nll(folder: Path, windows: list[list[int]]) -> list[float]:
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     out = []
     for ids in windows:
-        feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64), "position_ids": np.arange(len(ids))[None]}
+        feeds = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids))[None],
+        }
         for node in session.get_inputs():
             if node.name.startswith("past_key_values."):
                 feeds[node.name] = np.zeros((1, node.shape[1], 0, head_size(folder)), np.float32)
-        logits = torch.from_numpy(session.run(["logits"], {node.name: feeds[node.name] for node in session.get_inputs()})[0][0, :-1])
-        losses = [torch.nn.functional.cross_entropy(x.double(), y) for x, y in zip(logits.split(256), torch.tensor(ids[1:]).split(256))]
+        logits = torch.from_numpy(
+            session.run(["logits"], {node.name: feeds[node.name] for node in session.get_inputs()})[0][0, :-1]
+        )
+        losses = [
+            torch.nn.functional.cross_entropy(x.double(), y)
+            for x, y in zip(logits.split(256), torch.tensor(ids[1:]).split(256))
+        ]
         counts = [len(x) for x in logits.split(256)]
         out.append(sum(float(x) * n for x, n in zip(losses, counts)) / sum(counts))
     return out
@@ -118,7 +134,9 @@ def nll(folder: Path, windows: list[list[int]]) -> list[float]:
 
 def measure(args: argparse.Namespace, graph: Graph) -> dict[str, Any]:
     evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, 2048, split="test")
-    rows: dict[str, Any] = {"float (torch)": {"nll": perplexity(graph.module(), evaluation).nll.tolist(), "bytes": graph.nbytes}}
+    rows: dict[str, Any] = {
+        "float (torch)": {"nll": perplexity(graph.module(), evaluation).nll.tolist(), "bytes": graph.nbytes}
+    }
     counts = ["2", str(args.tokens)]
     speeds: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,8 +152,12 @@ def measure(args: argparse.Namespace, graph: Graph) -> dict[str, Any]:
             else:
                 command = [sys.executable, __file__, "--worker", "nll", str(path), str(ids)]
                 speeds[name] = [sys.executable, __file__, "--worker", "decode", str(path), *counts]
-            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("model.onnx*"))
+            found = json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            )
+            size = (
+                path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("model.onnx*"))
+            )
             rows[name] = {"nll": found, "bytes": size}
     for name, found in by_turns(speeds, args.rounds).items():
         rows[name]["decode"] = found
@@ -171,7 +193,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a turn")
     parser.add_argument("--builder-python", help="an interpreter with onnxruntime-genai, torch and transformers >= 5")
     parser.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--make-only", action="store_true", help="compress and export, measure nothing: for a machine that does other work")
+    parser.add_argument(
+        "--make-only",
+        action="store_true",
+        help="compress and export, measure nothing: for a machine that does other work",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -191,7 +217,10 @@ def main() -> None:
     if args.make_only:
         return
     rows = measure(args, graph)
-    protocol = {key: Path(str(getattr(args, key))).name for key in ("model", "calibration", "evaluation", "samples", "windows", "rounds", "tokens")}
+    protocol = {
+        key: Path(str(getattr(args, key))).name
+        for key in ("model", "calibration", "evaluation", "samples", "windows", "rounds", "tokens")
+    }
     text = table(rows, protocol, environment()["machine"])
     print(text)
     if not args.quick:

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 
 from tinycompress import Prune
-from tinycompress.checkpoint import load, save
-from tinycompress.cli_distill import windows_of
-from tinycompress.evaluate import environment, paired_difference, perplexity
+from tinycompress.checkpoints.checkpoint import load, save
+from tinycompress.cli.distill import windows_of
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.fused_loss import Loss
+from tinycompress.distillation.teacher_cache import TeacherCache, write_cache
+from tinycompress.distillation.training import Training
+from tinycompress.evaluation.perplexity import environment, perplexity
+from tinycompress.evaluation.statistics import paired_difference
 from tinycompress.files import read_json, write_json, write_text
-from tinycompress.graph import Graph
-from tinycompress.losses import Loss
-from tinycompress.passes.distill import Distill
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
-from tinycompress.teacher_cache import TeacherCache, write_cache
-from tinycompress.training import Training
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.rtn import RTN
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("CE", "KL", "cached KL")
@@ -49,11 +50,19 @@ class Bench:
         self.args, self.spec = args, QuantSpec.parse(args.spec)
         self.teacher = load(args.model, dtype=torch.float32)
         self.tokens = windows_of(self.teacher, args.train, args.seq_len, -(-args.tokens // args.seq_len))
-        self.held_out = {Path(name).stem: windows_of(self.teacher, name, 512, args.windows, "test") for name in args.held_out}
+        self.held_out = {
+            Path(name).stem: windows_of(self.teacher, name, 512, args.windows, "test") for name in args.held_out
+        }
         shown = {k: v for k, v in vars(args).items() if k not in ("work", "rows", "quick")}
-        shown |= {"train": Path(args.train).name, "model": Path(args.model).name, "held_out": {t: len(w) for t, w in self.held_out.items()}}
+        shown |= {
+            "train": Path(args.train).name,
+            "model": Path(args.model).name,
+            "held_out": {t: len(w) for t, w in self.held_out.items()},
+        }
         self.protocol = shown | {"training_windows": len(self.tokens)}
-        self.work = work / hashlib.sha256(json.dumps(self.protocol).encode()).hexdigest()[:8]  # another protocol, another folder
+        self.work = (
+            work / hashlib.sha256(json.dumps(self.protocol).encode()).hexdigest()[:8]
+        )  # another protocol, another folder
         earlier = read_json(RESULTS / "heal.json") if (RESULTS / "heal.json").exists() and not args.quick else {}
         self.rows: dict[str, dict[str, Any]] = earlier["rows"] if earlier.get("protocol") == self.protocol else {}
 
@@ -77,8 +86,14 @@ class Bench:
         if before:
             base = {t: torch.tensor(n, dtype=torch.float64) for t, n in self.rows[before]["nll"].items()}
             row["gain"] = {t: vars(paired_difference(base[t], n)) for t, n in nll.items()}
-        self.rows[name] = row | {"nll": {t: n.tolist() for t, n in nll.items()}, "curve": curve, "machine": environment()["machine"]}
-        gains = "".join(f"  gain on {t} {g['value']:.4f} [{g['low']:.4f}, {g['high']:.4f}]" for t, g in row.get("gain", {}).items())
+        self.rows[name] = row | {
+            "nll": {t: n.tolist() for t, n in nll.items()},
+            "curve": curve,
+            "machine": environment()["machine"],
+        }
+        gains = "".join(
+            f"  gain on {t} {g['value']:.4f} [{g['low']:.4f}, {g['high']:.4f}]" for t, g in row.get("gain", {}).items()
+        )
         print(f"{name:22s} " + "  ".join(f"{t} {p:.2f}" for t, p in row["perplexity"].items()) + gains, flush=True)
         if not self.args.quick:
             self.write()
@@ -92,7 +107,9 @@ class Bench:
             nearest = QuantSpec(self.spec.bits, self.spec.group_size, self.spec.symmetric, "mse")
             return (start if name == "pruned" else RTN(nearest)(start)), []
         way = name.split(", ")[1]
-        how: dict[str, Any] = {"teacher": {"CE": None, "KL": self.teacher}.get(way) if way != "cached KL" else self.cache()}
+        how: dict[str, Any] = {
+            "teacher": {"CE": None, "KL": self.teacher}.get(way) if way != "cached KL" else self.cache()
+        }
         if way == "CE":
             how["losses"] = (Loss("ce"),)
         if before != "pruned":
@@ -113,7 +130,12 @@ class Bench:
     def train(self, name: str, student: Graph, **how: Any) -> tuple[Graph, list[dict[str, Any]]]:
         args, folder = self.args, self.work / name.replace(", ", "-").replace(" ", "-")
         training = Training(
-            tokens=args.tokens, batch=args.batch, micro_batch=args.micro_batch, lr=args.lr, precision=args.precision, eval_every=args.eval_every
+            tokens=args.tokens,
+            batch=args.batch,
+            micro_batch=args.micro_batch,
+            lr=args.lr,
+            precision=args.precision,
+            eval_every=args.eval_every,
         )
         few = {text: windows[:4] for text, windows in self.held_out.items()}
         out = Distill(self.tokens, training=training, held_out=few, work=folder, log=folder, **how)(student)
@@ -141,7 +163,11 @@ def table(protocol: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in rows.items():
         gain = {t: f"{g['value']:.3f} [{g['low']:.3f}, {g['high']:.3f}]" for t, g in row.get("gain", {}).items()}
-        lines.append(f"| {name} | " + " | ".join(f"{row['perplexity'][text]:.2f} | {gain.get(text, '')}" for text in texts) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{row['perplexity'][text]:.2f} | {gain.get(text, '')}" for text in texts)
+            + " |"
+        )
     return "\n".join([*lines, ""])
 
 
@@ -178,11 +204,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--micro-batch", type=int, default=None)
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--precision", default="float32", help="of the student's products: float32 (default) or bfloat16")
+    parser.add_argument(
+        "--precision", default="float32", help="of the student's products: float32 (default) or bfloat16"
+    )
     parser.add_argument("--eval-every", type=int, default=4, help="steps between points of the curve (default: 4)")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of 512 tokens a text (default: 12)")
     parser.add_argument("--spec", default="w3g64", help="grid of the quantization-aware students (default: w3g64)")
-    parser.add_argument("--work", type=Path, help="keep the pruned model, the cache and training states here, for a run that is killed")
+    parser.add_argument(
+        "--work", type=Path, help="keep the pruned model, the cache and training states here, for a run that is killed"
+    )
     parser.add_argument("--rows", nargs="+", help="only these rows, and what they are compared with")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few tokens, nothing written")
     args = parser.parse_args()

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tinycompress import data
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import environment
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.evaluation.perplexity import environment
 from tinycompress.export import StaticChoices, export, read, run_check
 from tinycompress.files import write_json, write_text
-from tinycompress.graph import Graph, cut
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.edit import cut
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.gptq import GPTQ
 
 RESULTS = Path(__file__).parent / "results" / "lpbq.json"
 SHOWN = ("kl", "flips", "perplexity", "cpu_kl")
@@ -61,9 +62,16 @@ def main() -> None:
     rows = {str(spec): measure(graph, spec, calibration, ids) for spec in tqdm(specs, desc="grids")}
     protocol = {key: Path(str(value)).name for key, value in vars(args).items() if key != "groups"}
     write_json(RESULTS, {"protocol": protocol, "rows": rows, "environment": environment()})
-    lines = [f"{protocol}; made by `benchmarks/lpbq.py`.", "", "| grid | KL | other top token | perplexity off by | KL on the CPU provider |"]
+    lines = [
+        f"{protocol}; made by `benchmarks/lpbq.py`.",
+        "",
+        "| grid | KL | other top token | perplexity off by | KL on the CPU provider |",
+    ]
     lines.append("|---" * 5 + "|")
-    lines += [f"| {n} | {r['kl']:.2g} | {r['flips']:.1%} | {r['perplexity']:.2%} | {r['cpu_kl']:.2g} |" for n, r in rows.items()]
+    lines += [
+        f"| {n} | {r['kl']:.2g} | {r['flips']:.1%} | {r['perplexity']:.2%} | {r['cpu_kl']:.2g} |"
+        for n, r in rows.items()
+    ]
     write_text(RESULTS.with_suffix(".md"), "\n".join(["# Block scales on HTP's emulator", "", *lines, ""]))
     print("\n".join(lines))
 

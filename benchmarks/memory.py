@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 
-from tinycompress.checkpoint import load, save
-from tinycompress.config import LLAMA_2_7B, TINYLLAMA_1_1B
-from tinycompress.evaluate import environment
+from tinycompress.checkpoints.checkpoint import load, save
+from tinycompress.evaluation.perplexity import environment
 from tinycompress.files import write_json
-from tinycompress.graph import Graph, LazyTensor, Weights, shapes
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.hqq import HQQ
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.config import LLAMA_2_7B, TINYLLAMA_1_1B, shapes
+from tinycompress.graph.graph import Graph, LazyTensor, Weights
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.gptq import GPTQ
+from tinycompress.quantization.hqq import HQQ
+from tinycompress.quantization.rtn import RTN
 
 SHAPES = {"tinyllama-1.1b": TINYLLAMA_1_1B, "llama-2-7b": LLAMA_2_7B}
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -47,7 +47,11 @@ def random_folder(shape: str, layers: int | None, folder: Path) -> None:
     def weight(name: str, size: tuple[int, ...]) -> LazyTensor:
         def read() -> torch.Tensor:
             generator = torch.Generator().manual_seed(len(name))
-            return torch.ones(size, dtype=torch.bfloat16) if len(size) == 1 else (torch.randn(size, generator=generator) * 0.02).bfloat16()
+            return (
+                torch.ones(size, dtype=torch.bfloat16)
+                if len(size) == 1
+                else (torch.randn(size, generator=generator) * 0.02).bfloat16()
+            )
 
         return LazyTensor(size, torch.bfloat16, read)
 
@@ -80,7 +84,9 @@ class PrivateMemory(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.05):
-            line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+            line = next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+            )
             self.peak = max(self.peak, int(line.split()[1]) / 1024)
 
     def stop(self) -> float:
@@ -95,7 +101,9 @@ def work(args: argparse.Namespace) -> dict[str, float]:
     graph = load(args.worker)
     spec = QuantSpec.parse(args.spec)
     if args.method == "gptq":
-        tokens = torch.randint(graph.config.vocab_size, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            graph.config.vocab_size, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)
+        )
         GPTQ(tokens.to(args.device), spec)(graph)
     else:
         save({"rtn": RTN, "hqq": HQQ}[args.method](spec)(graph), Path(args.worker).parent / "quantized")
@@ -125,10 +133,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary) / "model"
         random_folder(args.shape, args.layers, folder)
-        out = subprocess.run([sys.executable, __file__, "--worker", str(folder), *options], stdout=subprocess.PIPE, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, __file__, "--worker", str(folder), *options], stdout=subprocess.PIPE, text=True, check=True
+        )
     row = json.loads(out.stdout.splitlines()[-1])
     print(row)
-    key = f"{args.shape} {args.method} {args.spec} {args.device}" + (f" {args.samples}x{args.seq_len}" if args.method == "gptq" else "")
+    key = f"{args.shape} {args.method} {args.spec} {args.device}" + (
+        f" {args.samples}x{args.seq_len}" if args.method == "gptq" else ""
+    )
     key += "" if args.layers is None else f", first {args.layers} layers"
     limit = memory_limit()
     key += "" if limit is None else f", within {limit:g} GiB"

@@ -49,17 +49,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress import data
-from tinycompress.checkpoint import load
-from tinycompress.compensate import keep_best
-from tinycompress.evaluate import environment, perplexity, tokens_per_second
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.evaluation.perplexity import environment, perplexity, tokens_per_second
 from tinycompress.files import read_json, write_json, write_text
-from tinycompress.graph import Graph, Layer, Pass, cut
-from tinycompress.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
-from tinycompress.passes.prune import Prune
-from tinycompress.passes.slice import Slice
-from tinycompress.residual import fold_norms, turn
-from tinycompress.topology import axes
+from tinycompress.graph.config import Layer
+from tinycompress.graph.edit import cut, fold_norms, turn
+from tinycompress.graph.graph import Graph, Pass
+from tinycompress.graph.topology import axes
+from tinycompress.pruning.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
+from tinycompress.pruning.prune import Prune
+from tinycompress.pruning.refit import keep_best
+from tinycompress.pruning.slice import Slice
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"
 SHARES = (0.8, 0.7, 0.5, 0.9)
@@ -118,7 +119,16 @@ def one_shot(criterion: str, refit: bool, cut: tuple[str, ...] = ("ffn", "heads"
 
     def cut_it(graph: Graph, share: float, tokens: Tensor, found: dict[str, Tensor]) -> Graph:
         target, how = f"params={share}", refit or own
-        step = Prune(tokens, target, axes=cut, criterion=criterion, allocation=allocation, refit=how, probe=len(tokens), one_shot=True)
+        step = Prune(
+            tokens,
+            target,
+            axes=cut,
+            criterion=criterion,
+            allocation=allocation,
+            refit=how,
+            probe=len(tokens),
+            one_shot=True,
+        )
         return step.from_statistics(graph, statistics(graph, tokens, found))
 
     return Recipe(cut_it, ("inputs", "gradients") if criterion == "taylor" else ("inputs",))
@@ -157,9 +167,13 @@ RECIPES: dict[str, Recipe] = {
     "hidden": Recipe(narrower, ("channels",)),
     "ours": by_pass(lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}")),
     "ours, own target": by_pass(lambda tokens, share: Prune(tokens, f"params={share}", refit=True)),
-    "ours, heads too": by_pass(lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}", axes=("ffn", "heads"))),
+    "ours, heads too": by_pass(
+        lambda tokens, share: Prune(tokens[: max(1, len(tokens) // 2)], f"params={share}", axes=("ffn", "heads"))
+    ),
     "wanda_sp, layer by layer": by_pass(
-        lambda tokens, share: Prune(tokens, f"params={share}", axes=("ffn", "heads"), criterion="wanda_sp", allocation="uniform", refit=False)
+        lambda tokens, share: Prune(
+            tokens, f"params={share}", axes=("ffn", "heads"), criterion="wanda_sp", allocation="uniform", refit=False
+        )
     ),
 }
 
@@ -189,7 +203,9 @@ def worker(args: argparse.Namespace) -> None:
     """One row as a line of JSON."""
     name, share = args.worker.rsplit("@", 1)
     graph, calibration = opened(args)
-    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(2048, graph.config.max_position), split="test")
+    evaluation = data.tokens(
+        args.evaluation, graph.tokenizer, args.windows, min(2048, graph.config.max_position), split="test"
+    )
     recipe = RECIPES.get(name, Recipe(lambda graph, *_: graph))
     costs = [read_json(args.work / f"{kind}.json") for kind in recipe.reads]
     started = time.perf_counter()
@@ -224,7 +240,9 @@ def speeds(args: argparse.Namespace) -> None:
         if row and "speed" not in row:
             layers = tuple(Layer(*map(int, layer.split("/"))) for layer in row["layers"].split())
             row["speed"] = speed(graph, Graph.random(replace(graph.config, layers=layers, hidden_size=row["hidden"])))
-            tqdm.write(f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × {row['speed']['decode_ratio']:.2f}")
+            tqdm.write(
+                f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × {row['speed']['decode_ratio']:.2f}"
+            )
             write_json(RESULTS, found)
 
 
@@ -255,15 +273,34 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="pydoc", help="text to calibrate on (default: pydoc)")
     parser.add_argument("--evaluation", default="pydoc", help="text to evaluate on, its test split (default: pydoc)")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="parameters kept, in this order (default: 0.8 0.7 0.5 0.9)")
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE", help="rows (default: all)")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=SHARES,
+        help="parameters kept, in this order (default: 0.8 0.7 0.5 0.9)",
+    )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=list(RECIPES),
+        default=list(RECIPES),
+        metavar="RECIPE",
+        help="rows (default: all)",
+    )
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens (default: 64)")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 2048 tokens (default: 16)")
     parser.add_argument("--no-speed", action="store_true", help="leave ONNX Runtime out")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: two windows of each, one share, nothing written")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: two windows of each, one share, nothing written"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the results so far, and draw the plot")
-    parser.add_argument("--no-times", action="store_true", help="record no seconds: for a machine that does other work as well")
-    parser.add_argument("--work", type=Path, help="where shared statistics are kept between runs (default: a temporary folder)")
+    parser.add_argument(
+        "--no-times", action="store_true", help="record no seconds: for a machine that does other work as well"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="where shared statistics are kept between runs (default: a temporary folder)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--collector", choices=list(COLLECT), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -291,7 +328,9 @@ def main() -> None:
                 tqdm.write(f"{name} at {share}: failed, left out")
                 continue
             row = json.loads(ran.stdout.splitlines()[-1])
-            tqdm.write(f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['peak_mb']:.0f} MB")
+            tqdm.write(
+                f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['peak_mb']:.0f} MB"
+            )
             if not args.quick:
                 found = measured(args)
                 write_json(RESULTS, found | {"rows": [*found["rows"], row], "environment": environment()})
@@ -305,7 +344,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """What the results file has by now: other runs may write to it as well."""
     found: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {"protocol": protocol(args), "rows": []}
     if found["protocol"] != protocol(args):
-        raise SystemExit(f"error: {RESULTS} was measured with {found['protocol']}, not {protocol(args)}: move it away first")
+        raise SystemExit(
+            f"error: {RESULTS} was measured with {found['protocol']}, not {protocol(args)}: move it away first"
+        )
     return found
 
 
@@ -341,18 +382,31 @@ def report() -> None:
 def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
     shares = sorted({share for name, share in rows if name != "float"}, reverse=True)
     whole = rows["float", 1.0]["perplexity"]
-    lines = ["# Pruning without retraining", "", f"{protocol}; made by `benchmarks/prune.py`, which says what the rows are.", ""]
+    lines = [
+        "# Pruning without retraining",
+        "",
+        f"{protocol}; made by `benchmarks/prune.py`, which says what the rows are.",
+        "",
+    ]
     lines += ["Kept of the non-embedding parameters, in brackets where more than 1% from the column's share.", ""]
-    lines.append(f"| perplexity (whole: {whole:.2f}) | " + " | ".join(f"{100 * share:g}%" for share in shares) + " | cost at the first | machine |")
+    lines.append(
+        f"| perplexity (whole: {whole:.2f}) | "
+        + " | ".join(f"{100 * share:g}%" for share in shares)
+        + " | cost at the first | machine |"
+    )
     lines.append("|---" * (len(shares) + 3) + "|")
     for name in names(rows):
         cells = [rows.get((name, share)) for share in shares]
         first = next(cell for cell in cells if cell)
         figures = [
-            f"{cell['perplexity']:.2f}" + (f" ({cell['kept']:.1%})" if abs(cell["kept"] - cell["share"]) > 0.01 else "") if cell else ""
+            f"{cell['perplexity']:.2f}" + (f" ({cell['kept']:.1%})" if abs(cell["kept"] - cell["share"]) > 0.01 else "")
+            if cell
+            else ""
             for cell in cells
         ]
-        cost = [f"{first['seconds']:.0f} s"] if first.get("seconds") else []  # none is recorded of a machine that does other work
+        cost = (
+            [f"{first['seconds']:.0f} s"] if first.get("seconds") else []
+        )  # none is recorded of a machine that does other work
         cost += [f"{first['peak_mb']:.0f} MB"] if first.get("peak_mb") else []
         machines = " and ".join(sorted({cell["machine"] for cell in cells if cell}))
         lines.append(f"| {name} | " + " | ".join(figures) + f" | {', '.join(cost)} | {machines} |")
@@ -361,7 +415,10 @@ def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any
         for name in ("wanda_sp", "wanda_sp, layer by layer"):
             if "ours" in lost and name in lost:
                 ratio = f"{lost['ours'] / lost[name]:.2f} of it"
-                lines += ["", f"At {100 * share:g}% ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}."]
+                lines += [
+                    "",
+                    f"At {100 * share:g}% ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}.",
+                ]
     fast = [(name, row) for (name, _), row in rows.items() if "speed" in row]
     if fast:
         lines += ["", "| speed in ONNX Runtime, float32 | kept | prefill | decode |", "|---|---|---|---|"]
@@ -394,7 +451,9 @@ def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float) -> None:
                 if name == "ours"
                 else {"linestyle": "--" if "refit" in name else "-", "color": colour, "alpha": 0.7}
             )
-            axes.plot(*zip(*points), marker="os^"[list(colours.values()).count(colour) - 1], markersize=5, label=name, **style)
+            axes.plot(
+                *zip(*points), marker="os^"[list(colours.values()).count(colour) - 1], markersize=5, label=name, **style
+            )
     axes.axhline(whole, color="grey", linewidth=0.8)
     axes.set(xlabel="share of the non-embedding parameters kept", ylabel="perplexity", yscale="log")
     figure.legend(fontsize="small", loc="outside right upper")

@@ -31,7 +31,10 @@ import torch
 
 PEERS = ("torch-pruning", "llm-pruner")
 TRIES = 8  # models pruned in the search for a ratio
-CLOSE = {"torch-pruning": 0.01, "llm-pruner": 0.002}  # how near to the share is enough: the former takes minutes a model
+CLOSE = {
+    "torch-pruning": 0.01,
+    "llm-pruner": 0.002,
+}  # how near to the share is enough: the former takes minutes a model
 
 
 def torch_pruning(model: Any, ratio: float, calibration: torch.Tensor) -> None:
@@ -71,7 +74,9 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
     layers = model.model.layers
     blocks = range(min(4, len(layers) // 3), len(layers) - 2)
     keys = layers[0].self_attn.k_proj.out_features
-    whole_heads = (keys - int(keys * (1 - ratio))) // layers[0].self_attn.head_dim  # its step ends in an error where this is 0
+    whole_heads = (keys - int(keys * (1 - ratio))) // layers[
+        0
+    ].self_attn.head_dim  # its step ends in an error where this is 0
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     pruner = tp.pruner.MetaPruner(
@@ -87,7 +92,8 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
         customized_pruners={LlamaRMSNorm: hf_llama_pruner.hf_rmsnorm_pruner},
         root_module_types=None,
         output_transform=lambda out: out.logits,  # the cache beside them has no gradients
-        root_instances=[layers[i].self_attn.k_proj for i in blocks if whole_heads] + [layers[i].mlp.gate_proj for i in blocks],
+        root_instances=[layers[i].self_attn.k_proj for i in blocks if whole_heads]
+        + [layers[i].mlp.gate_proj for i in blocks],
     )
     model.zero_grad()
     examples = calibration[:10, :64]
@@ -95,15 +101,22 @@ def llm_pruner(model: Any, ratio: float, calibration: torch.Tensor) -> None:
     pruner.step()
     model.zero_grad()
     for layer in layers:
-        layer.self_attn.num_key_value_groups = layer.self_attn.q_proj.out_features // layer.self_attn.k_proj.out_features
+        layer.self_attn.num_key_value_groups = (
+            layer.self_attn.q_proj.out_features // layer.self_attn.k_proj.out_features
+        )
 
 
-PRUNE: dict[str, Callable[[Any, float, torch.Tensor], None]] = {"torch-pruning": torch_pruning, "llm-pruner": llm_pruner}
+PRUNE: dict[str, Callable[[Any, float, torch.Tensor], None]] = {
+    "torch-pruning": torch_pruning,
+    "llm-pruner": llm_pruner,
+}
 
 
 def body(model: Any) -> int:
     """Parameters but those of the embedding and the head."""
-    return sum(p.numel() for p in model.model.layers.parameters()) + sum(p.numel() for p in model.model.norm.parameters())
+    return sum(p.numel() for p in model.model.layers.parameters()) + sum(
+        p.numel() for p in model.model.norm.parameters()
+    )
 
 
 def search(make: Callable[[float], Any], whole: int, share: float, close: float) -> tuple[Any, float]:
@@ -131,7 +144,8 @@ def nll(model: Any, windows: torch.Tensor) -> list[float]:
     for ids in windows:
         hidden = model.model(ids[None]).last_hidden_state[0, :-1]
         losses = [
-            torch.nn.functional.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in zip(hidden.split(512), ids[1:].split(512))
+            torch.nn.functional.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(512), ids[1:].split(512))
         ]
         out.append(float(torch.cat(losses).double().mean()))
     return out
@@ -175,10 +189,14 @@ def worker(args: argparse.Namespace) -> None:
         "perplexity": math.exp(sum(values) / len(values)),
         "nll": values,
         "ratio": ratio,
-        "layers": " ".join(f"{heads(m.self_attn.q_proj)}/{heads(m.self_attn.k_proj)}/{m.mlp.gate_proj.out_features}" for m in model.model.layers),
+        "layers": " ".join(
+            f"{heads(m.self_attn.q_proj)}/{heads(m.self_attn.k_proj)}/{m.mlp.gate_proj.out_features}"
+            for m in model.model.layers
+        ),
         "hidden": model.lm_head.in_features,
         "versions": {
-            name: metadata.version(name) for name in ("torch", "transformers", *(["torch-pruning"] if args.peer == "torch-pruning" else []))
+            name: metadata.version(name)
+            for name in ("torch", "transformers", *(["torch-pruning"] if args.peer == "torch-pruning" else []))
         },
     }
     print(json.dumps(row), flush=True)
@@ -209,18 +227,22 @@ def main() -> None:
     import prune
     from safetensors.torch import save_file
 
-    from tinycompress import data
-    from tinycompress.checkpoint import save
-    from tinycompress.evaluate import environment
+    from tinycompress.calibration import data
+    from tinycompress.checkpoints.checkpoint import save
+    from tinycompress.evaluation.perplexity import environment
     from tinycompress.files import read_json, write_json
 
     protocol = prune.protocol(args)
-    found = read_json(prune.RESULTS) if prune.RESULTS.exists() and not args.quick else {"protocol": protocol, "rows": []}
+    found = (
+        read_json(prune.RESULTS) if prune.RESULTS.exists() and not args.quick else {"protocol": protocol, "rows": []}
+    )
     if found["protocol"] != protocol:
         parser.error(f"{prune.RESULTS} was measured with {found['protocol']}, not {protocol}")
     done = {(row["recipe"], row["share"]) for row in found["rows"]}
     graph, calibration = prune.opened(args)
-    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(2048, graph.config.max_position), split="test")
+    evaluation = data.tokens(
+        args.evaluation, graph.tokenizer, args.windows, min(2048, graph.config.max_position), split="test"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save(graph, folder)
@@ -237,7 +259,9 @@ def main() -> None:
             print(f"{args.peer} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept")
             if not args.quick:
                 latest = read_json(prune.RESULTS)
-                write_json(prune.RESULTS, latest | {"rows": [*latest["rows"], row | {"machine": environment()["machine"]}]})
+                write_json(
+                    prune.RESULTS, latest | {"rows": [*latest["rows"], row | {"machine": environment()["machine"]}]}
+                )
 
 
 if __name__ == "__main__":

@@ -30,21 +30,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress import data
-from tinycompress.block_tuning import BlockTuning
-from tinycompress.checkpoint import load, save
-from tinycompress.evaluate import Interval, environment, paired_difference, perplexity
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load, save
+from tinycompress.evaluation.perplexity import environment, perplexity
+from tinycompress.evaluation.statistics import Interval, paired_difference
 from tinycompress.files import write_json, write_text
-from tinycompress.graph import Graph
-from tinycompress.passes.autoround import AutoRound
-from tinycompress.passes.awq import AWQ
-from tinycompress.passes.embedding import QuantizeEmbedding
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.hqq import HQQ
-from tinycompress.passes.mixed_bits import MixedBits, linear_shapes, packed_bytes
-from tinycompress.passes.rotate import Rotate
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.autoround import AutoRound
+from tinycompress.quantization.awq import AWQ
+from tinycompress.quantization.block_tuning import BlockTuning
+from tinycompress.quantization.embedding import QuantizeEmbedding
+from tinycompress.quantization.gptq import GPTQ
+from tinycompress.quantization.hqq import HQQ
+from tinycompress.quantization.mixed_bits import MixedBits, linear_shapes, packed_bytes
+from tinycompress.quantization.rotate import Rotate
+from tinycompress.quantization.rtn import RTN
 from tinycompress.recipe import best_gptq, tuned_scales
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +62,10 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "float": (None, lambda g, t, s: g),
     "the table alone, w8g64": ("float", lambda g, t, s: QuantizeEmbedding(QuantSpec(8, 64))(g)),
     "the table alone": ("float", lambda g, t, s: QuantizeEmbedding(s)(g)),
-    "the table alone, least-squares grid": ("the table alone", lambda g, t, s: QuantizeEmbedding(replace(s, scale="mse"))(g)),
+    "the table alone, least-squares grid": (
+        "the table alone",
+        lambda g, t, s: QuantizeEmbedding(replace(s, scale="mse"))(g),
+    ),
     "rtn": ("float", lambda g, t, s: RTN(s)(g)),
     "rtn, least-squares grid": ("rtn", lambda g, t, s: RTN(replace(s, scale="mse"))(g)),
     "hqq": ("rtn", lambda g, t, s: HQQ(s)(g)),
@@ -149,7 +153,9 @@ def peer(args: argparse.Namespace, graph: Graph, tokens: Tensor) -> tuple[Graph,
         command = [Path(args.peer_python).absolute(), Path(__file__).parent / "peers" / script, folder, ids, out]
         command += [spec.bits, spec.group_size or -1, *told]
         # in that folder: GPTQModel leaves a log wherever it is run
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, cwd=temporary)
+        done = subprocess.run(
+            [str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True, cwd=temporary
+        )
         said = json.loads(done.stdout.splitlines()[-1])
         quantized = load(next(out.rglob("config.json")).parent).dense(torch.float32)
         return graph.replace(weights={name: quantized.tensor(name).clone() for name in quantized.weights}), said
@@ -163,7 +169,12 @@ def one(args: argparse.Namespace) -> dict[str, object]:
     if args.worker in PEERS:
         out, said = peer(args, graph, tokens)
         p = perplexity(out.module(), evaluation)
-        return {"perplexity": p.value, "nll": p.nll.tolist(), "forward_seconds": None, "machine": environment()["machine"]} | said
+        return {
+            "perplexity": p.value,
+            "nll": p.nll.tolist(),
+            "forward_seconds": None,
+            "machine": environment()["machine"],
+        } | said
     forward = seconds_of_forward(graph, tokens) if args.worker in TIMED else None
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
@@ -207,7 +218,9 @@ def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, ob
                 else ""
             )
             what, against = row.get("peer", name), other if delta else ""
-            lines.append(f"| {what} | {row['perplexity']:.2f} | {delta} | {against} | {cost} | {row['peak_mb']} | {row['machine']} |")
+            lines.append(
+                f"| {what} | {row['perplexity']:.2f} | {delta} | {against} | {cost} | {row['peak_mb']} | {row['machine']} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -239,7 +252,9 @@ def main() -> None:
         return
     if bool(args.peer) != bool(args.peer_python):
         parser.error("--peer and --peer-python go together (benchmarks/peers/*.py say how to make the venv)")
-    protocol = {k: Path(str(getattr(args, k))).name for k in ("model", "calibration", "evaluation", "samples", "windows")}
+    protocol = {
+        k: Path(str(getattr(args, k))).name for k in ("model", "calibration", "evaluation", "samples", "windows")
+    }
     path = RESULTS / "quantize.json"
 
     def rows() -> dict[str, dict[str, dict[str, object]]]:
@@ -251,12 +266,29 @@ def main() -> None:
         for name in [*(args.rows or []), args.peer] if args.peer else args.rows or ROWS:
             if name in rows().get(spec, {}) and not args.again:
                 continue
-            options = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation, "--spec", spec]
-            options += [*(["--quick"] if args.quick else []), *(["--peer-python", args.peer_python] if args.peer else [])]
+            options = [
+                "--model",
+                args.model,
+                "--calibration",
+                args.calibration,
+                "--evaluation",
+                args.evaluation,
+                "--spec",
+                spec,
+            ]
+            options += [
+                *(["--quick"] if args.quick else []),
+                *(["--peer-python", args.peer_python] if args.peer else []),
+            ]
             options += ["--samples", str(args.samples), "--windows", str(args.windows)]
-            out = subprocess.run([sys.executable, __file__, "--worker", name, *options], stdout=subprocess.PIPE, text=True, check=True)
+            out = subprocess.run(
+                [sys.executable, __file__, "--worker", name, *options], stdout=subprocess.PIPE, text=True, check=True
+            )
             row = json.loads(out.stdout.splitlines()[-1])
-            print(f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds'] or 0:6.0f} s  {row['peak_mb']} MB", flush=True)
+            print(
+                f"{spec:8s} {name:40s} {row['perplexity']:8.2f}  {row['seconds'] or 0:6.0f} s  {row['peak_mb']} MB",
+                flush=True,
+            )
             if args.no_times:
                 row |= {"seconds": None, "forward_seconds": None}
             if not args.quick:

@@ -19,10 +19,10 @@ from functools import cache
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import closure, paired_difference
-from tinycompress.passes.awq import AWQ
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import closure, paired_difference
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.awq import AWQ
+from tinycompress.quantization.rtn import RTN
 
 SPEC = QuantSpec.parse("w3g64")
 

@@ -38,15 +38,16 @@ from context_form import HERE, Rows, named, nll_of, stream
 from form import Finding
 from torch import Tensor
 
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import Interval, paired_difference, window_nll
-from tinycompress.graph import Graph
-from tinycompress.long_context import perplexity_interval
-from tinycompress.losses import Loss
-from tinycompress.passes.distill import Distill
-from tinycompress.passes.rope import ScaleRope
-from tinycompress.passkey import Passkey, heat_map, passkey
-from tinycompress.training import Training
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.context.scale_rope import ScaleRope
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.fused_loss import Loss
+from tinycompress.distillation.training import Training
+from tinycompress.evaluation.long_context import perplexity_interval
+from tinycompress.evaluation.passkey import Passkey, heat_map, passkey
+from tinycompress.evaluation.perplexity import window_nll
+from tinycompress.evaluation.statistics import Interval, paired_difference
+from tinycompress.graph.graph import Graph
 
 TIMES = 4
 TASK = Passkey(intro="Find the pass key.", digits=5)
@@ -83,24 +84,50 @@ STAGES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)")
-    parser.add_argument("--text", nargs="+", default=["wikitext2"], help="evaluation: self, or a text's path or name (default: wikitext2)")
-    parser.add_argument("--training", nargs="+", default=["wikitext2"], help="training texts beside `self`, their train split (default: wikitext2)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["wikitext2"],
+        help="evaluation: self, or a text's path or name (default: wikitext2)",
+    )
+    parser.add_argument(
+        "--training",
+        nargs="+",
+        default=["wikitext2"],
+        help="training texts beside `self`, their train split (default: wikitext2)",
+    )
     parser.add_argument("--method", default="ntk", help="how the context is stretched before training (default: ntk)")
-    parser.add_argument("--batch", type=int, default=4, help="windows of 4·L a step, and as many tokens in shorter ones (default: 4)")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="windows of 4·L a step, and as many tokens in shorter ones (default: 4)"
+    )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=53248, help="evaluation tokens a text (default: 53,248)")
     parser.add_argument("--trials", type=int, default=10, help="keys a depth and length (default: 10)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tinycompress-context", help="training states")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "tinycompress-context", help="training states"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: a few steps, nothing written")
     args = parser.parse_args()
     if args.quick:
         args.batch, args.tokens, args.trials = 1, 0, 1
     before = load(args.model, dtype=torch.float32)
     protocol: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("work", "quick")}
-    protocol |= {"model": named(args.model), "text": [named(t) for t in args.text], "training": [named(t) for t in args.training]}
+    protocol |= {
+        "model": named(args.model),
+        "text": [named(t) for t in args.text],
+        "training": [named(t) for t in args.training],
+    }
     protocol |= {"stages": [asdict(stage) for stage in STAGES], "prompt": PROMPT, "real": REAL}
-    rows = Rows(f"context_by_finetuning_{protocol['model']}", (__doc__ or "").splitlines()[0], protocol, how(protocol, before), not args.quick)
+    rows = Rows(
+        f"context_by_finetuning_{protocol['model']}",
+        (__doc__ or "").splitlines()[0],
+        protocol,
+        how(protocol, before),
+        not args.quick,
+    )
     after = fine_tuned(before, args)
     findings = [finding for text in args.text for finding in compare(before, after, text, args, rows)]
     rows.finish(findings + retrieval(before, after, args, rows))
@@ -120,20 +147,31 @@ def fine_tuned(before: Graph, args: argparse.Namespace) -> Graph:
     """The stages, one after the other, behind the model as it was."""
     L = before.config.max_position
     own = stream(before, "self", (4 if args.quick else DOCUMENTS) * L, seed=10).view(-1, L)
-    real = torch.cat([stream(before, text, TIMES * L, seed=0, split="train") if args.quick else whole(before, text) for text in args.training])
+    real = torch.cat(
+        [
+            stream(before, text, TIMES * L, seed=0, split="train") if args.quick else whole(before, text)
+            for text in args.training
+        ]
+    )
     graph = ScaleRope(TIMES * L, args.method)(before)
     for i, stage in enumerate(STAGES):
         T, steps = round(stage.length * L), 1 if args.quick else stage.steps
         batch = args.batch * TIMES * L // T
         windows, weights = mixed_windows(before, stage, own, real, T, steps * batch, seed=10 + i)
-        training = Training(steps=steps, batch=batch, micro_batch=max(1, 8192 // T), lr=args.lr * stage.lr, floor=stage.floor, seed=i)
+        training = Training(
+            steps=steps, batch=batch, micro_batch=max(1, 8192 // T), lr=args.lr * stage.lr, floor=stage.floor, seed=i
+        )
         work = None if args.quick else args.work / f"{named(args.model)}-{i}"
         losses = (Loss("kl"), Loss("ce", stage.ce))
-        graph = Distill(windows, before, training, losses, teacher_context=L, token_weights=weights, work=work, log=work)(graph)
+        graph = Distill(
+            windows, before, training, losses, teacher_context=L, token_weights=weights, work=work, log=work
+        )(graph)
     return graph
 
 
-def mixed_windows(graph: Graph, stage: Stage, own: Tensor, real: Tensor, T: int, n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def mixed_windows(
+    graph: Graph, stage: Stage, own: Tensor, real: Tensor, T: int, n: int, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """n windows of T tokens in the shares of a stage, mixed by the seed, and how much their tokens count for each loss; own
     text [documents, L] is cut, or joined, to fit."""
     rng, L, ones, zeros = random.Random(seed), own.shape[1], torch.ones(T), torch.zeros(T)
@@ -151,7 +189,7 @@ def mixed_windows(graph: Graph, stage: Stage, own: Tensor, real: Tensor, T: int,
 
 def whole(graph: Graph, text: str) -> Tensor:
     """All of a real training text (of a hub data set, its first million characters)."""
-    from tinycompress import data
+    from tinycompress.calibration import data
 
     assert graph.tokenizer
     return torch.tensor(graph.tokenizer.encode(data.text(text, "train", max_chars=1_000_000)))
@@ -185,7 +223,13 @@ def compare(before: Graph, after: Graph, text: str, args: argparse.Namespace, ro
             nll = piece_nll(graph, ids, length, L)
             interval = perplexity_interval(nll)
             values = [round(x, 4) for x in (interval.value, interval.low, interval.high)]
-            return {"model": what, "text": name, "length": length, "perplexity": values, "nll": [round(x, 6) for x in nll.tolist()]}
+            return {
+                "model": what,
+                "text": name,
+                "length": length,
+                "perplexity": values,
+                "nll": [round(x, 6) for x in nll.tolist()],
+            }
 
         return nll_of(rows.get(f"{name} {what} at {length}", measure))
 
@@ -197,7 +241,13 @@ def compare(before: Graph, after: Graph, text: str, args: argparse.Namespace, ro
     worse, kept = paired_difference(far, original), paired_difference(near, original)
     limit = f"≤ {margin} nats a token"
     return [
-        Finding(f"training wins back what stretching loses at {TIMES}·L, {at}", "> 0", gain, "> 0 nats a token", gain.low > 0),
+        Finding(
+            f"training wins back what stretching loses at {TIMES}·L, {at}",
+            "> 0",
+            gain,
+            "> 0 nats a token",
+            gain.low > 0,
+        ),
         Finding(f"NLL at {TIMES}·L after, less that at L before, {at}", "≤ 0", worse, limit, worse.value <= margin),
         Finding(f"NLL at L after, less that at L before, {at}", "about 0", kept, limit, kept.value <= margin),
     ]
@@ -223,7 +273,15 @@ def retrieval(before: Graph, after: Graph, args: argparse.Namespace, rows: Rows)
     shares = [right / args.trials for right in found["after"].right[-1]]
     least = min(shares)
     ours = Interval(least, least, max(shares))
-    return [Finding(f"passkeys read back at {TIMES}·L, worst depth (… best), {named(args.model)}", "1", ours, "≥ 0.9", least >= 0.9)]
+    return [
+        Finding(
+            f"passkeys read back at {TIMES}·L, worst depth (… best), {named(args.model)}",
+            "1",
+            ours,
+            "≥ 0.9",
+            least >= 0.9,
+        )
+    ]
 
 
 if __name__ == "__main__":

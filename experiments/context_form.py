@@ -21,11 +21,11 @@ import torch
 from form import HERE, Finding, write_readme
 from torch import Tensor
 
-from tinycompress import data
+from tinycompress.calibration import data
 from tinycompress.errors import InputError
-from tinycompress.evaluate import environment
+from tinycompress.evaluation.perplexity import environment
 from tinycompress.files import read_json, write_json, write_text
-from tinycompress.graph import Graph
+from tinycompress.graph.graph import Graph
 
 
 @torch.inference_mode()
@@ -59,11 +59,20 @@ class Rows:
 
     def __init__(self, name: str, title: str, protocol: dict[str, Any], how: str, write: bool) -> None:
         self.path, self.write, self.started = HERE / "results" / f"{name}.json", write, time.perf_counter()
-        self.result: dict[str, Any] = {"title": title, "protocol": protocol, "how": how, "rows": {}, "findings": [], "minutes": 0.0}
+        self.result: dict[str, Any] = {
+            "title": title,
+            "protocol": protocol,
+            "how": how,
+            "rows": {},
+            "findings": [],
+            "minutes": 0.0,
+        }
         if write and self.path.exists():
             known = read_json(self.path)
             if known.get("protocol") != protocol:
-                raise InputError(f"protocol in {self.path.name}", known.get("protocol"), f"{protocol}; or move the file away")
+                raise InputError(
+                    f"protocol in {self.path.name}", known.get("protocol"), f"{protocol}; or move the file away"
+                )
             self.result = known
         self.result["script"] = Path(sys.argv[0]).stem
         self.before = self.result["minutes"]
@@ -80,7 +89,10 @@ class Rows:
     def finish(self, findings: list[Finding]) -> None:
         self.result["findings"] = [asdict(finding) for finding in findings]
         for f in findings:
-            print(f"{f.claim}: {f.ours} ({f.criterion}; paper: {f.paper}) {'holds' if f.holds else 'does not hold'}", flush=True)
+            print(
+                f"{f.claim}: {f.ours} ({f.criterion}; paper: {f.paper}) {'holds' if f.holds else 'does not hold'}",
+                flush=True,
+            )
         self.save()
         if self.write:
             write_text(self.path.with_suffix(".md"), self.table())
@@ -88,7 +100,14 @@ class Rows:
 
     def table(self) -> str:
         """Every row with a perplexity, in the order of measuring."""
-        lines = [f"# {self.path.stem}", "", self.result["title"], "", "| measured | perplexity | 95% interval |", "|---|---|---|"]
+        lines = [
+            f"# {self.path.stem}",
+            "",
+            self.result["title"],
+            "",
+            "| measured | perplexity | 95% interval |",
+            "|---|---|---|",
+        ]
         for key, row in self.result["rows"].items():
             if "perplexity" in row:
                 value, low, high = row["perplexity"]

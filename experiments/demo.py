@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tinycompress import data
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import environment, perplexity
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.context.scale_rope import ScaleRope
+from tinycompress.evaluation.perplexity import environment, perplexity
 from tinycompress.export import OrtModel, export, summary
 from tinycompress.files import write_json, write_text
-from tinycompress.graph import Graph
-from tinycompress.passes.embedding import QuantizeEmbedding
-from tinycompress.passes.prune_ffn import PruneFFN
-from tinycompress.passes.rope import ScaleRope
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.pruning.prune_ffn import PruneFFN
+from tinycompress.quantization.embedding import QuantizeEmbedding
 from tinycompress.recipe import best_gptq
 
 PROMPT = "The capital of France is"
@@ -84,7 +84,14 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     protocol = f"ONNX Runtime, pydoc test half, {WINDOWS} windows of {SEQ_LEN} tokens; decode of one sequence"
     write_json(
-        args.out / "demo.json", {"protocol": protocol, "rows": rows, "sentence": PROMPT + text, "minutes": minutes, "environment": environment()}
+        args.out / "demo.json",
+        {
+            "protocol": protocol,
+            "rows": rows,
+            "sentence": PROMPT + text,
+            "minutes": minutes,
+            "environment": environment(),
+        },
     )
     write_text(args.out / "table.md", markdown(rows))
     plot(rows, args.out / "size_perplexity.png")
@@ -92,7 +99,10 @@ def main() -> None:
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    console.print(f"{minutes:.1f} minutes; table, plot and figures in {args.out}/, models in {args.out}/before and {args.out}/after", highlight=False)
+    console.print(
+        f"{minutes:.1f} minutes; table, plot and figures in {args.out}/, models in {args.out}/before and {args.out}/after",
+        highlight=False,
+    )
 
 
 HEADERS = ("model", "parameters", "context", "on disk", "perplexity", "decode tok/s")
@@ -126,8 +136,18 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     ax.plot(sizes, values, color="0.7", zorder=1)
     ax.scatter(sizes, values, s=60, zorder=2)
     for row, x, y in zip(rows, sizes, values):
-        ax.annotate(f"{row['model']}\n{x:.0f} MB, {row['tokens_per_second']:.0f} tok/s", (x, y), textcoords="offset points", xytext=(8, 8))
-    ax.set(xlabel="MB on disk", ylabel="perplexity (lower is better)", title="Size against perplexity", xlim=(0, max(sizes) * 1.35))
+        ax.annotate(
+            f"{row['model']}\n{x:.0f} MB, {row['tokens_per_second']:.0f} tok/s",
+            (x, y),
+            textcoords="offset points",
+            xytext=(8, 8),
+        )
+    ax.set(
+        xlabel="MB on disk",
+        ylabel="perplexity (lower is better)",
+        title="Size against perplexity",
+        xlim=(0, max(sizes) * 1.35),
+    )
     ax.margins(y=0.35)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -15,10 +15,11 @@ from form import Bench
 from torch import Tensor
 
 from tinycompress import PruneFFN, load, save
-from tinycompress.graph import Graph, cut
-from tinycompress.passes.distill import Distill
-from tinycompress.teacher_cache import TeacherCache, write_cache
-from tinycompress.training import Training
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.teacher_cache import TeacherCache, write_cache
+from tinycompress.distillation.training import Training
+from tinycompress.graph.edit import cut
+from tinycompress.graph.graph import Graph
 
 LR = 2e-4
 
@@ -35,7 +36,9 @@ def depth_pruned(bench: Bench) -> Graph:
     return cut(bench.graph, "layers", [i for i in range(n) if not first <= i < first + gone])
 
 
-def heal(bench: Bench, student: Graph, seed: int, epochs: float = 1.0, order: int = 0, lr: float = LR, **how: Any) -> Graph:
+def heal(
+    bench: Bench, student: Graph, seed: int, epochs: float = 1.0, order: int = 0, lr: float = LR, **how: Any
+) -> Graph:
     """The student after `epochs` over the calibration windows (in pieces of 256 tokens), four an update. Another
     `order` is another permutation of them. Under `bench.work` a killed run goes on, and a finished one is read back."""
     training = Training(epochs=epochs, lr=lr, batch=4, seed=seed + 1000 * order)

@@ -18,9 +18,9 @@ from functools import cache
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.gptq import GPTQ
 
 METHODS = {"qep": 0.5, "qronos": 1.0, "gptaq": 0.25}  # correction: α
 PAPER = {("w3g64", "qronos"): "0.61", ("w4g64", "qronos"): "0.03"}
@@ -29,7 +29,9 @@ PAPER = {("w3g64", "qronos"): "0.61", ("w4g64", "qronos"): "0.03"}
 def error_propagation(bench: Bench) -> Iterator[Finding]:
     @cache
     def measured(text: str, correction: str = "qep", alpha: float = 0.0) -> Tensor:
-        return bench.seeds_nll(lambda tokens: GPTQ(tokens, QuantSpec.parse(text), propagate=alpha, correction=correction)(bench.graph))
+        return bench.seeds_nll(
+            lambda tokens: GPTQ(tokens, QuantSpec.parse(text), propagate=alpha, correction=correction)(bench.graph)
+        )
 
     for text in ("w3g64", "w4g64"):
         for correction, alpha in METHODS.items():
@@ -40,7 +42,13 @@ def error_propagation(bench: Bench) -> Iterator[Finding]:
             plain, corrected = measured(text), measured(text, correction, alpha)
             ours = paired_difference(plain, corrected)
             perplexities = " → ".join(f"{nll.mean().exp():.2f}" for nll in (plain, corrected))
-            yield Finding(f"{claim} (GPTQ → corrected: {perplexities})", PAPER.get((text, correction), "–"), ours, "> 0", ours.low > 0)
+            yield Finding(
+                f"{claim} (GPTQ → corrected: {perplexities})",
+                PAPER.get((text, correction), "–"),
+                ours,
+                "> 0",
+                ours.low > 0,
+            )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import torch
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.passes.prune import Prune
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.pruning.prune import Prune
 
 SETTINGS = {0.8: "log(22.1 / 14.62) = 0.41", 0.5: "log(366 / 31.8) = 2.44"}
 
@@ -31,7 +31,13 @@ def flap_or_wanda(bench: Bench) -> Iterator[Finding]:
     for seed in bench.seeds:
         steps = {
             (share, name): Prune(
-                bench.calibration(seed), f"params={share}", axes=("ffn", "heads"), criterion=name, allocation=allocation, refit=refit, one_shot=True
+                bench.calibration(seed),
+                f"params={share}",
+                axes=("ffn", "heads"),
+                criterion=name,
+                allocation=allocation,
+                refit=refit,
+                one_shot=True,
             )
             for share in SETTINGS
             for name, allocation, refit in (("wanda_sp", "uniform", False), ("flap", "global", "bias"))

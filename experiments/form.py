@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinycompress import data
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import Interval, environment, perplexity
+from tinycompress.calibration import data
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.evaluation.perplexity import environment, perplexity
+from tinycompress.evaluation.statistics import Interval
 from tinycompress.files import read_json, write_json, write_text
-from tinycompress.graph import Graph
+from tinycompress.graph.graph import Graph
 
 HERE = Path(__file__).parent
 
@@ -80,29 +81,50 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
     """The command line of an experiment file."""
     path = Path(inspect.getfile(experiment))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)")
-    parser.add_argument("--calibration", default="pydoc", help="calibration text: a path or a data set's name (default: pydoc)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)"
+    )
+    parser.add_argument(
+        "--calibration", default="pydoc", help="calibration text: a path or a data set's name (default: pydoc)"
+    )
     parser.add_argument("--evaluation", default="pydoc", help="evaluation text, its test split (default: pydoc)")
     parser.add_argument(
-        "--windows", type=int, default=36, help="evaluation windows of 1024 tokens (default: 36, about all that pydoc has; 50 or more for a verdict)"
+        "--windows",
+        type=int,
+        default=36,
+        help="evaluation windows of 1024 tokens (default: 36, about all that pydoc has; 50 or more for a verdict)",
     )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens (default: 32)")
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws (default: 3)")
-    parser.add_argument("--work", type=Path, help="keep trained models here (those of SmolLM2 take 0.5 GB each), so that a killed run goes on")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="keep trained models here (those of SmolLM2 take 0.5 GB each), so that a killed run goes on",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, little data, nothing written")
-    parser.add_argument("--again", action="store_true", help="measure everything again, also what the result file has under this protocol")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="measure everything again, also what the result file has under this protocol",
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.windows, args.samples, args.seeds = 2, 4, 1
     started = time.perf_counter()
     graph = load(args.model, dtype=torch.float32)
-    evaluation = data.tokens(args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test")
+    evaluation = data.tokens(
+        args.evaluation, graph.tokenizer, args.windows, min(1024, graph.config.max_position), split="test"
+    )
     # Only names are recorded of data given by path: where a text lies on somebody's disk says nothing about it.
-    options = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k not in ("again", "work")}
+    options = {
+        k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k not in ("again", "work")
+    }
     protocol = options | {"seq_len": evaluation.shape[1]}
     file = HERE / "results" / f"{path.stem}.json"
     earlier, minutes = ((), 0.0) if args.quick or args.again else read_findings(file, protocol)
-    bench = Bench(graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick, earlier, args.work)
+    bench = Bench(
+        graph, args.calibration, evaluation, tuple(range(args.seeds)), args.samples, args.quick, earlier, args.work
+    )
     findings: list[Finding] = []
 
     def write(rows: list[Finding]) -> None:
@@ -116,7 +138,10 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
             finding = replace(finding, machine=environment()["machine"])
         findings.append(finding)
         note = ", from an earlier run" if finding in earlier else ""
-        print(f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}{note}", flush=True)
+        print(
+            f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}{note}",
+            flush=True,
+        )
         if not args.quick and not note:  # after every finding, so that a killed run keeps what it found
             write(findings + [f for f in earlier if f not in findings])
     if not set(earlier) <= set(findings):  # what the experiment no longer asks
@@ -140,15 +165,22 @@ def write_readme() -> None:
         "the scripts themselves.",
         "",
     ]
-    lines += ["| experiment | claim | paper | ours, with 95% interval | criterion | verdict |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| experiment | claim | paper | ours, with 95% interval | criterion | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
     notes = []
     for file in sorted((HERE / "results").glob("*.json")):
         result = json.loads(file.read_text())
         for f in result["findings"]:
             name = f"[`{file.stem}`]({result.get('script', file.stem)}.py)"
-            lines.append(f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |")
+            lines.append(
+                f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |"
+            )
         p = result["protocol"]
-        machine = " and ".join(dict.fromkeys(f.get("machine") or result["environment"]["machine"] for f in result["findings"]))
+        machine = " and ".join(
+            dict.fromkeys(f.get("machine") or result["environment"]["machine"] for f in result["findings"])
+        )
         if "how" in result:
             notes.append(f"{result['how']} {machine}, {result['minutes']} minutes.")
             continue

@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from distill_form import arrow, depth_pruned, heal, mean_nll
 from form import Bench, Finding, run
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.losses import Loss
+from tinycompress.distillation.fused_loss import Loss
+from tinycompress.evaluation.statistics import paired_difference
 
 
 def forward_or_reverse_kl(bench: Bench) -> Iterator[Finding]:
     student = depth_pruned(bench)
     before = bench.nll(student)
     after = {
-        kind: mean_nll(bench, (heal(bench, student, seed, teacher=bench.graph, losses=(Loss(kind),)) for seed in bench.seeds))
+        kind: mean_nll(
+            bench, (heal(bench, student, seed, teacher=bench.graph, losses=(Loss(kind),)) for seed in bench.seeds)
+        )
         for kind in ("kl", "reverse_kl", "jsd")
     }
     for kind, paper in (("reverse_kl", "0.510"), ("jsd", "not given")):

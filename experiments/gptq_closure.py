@@ -19,10 +19,10 @@ from functools import cache
 
 from form import Bench, Finding, run
 
-from tinycompress.evaluate import closure
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import closure
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.gptq import GPTQ
+from tinycompress.quantization.rtn import RTN
 
 SETTINGS = {  # spec: (closure in the paper, criterion)
     "w4g64": (0.43, 0.2),
@@ -33,7 +33,9 @@ SETTINGS = {  # spec: (closure in the paper, criterion)
 
 
 def gptq_closure(bench: Bench) -> Iterator[Finding]:
-    reference = cache(lambda: bench.nll(bench.graph))  # of the float model, once, and only if there is something to measure
+    reference = cache(
+        lambda: bench.nll(bench.graph)
+    )  # of the float model, once, and only if there is something to measure
     for text, (paper, at_least) in SETTINGS.items():
         claim, spec = f"closure at {text}", QuantSpec.parse(text)
         if kept := bench.kept(claim):
@@ -43,7 +45,9 @@ def gptq_closure(bench: Bench) -> Iterator[Finding]:
         quantized = bench.seeds_nll(lambda tokens, spec=spec: GPTQ(tokens, spec)(bench.graph))
         ours = closure(rounded, quantized, reference())
         perplexities = " → ".join(f"{nll.mean().exp():.2f}" for nll in (reference(), rounded, quantized))
-        yield Finding(f"{claim} (float → RTN → GPTQ: {perplexities})", f"{paper:.2f}", ours, f"≥ {at_least}", ours.low >= at_least)
+        yield Finding(
+            f"{claim} (float → RTN → GPTQ: {perplexities})", f"{paper:.2f}", ours, f"≥ {at_least}", ours.low >= at_least
+        )
 
 
 if __name__ == "__main__":

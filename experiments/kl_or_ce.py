@@ -19,8 +19,8 @@ from distill_form import arrow, heal, mean_nll, width_pruned
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.losses import Loss
+from tinycompress.distillation.fused_loss import Loss
+from tinycompress.evaluation.statistics import paired_difference
 
 
 def kl_or_ce(bench: Bench) -> Iterator[Finding]:
@@ -28,13 +28,22 @@ def kl_or_ce(bench: Bench) -> Iterator[Finding]:
     before = mean_nll(bench, iter(students.values()))
 
     def after(*losses: Loss) -> Tensor:
-        return mean_nll(bench, (heal(bench, student, seed, teacher=bench.graph, losses=losses) for seed, student in students.items()))
+        return mean_nll(
+            bench,
+            (heal(bench, student, seed, teacher=bench.graph, losses=losses) for seed, student in students.items()),
+        )
 
     kl, ce, both = after(Loss("kl")), after(Loss("ce")), after(Loss("kl"), Loss("ce"))
     ours = paired_difference(ce, kl)
     yield Finding(f"CE less KL, nats (pruned → CE → KL: {arrow(before, ce, kl)})", "above 0", ours, "> 0", ours.low > 0)
     ours = paired_difference(both, kl)
-    yield Finding(f"KL + CE less KL, nats (pruned → both → KL: {arrow(before, both, kl)})", "0.010", ours, "not below 0", ours.high > 0)
+    yield Finding(
+        f"KL + CE less KL, nats (pruned → both → KL: {arrow(before, both, kl)})",
+        "0.010",
+        ours,
+        "not below 0",
+        ours.high > 0,
+    )
 
 
 if __name__ == "__main__":

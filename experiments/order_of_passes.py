@@ -18,16 +18,20 @@ from collections.abc import Iterator
 from distill_form import arrow, heal, mean_nll, width_pruned
 from form import Bench, Finding, run
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.graph import Graph, feeds, shapes
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.config import shapes
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.graph.topology import feeds
+from tinycompress.quantization.rtn import RTN
 
 
 def grid_of(graph: Graph) -> QuantSpec:
     """3 bits, in groups of 64 if the student's widths allow it."""
     sizes = shapes(graph.config)
-    widths = [sizes[f"{name}.weight"][1] for feed in feeds(graph.config) if feed.layer is not None for name in feed.readers]
+    widths = [
+        sizes[f"{name}.weight"][1] for feed in feeds(graph.config) if feed.layer is not None for name in feed.readers
+    ]
     return QuantSpec(3, 64 if all(width % 64 == 0 for width in widths) else None, scale="mse")
 
 
@@ -42,9 +46,17 @@ def order_of_passes(bench: Bench) -> Iterator[Finding]:
         after.append(RTN(spec)(heal(bench, student, **how)))
         aware.append(heal(bench, student, **how, **on_grid))
         halves.append(heal(bench, heal(bench, student, epochs=0.5, **how), epochs=0.5, order=1, **how, **on_grid))
-    nll = {"distil, quantize": mean_nll(bench, iter(after)), "on the grid": mean_nll(bench, iter(aware)), "half, half": mean_nll(bench, iter(halves))}
+    nll = {
+        "distil, quantize": mean_nll(bench, iter(after)),
+        "on the grid": mean_nll(bench, iter(aware)),
+        "half, half": mean_nll(bench, iter(halves)),
+    }
     best = nll["on the grid"]
-    for name, worse in (("quantize", rounded), ("distil, quantize", nll["distil, quantize"]), ("half, half", nll["half, half"])):
+    for name, worse in (
+        ("quantize", rounded),
+        ("distil, quantize", nll["distil, quantize"]),
+        ("half, half", nll["half, half"]),
+    ):
         ours = paired_difference(worse, best)
         text = f"prune, {name} less prune, distil on the grid of {spec}, nats ({arrow(worse, best)})"
         yield Finding(text, "not given", ours, "> 0", ours.low > 0)

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 import torch
 from form import Bench, Finding, run
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.graph import Graph
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.prune import Prune
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.pruning.prune import Prune
+from tinycompress.quantization.gptq import GPTQ
 
 FEW, MANY, GROUP = 3, 4, 64
 
@@ -42,7 +42,9 @@ def prune_or_quantize(bench: Bench) -> Iterator[Finding]:
     nll = {name: torch.stack(values).mean(0) for name, values in runs.items()}
     ours = paired_difference(nll["pruned, then quantized"], nll["quantized"])
     figures = ", ".join(f"{name} {nll[name].mean().exp():.2f} in {sizes[name] / 1e6:.1f} MB" for name in nll)
-    yield Finding(f"w{FEW} over {share:.0%} of the parameters at w{MANY}, in nats ({figures})", "> 0", ours, "> 0", ours.low > 0)
+    yield Finding(
+        f"w{FEW} over {share:.0%} of the parameters at w{MANY}, in nats ({figures})", "> 0", ours, "> 0", ours.low > 0
+    )
 
 
 def layer_bytes(graph: Graph) -> int:

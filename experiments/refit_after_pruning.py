@@ -20,8 +20,8 @@ import torch
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.passes.prune import Prune
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.pruning.prune import Prune
 
 SHARES = (0.8, 0.7, 0.6)
 
@@ -31,7 +31,12 @@ def refit_after_pruning(bench: Bench) -> Iterator[Finding]:
     for seed in bench.seeds:
         steps = {
             (share, refit): Prune(
-                bench.calibration(seed), keep={"ffn": share}, criterion="wanda_sp", allocation="uniform", refit=refit, one_shot=True
+                bench.calibration(seed),
+                keep={"ffn": share},
+                criterion="wanda_sp",
+                allocation="uniform",
+                refit=refit,
+                one_shot=True,
             )
             for share in SHARES
             for refit in (False, True)
@@ -44,7 +49,13 @@ def refit_after_pruning(bench: Bench) -> Iterator[Finding]:
     for share in SHARES:
         ours = paired_difference(nll[share, False], nll[share, True])
         perplexities = " → ".join(f"{nll[share, refit].mean().exp():.2f}" for refit in (False, True))
-        yield Finding(f"nats won back at {share:.0%} of the FFN (without → with refit: {perplexities})", "> 0", ours, "> 0", ours.low > 0)
+        yield Finding(
+            f"nats won back at {share:.0%} of the FFN (without → with refit: {perplexities})",
+            "> 0",
+            ours,
+            "> 0",
+            ours.low > 0,
+        )
     growth = paired_difference(gains[0.6], gains[0.8])
     yield Finding("the gain at 60% less the gain at 80%", "grows", growth, "> 0", growth.low > 0)
 

@@ -31,14 +31,14 @@ import torch
 from context_form import Rows, named, nll_of, stream
 from form import Finding
 
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import paired_difference
-from tinycompress.graph import Graph
-from tinycompress.long_context import full_windows, perplexity_interval
-from tinycompress.model import Transformer
-from tinycompress.passes.longrope import LongRope
-from tinycompress.passes.rope import ScaleRope
-from tinycompress.self_extend import SelfExtend
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.context.longrope import LongRope
+from tinycompress.context.scale_rope import ScaleRope
+from tinycompress.evaluation.long_context import full_windows, perplexity_interval
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.graph import Graph
+from tinycompress.model.self_extend import SelfExtend
+from tinycompress.model.transformer import Transformer
 
 METHODS = ("unscaled", "linear", "ntk", "ntk-by-parts", "yarn", "dynamic", "longrope", "self-extend")
 PUBLISHED = {"linear": "≫ 0 (173 at 1.5·L against 12.4 at 2·L)", "ntk": "ln(12.42 / 11.05) = 0.12", "yarn": "> 0"}
@@ -46,19 +46,38 @@ PUBLISHED = {"linear": "≫ 0 (173 at 1.5·L against 12.4 at 2·L)", "ntk": "ln(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)")
-    parser.add_argument("--text", nargs="+", default=["wikitext2"], help="self, or a text's path or name (default: wikitext2, its test split)")
-    parser.add_argument("--calibration", help="for LongRoPE's search, beside the text self (default: pydoc)", default="pydoc")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a folder, a GGUF file, a hub name, or smollm2-135m (default)"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["wikitext2"],
+        help="self, or a text's path or name (default: wikitext2, its test split)",
+    )
+    parser.add_argument(
+        "--calibration", help="for LongRoPE's search, beside the text self (default: pydoc)", default="pydoc"
+    )
     parser.add_argument("--times", nargs="+", type=int, default=[2], help="lengths, in trained lengths (default: 2)")
-    parser.add_argument("--tokens", type=int, default=53248, help="evaluation tokens a length and text (default: 53,248)")
+    parser.add_argument(
+        "--tokens", type=int, default=53248, help="evaluation tokens a length and text (default: 53,248)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--within", nargs="+", choices=METHODS[1:], default=list(METHODS[1:]), help="methods set for 2·L that are measured at L too (default: all)"
+        "--within",
+        nargs="+",
+        choices=METHODS[1:],
+        default=list(METHODS[1:]),
+        help="methods set for 2·L that are measured at L too (default: all)",
     )
     parser.add_argument("--population", type=int, default=12, help="of LongRoPE's search (default: 12)")
     parser.add_argument("--generations", type=int, default=4, help="of LongRoPE's search (default: 4)")
-    parser.add_argument("--search-windows", type=int, default=1, help="of LongRoPE's search, each of the target length (default: 1)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tinycompress-rope", help="journals of the searches")
+    parser.add_argument(
+        "--search-windows", type=int, default=1, help="of LongRoPE's search, each of the target length (default: 1)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "tinycompress-rope", help="journals of the searches"
+    )
     parser.add_argument("--name", help="of the result file (default: this script's and the model's)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
     args = parser.parse_args()
@@ -66,9 +85,19 @@ def main() -> None:
         args.tokens, args.population, args.generations = 0, 4, 1
     graph = load(args.model, dtype=torch.float32)
     protocol = {k: v for k, v in vars(args).items() if k not in ("work", "quick", "name", "methods", "within")}
-    protocol |= {"model": named(args.model), "text": [named(t) for t in args.text], "calibration": named(args.calibration)}
+    protocol |= {
+        "model": named(args.model),
+        "text": [named(t) for t in args.text],
+        "calibration": named(args.calibration),
+    }
     protocol["trained"] = graph.config.max_position
-    rows = Rows(args.name or f"rope_without_finetuning_{protocol['model']}", (__doc__ or "").splitlines()[0], protocol, how(protocol), not args.quick)
+    rows = Rows(
+        args.name or f"rope_without_finetuning_{protocol['model']}",
+        (__doc__ or "").splitlines()[0],
+        protocol,
+        how(protocol),
+        not args.quick,
+    )
     findings = [finding for text in args.text for finding in measure(graph, text, args, rows)]
     rows.finish(findings)
 
@@ -90,7 +119,9 @@ def measure(graph: Graph, text: str, args: argparse.Namespace, rows: Rows) -> li
     ids = stream(graph, text, max(args.tokens, max(args.times) * trained), seed=1)
 
     def row(method: str, target: int, length: int) -> dict[str, Any]:
-        return rows.get(f"{name} {method} ×{target} at {length}", partial(evaluate, graph, method, target, length, text, ids, args))
+        return rows.get(
+            f"{name} {method} ×{target} at {length}", partial(evaluate, graph, method, target, length, text, ids, args)
+        )
 
     by: dict[tuple[str, int, int], dict[str, Any]] = {("unscaled", 1, trained): row("unscaled", 1, trained)}
     for times in args.times:
@@ -110,17 +141,31 @@ def measure(graph: Graph, text: str, args: argparse.Namespace, rows: Rows) -> li
     for times in args.times:
         at = times * trained
         paper = PUBLISHED if times == 2 else {}
-        findings += difference(("unscaled", times, at), ("linear", times, at), f"PI beats unscaled at {times}·L", paper.get("linear", "> 0"))
+        findings += difference(
+            ("unscaled", times, at),
+            ("linear", times, at),
+            f"PI beats unscaled at {times}·L",
+            paper.get("linear", "> 0"),
+        )
         for method in ("ntk", "yarn"):
-            findings += difference(("linear", times, at), (method, times, at), f"{method} beats PI at {times}·L", paper.get(method, "> 0"))
-    return findings + difference(("linear", 2, trained), ("unscaled", 1, trained), "PI by 2 is worse than unscaled at L", "ln(5.92 / 5.28) = 0.11")
+            findings += difference(
+                ("linear", times, at), (method, times, at), f"{method} beats PI at {times}·L", paper.get(method, "> 0")
+            )
+    return findings + difference(
+        ("linear", 2, trained),
+        ("unscaled", 1, trained),
+        "PI by 2 is worse than unscaled at L",
+        "ln(5.92 / 5.28) = 0.11",
+    )
 
 
 def protocol_name(args: argparse.Namespace) -> str:
     return named(args.model)
 
 
-def evaluate(graph: Graph, method: str, target: int, length: int, text: str, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(
+    graph: Graph, method: str, target: int, length: int, text: str, ids: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
     """Perplexity at `length` of the model stretched by `method` to `target` trained lengths."""
     model = build(graph, method, target, text, args)()
     windows = max(1, args.tokens // length)
@@ -134,7 +179,11 @@ def evaluate(graph: Graph, method: str, target: int, length: int, text: str, ids
         "windows": windows,
         "perplexity": [round(x, 4) for x in (interval.value, interval.low, interval.high)],
         "nll": [round(x, 6) for x in nll.tolist()],
-        "rope": {k: v for k, v in dataclasses.asdict(model.config.rope).items() if k in ("type", "theta", "factor", "long_factor")},
+        "rope": {
+            k: v
+            for k, v in dataclasses.asdict(model.config.rope).items()
+            if k in ("type", "theta", "factor", "long_factor")
+        },
     }
 
 
@@ -150,7 +199,9 @@ def build(graph: Graph, method: str, target: int, text: str, args: argparse.Name
     if method == "longrope":
         seed_text = "self" if text == "self" else args.calibration
         journal = args.work / f"{named(args.model)} {named(text)} {context}.json"
-        tokens = stream(graph, seed_text, args.search_windows * context, seed=2, split="train")[: args.search_windows * context]
+        tokens = stream(graph, seed_text, args.search_windows * context, seed=2, split="train")[
+            : args.search_windows * context
+        ]
         search = LongRope(tokens.view(args.search_windows, context), args.population, args.generations, journal=journal)
         return search(graph).module
     return ScaleRope(context, method)(graph).module

@@ -21,13 +21,14 @@ import torch
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.activations import simulate, static_ranges
-from tinycompress.evaluate import paired_difference, perplexity
-from tinycompress.graph import Graph
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.rotate import Rotate
-from tinycompress.passes.smoothquant import SmoothQuant
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.perplexity import perplexity
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.activation_rounding import simulate, static_ranges
+from tinycompress.quantization.gptq import GPTQ
+from tinycompress.quantization.rotate import Rotate
+from tinycompress.quantization.smoothquant import SmoothQuant
 
 SPEC = QuantSpec.parse("w4")
 BEFORE: dict[str, Callable[[Graph, Tensor], Graph]] = {
@@ -61,7 +62,13 @@ def rotation_w4a8(bench: Bench) -> Iterator[Finding]:
             perplexities = f"{plain.mean().exp():.2f} → {other.mean().exp():.2f}"
             saves = method == "rotations"
             holds = ours.low > 0 if saves else ours.high < 0
-            yield Finding(f"{claim} ({perplexities})", paper if kind == "per-token" else "–", ours, "> 0" if saves else "< 0", holds)
+            yield Finding(
+                f"{claim} ({perplexities})",
+                paper if kind == "per-token" else "–",
+                ours,
+                "> 0" if saves else "< 0",
+                holds,
+            )
 
 
 if __name__ == "__main__":

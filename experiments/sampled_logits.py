@@ -20,8 +20,8 @@ from distill_form import arrow, cached, heal, mean_nll, width_pruned
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import closure, paired_difference
-from tinycompress.graph import Graph
+from tinycompress.evaluation.statistics import closure, paired_difference
+from tinycompress.graph.graph import Graph
 
 
 def sampled_logits(bench: Bench) -> Iterator[Finding]:
@@ -39,9 +39,21 @@ def sampled_logits(bench: Bench) -> Iterator[Finding]:
 
     sampled, top = after("sample", draws=50), after("topk", k=12)
     ours = closure(before, sampled, full)
-    yield Finding(f"share of full KL's gain, sampled (pruned → sampled → full: {arrow(before, sampled, full)})", "1", ours, "≥ 0.9", ours.low >= 0.9)
+    yield Finding(
+        f"share of full KL's gain, sampled (pruned → sampled → full: {arrow(before, sampled, full)})",
+        "1",
+        ours,
+        "≥ 0.9",
+        ours.low >= 0.9,
+    )
     ours = paired_difference(top, sampled)
-    yield Finding(f"top 12 less sampled, nats (top → sampled: {arrow(top, sampled)})", "above 0", ours, "not below 0", ours.high > 0)
+    yield Finding(
+        f"top 12 less sampled, nats (top → sampled: {arrow(top, sampled)})",
+        "above 0",
+        ours,
+        "not below 0",
+        ours.high > 0,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from distill_form import LR, arrow, heal, mean_nll, width_pruned
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
+from tinycompress.evaluation.statistics import paired_difference
 
 
 def stable_embedding(bench: Bench) -> Iterator[Finding]:
@@ -34,7 +34,9 @@ def stable_embedding(bench: Bench) -> Iterator[Finding]:
     for lr, criterion in ((LR, "not below 0"), (5 * LR, "> 0")):
         plain, stable = after(lr, False), after(lr, True)
         ours = paired_difference(plain, stable)
-        text = f"plain less stable embedding at lr {lr:g}, nats (pruned → plain → stable: {arrow(before, plain, stable)})"
+        text = (
+            f"plain less stable embedding at lr {lr:g}, nats (pruned → plain → stable: {arrow(before, plain, stable)})"
+        )
         yield Finding(text, "not given", ours, criterion, (ours.high if lr == LR else ours.low) > 0)
 
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 
 from form import Bench, Finding, run
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.passes.awq import AWQ
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.quantize import QuantSpec
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.quantization.awq import AWQ
+from tinycompress.quantization.gptq import GPTQ
 
 SETTINGS = {"w2g64-asym": "8.7", "w2g64": "–"}  # spec: nats in the paper
 
@@ -30,7 +30,10 @@ def two_bit(bench: Bench) -> Iterator[Finding]:
         if kept := bench.kept(claim):
             yield kept
             continue
-        awq, gptq = (bench.seeds_nll(lambda tokens, make=make, spec=spec: make(tokens, spec)(bench.graph)) for make in (AWQ, GPTQ))
+        awq, gptq = (
+            bench.seeds_nll(lambda tokens, make=make, spec=spec: make(tokens, spec)(bench.graph))
+            for make in (AWQ, GPTQ)
+        )
         ours = paired_difference(awq, gptq)
         perplexities = f"{awq.mean().exp():.4g}, {gptq.mean().exp():.4g}"
         yield Finding(f"{claim} (perplexities: {perplexities})", paper, ours, "> 1", ours.low > 1)

@@ -18,12 +18,14 @@ from functools import cache
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.calibrate import gram, walk
-from tinycompress.evaluate import closure
-from tinycompress.graph import Graph
-from tinycompress.passes.mixed_bits import nearest
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec, QuantTensor, targets
+from tinycompress.calibration.gram import gram
+from tinycompress.calibration.walk import walk
+from tinycompress.evaluation.statistics import closure
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
+from tinycompress.quantization.linear_specs import targets
+from tinycompress.quantization.mixed_bits import nearest
+from tinycompress.quantization.rtn import RTN
 
 SETTINGS = {"w4g64": "0.15", "w3g64": "–"}  # spec: closure in the paper
 
@@ -35,7 +37,9 @@ def weighted_rtn(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
     def visit(feed, inputs):  # type: ignore[no-untyped-def]
         names = [name for name in feed.readers if name in todo]
         hessian = gram(feed, inputs) if names else None
-        packed.update({f"{name}.weight": nearest(graph.tensor(f"{name}.weight").float(), hessian, spec) for name in names})
+        packed.update(
+            {f"{name}.weight": nearest(graph.tensor(f"{name}.weight").float(), hessian, spec) for name in names}
+        )
 
     walk(graph, tokens, visit, progress=f"weighted {spec}")
     return graph.replace(weights=packed)

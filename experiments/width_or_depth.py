@@ -20,10 +20,10 @@ import torch
 from form import Bench, Finding, run
 from torch import Tensor
 
-from tinycompress.evaluate import paired_difference
-from tinycompress.graph import Pass
-from tinycompress.passes.prune import Prune
-from tinycompress.passes.slice import Slice
+from tinycompress.evaluation.statistics import paired_difference
+from tinycompress.graph.graph import Pass
+from tinycompress.pruning.prune import Prune
+from tinycompress.pruning.slice import Slice
 
 
 def width_or_depth(bench: Bench) -> Iterator[Finding]:
@@ -48,7 +48,13 @@ def width_or_depth(bench: Bench) -> Iterator[Finding]:
     for better, worse, paper in (("width", "depth", "log(9.14 / 6.64) = 0.32"), ("rotation", "selection", "> 0")):
         ours = paired_difference(nll[worse], nll[better])
         perplexities = " → ".join(f"{nll[name].mean().exp():.2f}" for name in (worse, better))
-        yield Finding(f"{better} over {worse} in nats, {share:.0%} kept ({worse} → {better}: {perplexities})", paper, ours, "> 0", ours.low > 0)
+        yield Finding(
+            f"{better} over {worse} in nats, {share:.0%} kept ({worse} → {better}: {perplexities})",
+            paper,
+            ours,
+            "> 0",
+            ours.low > 0,
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Export: a Graph to a folder that a runtime opens, read back and verified. The runtimes are imported when used."""
 
-from tinycompress.export.emit import emit, prepare
-from tinycompress.export.kv_cache import cache_scales
-from tinycompress.export.profiles import ORT, PROFILES, Profile
-from tinycompress.export.read import kv_scales, read
-from tinycompress.export.reference import write_reference
-from tinycompress.export.runtime import run_check
-from tinycompress.export.session import OrtCache, OrtModel
-from tinycompress.export.static_forms import check_static
-from tinycompress.export.static_model import StaticModel
-from tinycompress.export.static_write import StaticChoices
-from tinycompress.export.verify import GateError, summary, verify
-from tinycompress.export.write import export
+from .dynamic.emit import emit, prepare
+from .dynamic.kv_cache import cache_scales
+from .dynamic.session import OrtCache, OrtModel
+from .gate.reference import write_reference
+from .gate.runtime import run_check
+from .gate.verify import GateError, summary, verify
+from .profiles import ORT, PROFILES, Profile
+from .read import kv_scales, read
+from .static.forms import check_static
+from .static.model import StaticModel
+from .static.write import StaticChoices
+from .write import export
 
 __all__ = [
     "ORT",

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from tinycompress.decode import end_tokens
 from tinycompress.files import write_json
-from tinycompress.graph import Config, Graph
-from tinycompress.quantize import QuantTensor
+from tinycompress.graph.config import Config
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantTensor
+from tinycompress.model.generation import end_tokens
 
-from .attention import fused
-from .emit import attention_layers
+from .dynamic.attention import fused
+from .dynamic.emit import attention_layers
 from .profiles import Profile
 
 TJS_DTYPES = {0: "fp32", 2: "q2", 3: "q4", 4: "q4", 8: "q8"}  # transformers.js' name for weights of so many bits
@@ -36,7 +37,7 @@ def web_dtype(graph: Graph) -> str:
 
 def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
     """config.json, genai_config.json and the tokenizer's files with the chat template."""
-    from tinycompress.hf import config_to_hf
+    from tinycompress.checkpoints.hf import config_to_hf
 
     config = graph.config
     if profile.layout == "transformers.js":
@@ -78,7 +79,11 @@ def web_config(graph: Graph, profile: Profile) -> dict[str, Any]:
 
 def _ids(config: Config) -> dict[str, Any]:
     eos = config.eos_token_id
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(eos) if isinstance(eos, tuple) else eos, "pad_token_id": config.pad_token_id}
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": config.pad_token_id,
+    }
     return {k: v for k, v in ids.items() if v is not None}
 
 
@@ -103,10 +108,19 @@ def genai_config(config: Config, profile: Profile) -> dict[str, Any]:
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
-    model = {"type": "llama", "vocab_size": config.vocab_size, "context_length": config.max_position, "decoder": decoder}
+    model = {
+        "type": "llama",
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position,
+        "decoder": decoder,
+    }
     search = {
         "do_sample": False,
         "max_length": config.max_position,

@@ -25,9 +25,19 @@ def write_ort(model: str | Path, folder: str | Path) -> list[Path]:
     if size > LARGEST:
         raise InputError("model for mobile", f"{size:,} bytes", f"at most {LARGEST:,}: an .ort file holds its weights")
     with tempfile.TemporaryDirectory(prefix="tinycompress-", dir=folder) as work:
-        command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(model), "--output_dir", work]
+        command = [
+            sys.executable,
+            "-m",
+            "onnxruntime.tools.convert_onnx_models_to_ort",
+            str(model),
+            "--output_dir",
+            work,
+        ]
         done = subprocess.run([*command, "--optimization_style", "Fixed"], capture_output=True, text=True, check=False)
-        made = [Path(work) / model.with_suffix(Path(name).suffix).name if name.endswith(".ort") else _config(Path(work)) for name in FILES]
+        made = [
+            Path(work) / model.with_suffix(Path(name).suffix).name if name.endswith(".ort") else _config(Path(work))
+            for name in FILES
+        ]
         if done.returncode or not all(path is not None and path.is_file() for path in made):
             words = (done.stderr or done.stdout).strip().splitlines() or ["no words"]
             raise InputError("conversion to .ort", words[-1], "a model that onnxruntime's converter takes")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tinycompress.errors import InputError
-from tinycompress.quantize import QuantSpec
+from tinycompress.graph.quant_tensor import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Profile:
     width_multiple: int = 1  # of hidden, FFN, head and vocabulary
     joins: bool = False  # packed linears of one input and one grid are one product: q, k and v; gate and up
     position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
-    weight_rows: bool = False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
+    weight_rows: bool = (
+        False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
+    )
     layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
     largest_file: int | None = None  # bytes
     runtime: str = "onnxruntime"  # what proves it beside ONNX Runtime: a folder of export/runtimes
@@ -53,7 +55,11 @@ class Profile:
         if self.symmetric and not spec.symmetric:
             raise InputError(f"grid of {name}", str(spec), f"a symmetric one (no -asym) for the {self.name} profile")
         if spec.float_zero and self.container(spec.bits) not in self.float_zeros:
-            raise InputError(f"grid of {name}", f"{spec}: float zero points", f"integer ones (-asym) for the {self.name} profile, or the ort profile")
+            raise InputError(
+                f"grid of {name}",
+                f"{spec}: float zero points",
+                f"integer ones (-asym) for the {self.name} profile, or the ort profile",
+            )
 
     def block(self, name: str, group: int, in_features: int) -> int:
         """The block length for a weight with groups of `group` along K = `in_features`: the largest power of two that
@@ -65,7 +71,11 @@ class Profile:
             return block
         if group == in_features:
             return self.min_block
-        raise InputError(f"group_size of {name}", group, f"a multiple of {self.min_block}, or per-channel, for the {self.name} profile")
+        raise InputError(
+            f"group_size of {name}",
+            group,
+            f"a multiple of {self.min_block}, or per-channel, for the {self.name} profile",
+        )
 
     def minimum_version(self, features: set[str]) -> str:
         """The first runtime version with everything a model uses."""
@@ -113,7 +123,9 @@ ORT = Profile(
 
 # The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer; transformers.js
 # makes float caches.
-WEB = dataclasses.replace(ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1, caches=("float32",))
+WEB = dataclasses.replace(
+    ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1, caches=("float32",)
+)
 
 # Any runtime of the ONNX standard. Two and three bits travel in four: opset 24 has no int2.
 STD = Profile(

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinycompress.config import Config, layer_prefix, shapes
+from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
 from tinycompress.files import inside, read_json
-from tinycompress.graph import Graph, Weights
-from tinycompress.quantize import QuantSpec, QuantTensor, unpack
-from tinycompress.tokenizer import Tokenizer
+from tinycompress.graph.config import Config, layer_prefix, shapes
+from tinycompress.graph.graph import Graph, Weights
+from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor, unpack
 
-from .draw import EMBEDDING, JOINED
-from .emit import attention_layers
-from .forms_standard import nibbles
-from .kv_cache import scale_names
+from .dynamic.draw import EMBEDDING, JOINED
+from .dynamic.emit import attention_layers
+from .dynamic.forms_standard import nibbles
+from .dynamic.kv_cache import scale_names
 from .profiles import Profile, profile_of
-from .static_read import host_file, static_weights
+from .static.read import host_file, static_weights
 
 FORMAT = "tinycompress-onnx-1"
 MODEL, MANIFEST = "model.onnx", "manifest.json"
@@ -38,7 +38,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise InputError(f"format in {path}", repr(manifest.get("format")), FORMAT)
-    for key, kind in (("config", dict), ("files", dict), ("quantized", dict), ("history", list), ("profile", str), ("fingerprint", str)):
+    for key, kind in (
+        ("config", dict),
+        ("files", dict),
+        ("quantized", dict),
+        ("history", list),
+        ("profile", str),
+        ("fingerprint", str),
+    ):
         if not isinstance(manifest.get(key), kind):
             raise InputError(f"{key} in {path}", repr(manifest.get(key)), f"a {kind.__name__}")
     return manifest
@@ -50,18 +57,31 @@ def check_sizes(folder: str | Path, manifest: Mapping[str, Any]) -> None:
         path, expected = inside(folder, name), known.get("bytes") if isinstance(known, dict) else None
         found = path.stat().st_size if path.is_file() else None
         if found != expected or found is None:
-            raise InputError(str(path), "no such file" if found is None else f"{found} bytes", f"{expected} bytes, as exported")
+            raise InputError(
+                str(path), "no such file" if found is None else f"{found} bytes", f"{expected} bytes, as exported"
+            )
 
 
 def read(folder: str | Path) -> Graph:
     """The exported graph: its fingerprint equals the manifest's unless a file was changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config, specs, profile = Config.from_dict(manifest["config"]), _specs(manifest, folder), profile_of(manifest["profile"])
+    config, specs, profile = (
+        Config.from_dict(manifest["config"]),
+        _specs(manifest, folder),
+        profile_of(manifest["profile"]),
+    )
     stored = apart(initializers(folder), config)
     if profile.form == "static":
-        return Graph(config, Weights(static_weights(stored, specs, config)), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
-    weights = {name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()}
+        return Graph(
+            config,
+            Weights(static_weights(stored, specs, config)),
+            tuple(map(str, manifest["history"])),
+            Tokenizer.from_folder(folder),
+        )
+    weights = {
+        name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()
+    }
     return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
 
 
@@ -69,7 +89,10 @@ def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Initializers with those of joined linears (`draw.JOINED`) under the names of their parts: views of the rows."""
     out, rows = dict(stored), {name: shape[0] for name, shape in shapes(config).items()}
     modules = [
-        (f"{layer_prefix(i)}.{module}", joined, parts) for i in range(config.n_layers) for module, j in JOINED.items() for joined, parts in j.items()
+        (f"{layer_prefix(i)}.{module}", joined, parts)
+        for i in range(config.n_layers)
+        for module, j in JOINED.items()
+        for joined, parts in j.items()
     ]
     for at, joined, parts in modules:
         for suffix in (".weight.packed", ".weight.scales", ".weight.zeros", ".bias"):
@@ -79,7 +102,9 @@ def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             lengths = [rows.get(f"{at}.{part}.weight", 0) for part in parts]
             if tuple(tensor.shape[:1]) != (sum(lengths),):
                 raise InputError(
-                    f"{at}.{joined}{suffix}", f"shape {tuple(tensor.shape)}", f"{' + '.join(map(str, lengths))} rows by the manifest's config"
+                    f"{at}.{joined}{suffix}",
+                    f"shape {tuple(tensor.shape)}",
+                    f"{' + '.join(map(str, lengths))} rows by the manifest's config",
                 )
             out |= {f"{at}.{part}{suffix}": piece for part, piece in zip(parts, tensor.split(lengths))}
     return out
@@ -147,7 +172,9 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
         raise InputError(f"external data of {proto.name}", where, "an integer offset and length") from None
     if min(shape, default=0) < 0 or length != nbytes or offset < 0 or offset + length > path.stat().st_size:
         found = f"bytes {offset} … {offset + length} of {path.stat().st_size}, shape {shape}"
-        raise InputError(f"external data of {proto.name}", found, f"{nbytes} bytes inside {path.name} (is it truncated?)")
+        raise InputError(
+            f"external data of {proto.name}", found, f"{nbytes} bytes inside {path.name} (is it truncated?)"
+        )
     return torch.from_numpy(np.memmap(path, dtype, "c", offset, shape))
 
 
@@ -156,19 +183,32 @@ def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, QuantSpec]:
     try:
         return {name: QuantSpec(**fields) for name, fields in manifest["quantized"].items()}
     except TypeError as error:
-        raise InputError(f"quantized in {folder / MANIFEST}", str(error), "bits, group_size, symmetric and scale by parameter") from error
+        raise InputError(
+            f"quantized in {folder / MANIFEST}", str(error), "bits, group_size, symmetric and scale by parameter"
+        ) from error
 
 
-def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spec: QuantSpec | None, config: Config, profile: Profile) -> Any:
+def _weight(
+    name: str,
+    shape: tuple[int, ...],
+    stored: Mapping[str, Tensor],
+    spec: QuantSpec | None,
+    config: Config,
+    profile: Profile,
+) -> Any:
     if spec is not None:
         standard = profile.form == "standard" and name != EMBEDDING
-        return (_columns if standard else _table if profile.form == "standard" else _packed)(name, (shape[0], shape[1]), stored, spec, profile)
+        return (_columns if standard else _table if profile.form == "standard" else _packed)(
+            name, (shape[0], shape[1]), stored, spec, profile
+        )
     transposed = len(shape) == 2 and name != config.weight_name("model.embed_tokens")  # linears are stored [K, N]
     tensor = _get(stored, name, shape[::-1] if transposed else shape, torch.float32)
     return tensor.T if transposed else tensor
 
 
-def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+def _packed(
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+) -> QuantTensor:
     """The inverse of the emitter's `packed`: blocks back to groups, containers back to the grid's own bits."""
     (N, K), group, bits = shape, spec.group(name, shape[1]), profile.container(spec.bits)
     block = profile.block(name, group, K)
@@ -192,21 +232,34 @@ def _packed(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spe
     return QuantTensor(packed.view(N, G, -1), scales, zeros, spec, shape)
 
 
-def _columns(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+def _columns(
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+) -> QuantTensor:
     """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to rows."""
     (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
     if profile.weight_rows:
         inner = (N, G, K // G) if G > 1 else (N, K)
         q = _integers(stored, f"{name}.ints", inner, bits, True).reshape(N, K) + spec.zero
-        return QuantTensor.from_ints(q, _scales(stored, f"{name}.rows.scales", (*inner[:-1], 1)).reshape(N, G), None, spec)
+        return QuantTensor.from_ints(
+            q, _scales(stored, f"{name}.rows.scales", (*inner[:-1], 1)).reshape(N, G), None, spec
+        )
     across = (N,) if G == 1 else (G, N)
     q = _integers(stored, f"{name}.ints", (K, N), bits, spec.symmetric) + (spec.zero if spec.symmetric else 0)
-    zeros = None if spec.symmetric else _integers(stored, f"{name}.columns.zeros", across, bits, False).reshape(G, N).T.to(torch.uint8).contiguous()
+    zeros = (
+        None
+        if spec.symmetric
+        else _integers(stored, f"{name}.columns.zeros", across, bits, False)
+        .reshape(G, N)
+        .T.to(torch.uint8)
+        .contiguous()
+    )
     scales = _scales(stored, f"{name}.columns.scales", across).reshape(G, N).T.contiguous()
     return QuantTensor.from_ints(q.T.contiguous(), scales, zeros, spec)
 
 
-def _table(name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile) -> QuantTensor:
+def _table(
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+) -> QuantTensor:
     """The inverse of `forms_standard.rows`."""
     (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
     packed = _get(stored, f"{name}.packed", (N, -(-K * bits // 8)), torch.uint8)

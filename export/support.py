@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tinycompress.config import Config, Layer
 from tinycompress.errors import InputError
-from tinycompress.evaluate import environment
-from tinycompress.export import PROFILES, export, prepare, read, run_check
-from tinycompress.export.runtime import python_of
+from tinycompress.evaluation.perplexity import environment
 from tinycompress.files import write_json, write_text
-from tinycompress.graph import Graph, shapes
-from tinycompress.passes.rtn import RTN
-from tinycompress.quantize import QuantSpec
-from tinycompress.rope import Rope
+from tinycompress.graph.config import Config, Layer, shapes
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.graph.rope import Rope
+from tinycompress.quantization.rtn import RTN
+
+from ..export import PROFILES, export, prepare, read, run_check
+from .gate.runtime import python_of
 
 UNIFORM = (Layer(4, 2, 256),) * 3
 PRUNED = (Layer(4, 2, 256), Layer(2, 1, 192), Layer(0, 0, 128), Layer(4, 2, 0))  # widths differ, sublayers are gone
@@ -43,7 +44,10 @@ MORE_POSITIONS = {"static": 512}
 PAIRS = {  # (profile, runtime)
     ("ort", "onnxruntime"): "",
     ("ort", "onnxruntime-genai"): "",
-    ("ort", "optimum"): "config.json of layers that differ is not Llama's, and Optimum takes the cache's shape from there",
+    (
+        "ort",
+        "optimum",
+    ): "config.json of layers that differ is not Llama's, and Optimum takes the cache's shape from there",
     ("ort", "ort-mobile"): "",
     ("ort", "aarch64"): "",
     ("web", "transformers-js"): "",
@@ -60,14 +64,23 @@ UNIFORM_ONLY = ("optimum",)
 def tiny(layers: tuple[Layer, ...] = UNIFORM, rope: Rope | None = None, tied: bool = False) -> Graph:
     """A random graph whose logits are far from uniform."""
     config = Config(
-        vocab_size=256, hidden_size=256, head_dim=64, layers=layers, rope=rope or Rope(), max_position=128, tie_embeddings=tied, eos_token_id=2
+        vocab_size=256,
+        hidden_size=256,
+        head_dim=64,
+        layers=layers,
+        rope=rope or Rope(),
+        max_position=128,
+        tie_embeddings=tied,
+        eos_token_id=2,
     )
     generator = torch.Generator().manual_seed(0)
     norms = {n: torch.rand(s, generator=generator) + 0.5 for n, s in shapes(config).items() if "norm" in n}
     return Graph.random(config, 0, std=0.1).replace(weights=norms)
 
 
-SCALES = {"qnn": "lpbq"}  # of 4-bit blocks: HTP rounds any others again, and so computes with other weights than the graph's
+SCALES = {
+    "qnn": "lpbq"
+}  # of 4-bit blocks: HTP rounds any others again, and so computes with other weights than the graph's
 
 CASES: Mapping[str, Callable[[str], Graph]] = {  # of how scales are searched
     "dense": lambda scale: tiny(),
@@ -87,23 +100,40 @@ def cell(profile: str, runtime: str, case: str, folder: Path) -> dict[str, Any]:
     if runtime in UNIFORM_ONLY and not graph.config.uniform:
         return {"state": "refused", "about": PAIRS[profile, runtime], "figures": {}}
     positions = MORE_POSITIONS.get(profile, POSITIONS)
-    graph = graph.replace(config=dataclasses.replace(graph.config, max_position=max(graph.config.max_position, positions)))
+    graph = graph.replace(
+        config=dataclasses.replace(graph.config, max_position=max(graph.config.max_position, positions))
+    )
     ids = torch.randint(graph.config.vocab_size, (positions,), generator=torch.Generator().manual_seed(1))
     try:
-        manifest = export(graph, folder, profile, check=False, accuracy_level=0, progress=False, **OPTIONS.get(case, {}))
+        manifest = export(
+            graph, folder, profile, check=False, accuracy_level=0, progress=False, **OPTIONS.get(case, {})
+        )
     except InputError as error:
         return {"state": "refused", "about": str(error), "figures": {}}
-    prepared = read(folder) if PROFILES[profile].form == "static" else prepare(graph)  # static profiles round what is dense
+    prepared = (
+        read(folder) if PROFILES[profile].form == "static" else prepare(graph)
+    )  # static profiles round what is dense
     result = run_check(runtime, folder, prepared, profile, ids)
     state = "passed" if result["passed"] else "failed"
     about = "; ".join(result["failures"])
-    return {"state": state, "about": about, "figures": result["figures"], "versions": result.get("versions", {}), "scheme": manifest["scheme"]}
+    return {
+        "state": state,
+        "about": about,
+        "figures": result["figures"],
+        "versions": result.get("versions", {}),
+        "scheme": manifest["scheme"],
+    }
 
 
 def table(results: Mapping[str, Mapping[str, dict[str, Any]]], machine: Mapping[str, Any]) -> str:
     """docs/support.md."""
     columns = [f"{p} · {r}" for p, r in PAIRS]
-    lines = ["# Support", "", "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from torch's logits", ""]
+    lines = [
+        "# Support",
+        "",
+        "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from torch's logits",
+        "",
+    ]
     lines[2] += " at accuracy level 0, over a prompt, steps behind the cache, and text beyond the original context."
     lines[2] += " NPUW and RKNN compute in float16, HTP on uint16 activations, and an int8 cache is rounded:"
     lines[2] += " larger by nature, and judged by KL, top tokens and perplexity."
@@ -115,7 +145,11 @@ def table(results: Mapping[str, Mapping[str, dict[str, Any]]], machine: Mapping[
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     versions = {k: v for row in results.values() for one in row.values() for k, v in one.get("versions", {}).items()}
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), "", "An empty cell was not run."]
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) + f". Machine: {machine['machine']}.", ""]
+    lines += [
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) + f". Machine: {machine['machine']}.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -134,11 +168,15 @@ def main() -> None:
     parser.add_argument("--runtime", help="only this one")
     parser.add_argument("--quick", action="store_true", help="dense, and all together")
     parser.add_argument("--out", type=Path, help="write the table here")
-    parser.add_argument("--json", type=Path, help="keep the results here, and take those of an interrupted run from here")
+    parser.add_argument(
+        "--json", type=Path, help="keep the results here, and take those of an interrupted run from here"
+    )
     args = parser.parse_args()
     if args.runtime:
         python_of(args.runtime)
-    results: dict[str, dict[str, dict[str, Any]]] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    results: dict[str, dict[str, dict[str, Any]]] = (
+        json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    )
     cases = [c for i, c in enumerate(CASES) if not args.quick or i in (0, len(CASES) - 1)]
     work = [(p, r, c) for p, r in PAIRS for c in cases if args.runtime in (None, r) and _installed(r)]
     failed = 0
@@ -149,7 +187,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tinycompress-") as folder:
             row[case] = cell(profile, runtime, case, Path(folder) / "export")
         failed += row[case]["state"] == "failed"
-        figures = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in row[case]["figures"].items())
+        figures = ", ".join(
+            f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in row[case]["figures"].items()
+        )
         tqdm.write(f"{runtime} · {profile} · {case}: {row[case]['state']} {row[case]['about'] or figures}")
         if args.json:
             write_json(args.json, results)

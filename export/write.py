@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from tinycompress.errors import InputError
 from tinycompress.files import new_folder, write_json
-from tinycompress.graph import Graph
-from tinycompress.quantize import QuantTensor
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantTensor
 
 from .configs import paths, write_configs
-from .emit import emit, features, prepare
-from .kv_cache import cache_scales, check_cache
+from .dynamic.emit import emit, features, prepare
+from .dynamic.kv_cache import cache_scales, check_cache
+from .gate.runtime import python_of
+from .gate.verify import GateError, gate, sha256
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
-from .runtime import python_of
-from .static_write import StaticChoices, calibration_text, export_static
-from .verify import GateError, gate, sha256
+from .static.write import StaticChoices, calibration_text, export_static
 
 CHUNK = 128  # calibration windows of an int8 cache are four times as long
 
@@ -56,23 +56,34 @@ def export(
 
     `dtype` "auto" keeps packed weights packed and makes dense ones float32; "float32" makes all dense;
     `scales` "float16" rounds the scales of packed weights and stores them in half the bytes. `kv` "int8" keeps keys and
-    values in a quarter of the bytes, on scales from the text `calibration` [windows, T] (export/kv_cache.py; by default the
+    values in a quarter of the bytes, on scales from the text `calibration` [windows, T] (dynamic/kv_cache.py; by default the
     "pydoc" train split, or random ids without a tokenizer). `check` runs the
     gate on `tokens` (see `verify`) with `limits` over the profile's; a figure beyond its limit is a `GateError`.
     Memory needed for writing is that of one weight. `mobile` adds model.ort and the operator list of a reduced build
-    (export/mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
+    (mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
     """
     profile = profile_of(profile)
     if mobile and profile.form != "contrib":
-        raise InputError("mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators")
+        raise InputError(
+            "mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators"
+        )
     check_cache(kv, graph.config, profile)
     if profile.form == "static":
-        common: dict[str, Any] = {"dtype": dtype, "check": check, "tokens": tokens, "limits": limits, "overwrite": overwrite, "progress": progress}
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "check": check,
+            "tokens": tokens,
+            "limits": limits,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
         return export_static(graph, folder, profile, static or StaticChoices(), **common)
     if check and profile.runtime != "onnxruntime":
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
-    model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales)  # bad input fails here, before anything is written
+    model = emit(
+        prepared, profile, accuracy_level=accuracy_level, scales=scales
+    )  # bad input fails here, before anything is written
     about = None
     if kv == "int8":
         text, what = calibration_text(prepared, calibration, CHUNK)
@@ -87,7 +98,9 @@ def export(
         manifest = _manifest(prepared, profile, dtype, scales, accuracy_level) | {"kv": about}
         if about:
             manifest["minimum_onnxruntime"] = profile.minimum_version(features(prepared, profile) | {"kv_int8"})
-        manifest["files"] = {name: {"sha256": sha256(work / name), "bytes": (work / name).stat().st_size} for name in _files(work)}
+        manifest["files"] = {
+            name: {"sha256": sha256(work / name), "bytes": (work / name).stat().st_size} for name in _files(work)
+        }
         write_json(work / MANIFEST, manifest)
         if check:
             manifest["checks"] = report = gate(work, tokens=tokens, limits=limits, progress=progress)
@@ -106,7 +119,11 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
     if needed > free:
         raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
     if profile.largest_file and needed > profile.largest_file:
-        raise InputError("weights", f"{needed:,} bytes", f"at most {profile.largest_file:,} for the {profile.name} profile (fewer bits, or pruning)")
+        raise InputError(
+            "weights",
+            f"{needed:,} bytes",
+            f"at most {profile.largest_file:,} for the {profile.name} profile (fewer bits, or pruning)",
+        )
     path, data = work / names[0], work / names[1]
     path.parent.mkdir(exist_ok=True)
     with tqdm(total=needed, desc="writing", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:

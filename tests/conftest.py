@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinycompress.graph import Config, Graph, Layer, shapes
+from tinycompress.graph.config import Config, Layer, shapes
+from tinycompress.graph.graph import Graph
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -21,7 +22,9 @@ def random_graph(config: Config, seed: int = 0) -> Graph:
 @pytest.fixture
 def tiny() -> Graph:
     """Two equal layers, grouped-query attention, a head of its own."""
-    return random_graph(Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=64))
+    return random_graph(
+        Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=64)
+    )
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Graph:
     """SmolLM2-135M-Instruct from the installed package."""
-    from tinycompress.checkpoint import load
+    from tinycompress.checkpoints.checkpoint import load
     from tinycompress.errors import InputError
 
     try:

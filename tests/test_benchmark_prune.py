@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import random_graph
 
-from tinycompress.graph import Config, Layer
-from tinycompress.passes.prune import Prune
-from tinycompress.passes.slice import Slice
+from tinycompress.graph.config import Config, Layer
+from tinycompress.pruning.prune import Prune
+from tinycompress.pruning.slice import Slice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import prune
@@ -19,7 +19,9 @@ SHARE, TARGET = 0.8, "params=0.8"
 
 @pytest.fixture(scope="module")
 def collected():
-    graph = random_graph(Config(vocab_size=128, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 256),) * 3, max_position=64))
+    graph = random_graph(
+        Config(vocab_size=128, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 256),) * 3, max_position=64)
+    )
     tokens = torch.randint(128, (4, 48), generator=torch.Generator().manual_seed(0))
     return graph, tokens, {name: t for gather in prune.COLLECT.values() for name, t in gather(graph, tokens).items()}
 
@@ -30,14 +32,44 @@ def collected():
         ("layers", lambda t: Prune(t, keep={"layers": 2})),
         ("hidden", lambda t: Prune(t, keep={"hidden": 96}, multiple_of=32)),
         ("slice", lambda t: Slice(t, 96)),
-        ("flap", lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="flap", allocation="global", refit="bias", probe=4, one_shot=True)),
+        (
+            "flap",
+            lambda t: Prune(
+                t,
+                TARGET,
+                axes=("ffn", "heads"),
+                criterion="flap",
+                allocation="global",
+                refit="bias",
+                probe=4,
+                one_shot=True,
+            ),
+        ),
         (
             "taylor + refit",
-            lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="taylor", allocation="uniform", refit=True, probe=4, one_shot=True),
+            lambda t: Prune(
+                t,
+                TARGET,
+                axes=("ffn", "heads"),
+                criterion="taylor",
+                allocation="uniform",
+                refit=True,
+                probe=4,
+                one_shot=True,
+            ),
         ),
         (
             "wanda_sp",
-            lambda t: Prune(t, TARGET, axes=("ffn", "heads"), criterion="wanda_sp", allocation="uniform", refit=False, probe=4, one_shot=True),
+            lambda t: Prune(
+                t,
+                TARGET,
+                axes=("ffn", "heads"),
+                criterion="wanda_sp",
+                allocation="uniform",
+                refit=False,
+                probe=4,
+                one_shot=True,
+            ),
         ),
     ],
 )
@@ -53,5 +85,9 @@ def test_every_row_knows_what_it_reads(collected):
     graph, tokens, found = collected
     for name, recipe in prune.RECIPES.items():
         if recipe.reads:
-            own = {n: t for kind in recipe.reads for n, t in prune.COLLECT[kind](graph, tokens).items()} if "taylor" not in name else found
+            own = (
+                {n: t for kind in recipe.reads for n, t in prune.COLLECT[kind](graph, tokens).items()}
+                if "taylor" not in name
+                else found
+            )
             assert recipe.cut(graph, SHARE, tokens, own).config.n_body_params < graph.config.n_body_params

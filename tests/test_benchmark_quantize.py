@@ -11,7 +11,9 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "quantize.py"
 
 
 def benchmark(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(BENCHMARK), "--quick", *map(str, arguments)], capture_output=True, text=True, timeout=3000)
+    return subprocess.run(
+        [sys.executable, str(BENCHMARK), "--quick", *map(str, arguments)], capture_output=True, text=True, timeout=3000
+    )
 
 
 def test_a_peer_needs_its_python():
@@ -20,14 +22,21 @@ def test_a_peer_needs_its_python():
 
 
 @pytest.mark.runtime
-@pytest.mark.parametrize("peer, venv", [("gptqmodel", "transformers"), ("llm-compressor", "llm-compressor"), ("auto-round", "auto-round")])
+@pytest.mark.parametrize(
+    "peer, venv", [("gptqmodel", "transformers"), ("llm-compressor", "llm-compressor"), ("auto-round", "auto-round")]
+)
 def test_a_peer_is_measured_on_the_same_weights_and_tokens(peer, venv, shared):
     """8 bits cost the embedded model nearly nothing, whoever rounds. A smaller model on a text that it cannot read says nothing:
     stories260K gains as much as it loses by any rounding there."""
     python = Path(os.environ.get("TINYCOMPRESS_RUNTIMES", "")).expanduser() / venv / "bin" / "python"
     if not python.is_absolute() or not python.exists():
         pytest.skip(f"no venv {venv!r} (tests/runtimes/README.md, benchmarks/peers)")
-    texts = ["--calibration", shared / "data" / "wiki_passages.txt", "--evaluation", shared / "data" / "wikitext2_raw_test.txt"]
+    texts = [
+        "--calibration",
+        shared / "data" / "wiki_passages.txt",
+        "--evaluation",
+        shared / "data" / "wikitext2_raw_test.txt",
+    ]
     common = [*texts, "--spec", "w8g32"]
     whole, theirs = benchmark(*common, "--rows", "float"), benchmark(*common, "--peer", peer, "--peer-python", python)
     assert theirs.returncode == 0, theirs.stderr[-3000:]

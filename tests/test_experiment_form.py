@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import form
 from conftest import random_graph
 
-from tinycompress.checkpoint import load
-from tinycompress.evaluate import Interval
-from tinycompress.graph import Config, Layer
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.evaluation.statistics import Interval
+from tinycompress.graph.config import Config, Layer
 
 QUANTIZATION = ("gptq_closure", "weighted_grid", "error_propagation", "awq_gqa_fold", "rotation_w4a8", "two_bit")
 DISTILLATION = ("kl_or_ce", "forward_or_reverse_kl", "sampled_logits", "order_of_passes", "stable_embedding")
@@ -45,9 +45,21 @@ def measure(shared, tmp_path, monkeypatch):
                 if i == dies:
                     raise Killed
                 measured.append(setting)
-                yield form.Finding(f"{setting} (perplexity {len(measured)})", "–", Interval(i, i - 1, i + 1), "> 0", i > 1)
+                yield form.Finding(
+                    f"{setting} (perplexity {len(measured)})", "–", Interval(i, i - 1, i + 1), "> 0", i > 1
+                )
 
-        options = ["--model", str(shared / "models/stories260K"), "--windows", "1", "--samples", "1", "--seeds", "1", *argv]
+        options = [
+            "--model",
+            str(shared / "models/stories260K"),
+            "--windows",
+            "1",
+            "--samples",
+            "1",
+            "--seeds",
+            "1",
+            *argv,
+        ]
         with contextlib.suppress(Killed):
             form.run(experiment, "A claim.", options)
         return measured
@@ -110,7 +122,7 @@ def test_what_was_trained_is_read_back(shared, tmp_path, monkeypatch):
     assert all(torch.equal(first.weights[n], w) for n, w in expected.weights.items())
     distill_form.heal(kept, student, 0, teacher=teacher, lr=1e-3)
     assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob("*/step-*"))
-    monkeypatch.setattr("tinycompress.passes.distill.train", lambda *_, **__: pytest.fail("it trained again"))
+    monkeypatch.setattr("tinycompress.distillation.distill.train", lambda *_, **__: pytest.fail("it trained again"))
     again = distill_form.heal(kept, student, 0, teacher=teacher)
     assert all(torch.equal(again.weights[n], w) for n, w in expected.weights.items())
 
@@ -132,8 +144,22 @@ def test_the_experiments_run(name, shared, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_fine_tune_to_a_longer_context_runs(shared):
     text = str(shared / "data/wikitext2_raw_test.txt")
-    command = ["context_by_finetuning.py", "--model", str(shared / "models/stories260K"), "--text", "self", text, "--training", text, "--quick"]
+    command = [
+        "context_by_finetuning.py",
+        "--model",
+        str(shared / "models/stories260K"),
+        "--text",
+        "self",
+        text,
+        "--training",
+        text,
+        "--quick",
+    ]
     before = sorted((form.HERE / "results").iterdir())
     done = subprocess.run([sys.executable, *command], cwd=form.HERE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("hold") == 7 and "nan" not in done.stdout and sorted((form.HERE / "results").iterdir()) == before
+    assert (
+        done.stdout.count("hold") == 7
+        and "nan" not in done.stdout
+        and sorted((form.HERE / "results").iterdir()) == before
+    )

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tinycompress import pipeline
+from tinycompress.context.scale_rope import ScaleRope
 from tinycompress.errors import InputError
-from tinycompress.graph import Config, Graph, Layer
-from tinycompress.passes.gptq import GPTQ
-from tinycompress.passes.prune_ffn import PruneFFN
-from tinycompress.passes.rope import ScaleRope
-from tinycompress.quantize import QuantSpec, QuantTensor
+from tinycompress.graph.config import Config, Layer
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
+from tinycompress.pruning.prune_ffn import PruneFFN
+from tinycompress.quantization.gptq import GPTQ
 
 CONFIG = Config(vocab_size=64, hidden_size=32, head_dim=8, layers=(Layer(4, 2, 64), Layer(4, 2, 48)), max_position=32)
 NORM = "model.norm.weight"
@@ -144,7 +145,11 @@ def test_a_function_is_a_pass_that_runs_every_time(graph: Graph, tmp_path: Path)
         return graph.replace(weights={NORM: graph.weights[NORM] / 2})
 
     out, _ = run(graph, Scale(2.0), halve, Scale(3.0), work=tmp_path)
-    assert out.history == ("Scale(by=2.0)", "test_a_function_is_a_pass_that_runs_every_time.<locals>.halve", "Scale(by=3.0)")
+    assert out.history == (
+        "Scale(by=2.0)",
+        "test_a_function_is_a_pass_that_runs_every_time.<locals>.halve",
+        "Scale(by=3.0)",
+    )
     again, ran = run(graph, Scale(2.0), halve, Scale(3.0), work=tmp_path)
     assert ran == ["halve"]  # nothing tells what it does, but it did the same: what follows it is found
     assert again.fingerprint() == out.fingerprint() and again.history == out.history

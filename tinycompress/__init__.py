@@ -6,31 +6,35 @@ text = tokens("pydoc", graph.tokenizer, n=32, seq_len=512)
 small = GPTQ(text, QuantSpec.parse("w4g64"))(PruneFFN(text, keep=0.75, multiple_of=64)(graph))
 """
 
-from .block_tuning import BlockTuning
-from .calibrate import Inputs, gram, walk
-from .checkpoint import load, save
-from .data import tokens
+from .calibration.data import tokens
+from .calibration.gram import gram
+from .calibration.walk import Inputs, walk
+from .checkpoints.checkpoint import load, save
+from .context.longrope import LongRope
+from .context.scale_rope import ChooseRope, ScaleRope
+from .distillation.distill import Distill, HiddenLoss
+from .distillation.fused_loss import Loss
+from .distillation.lora import LoRA
+from .distillation.schedule import Ramp
+from .distillation.training import Training
 from .errors import InputError
-from .evaluate import agreement, perplexity
-from .graph import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Axis, Config, Feed, Graph, Layer, Pass, axes, cut, feeds, shapes
-from .lora import LoRA
-from .losses import Loss
-from .passes.autoround import AutoRound
-from .passes.awq import AWQ
-from .passes.distill import Distill, HiddenLoss
-from .passes.gptq import GPTQ
-from .passes.hqq import HQQ
-from .passes.longrope import LongRope
-from .passes.prune import Prune
-from .passes.prune_ffn import PruneFFN
-from .passes.rope import ChooseRope, ScaleRope
-from .passes.rotate import Rotate
-from .passes.rtn import RTN
+from .evaluation.perplexity import agreement, perplexity
+from .graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from .graph.edit import cut
+from .graph.graph import Graph, Pass
+from .graph.quant_tensor import QuantSpec, QuantTensor
+from .graph.rope import Rope
+from .graph.topology import Axis, Feed, axes, feeds
 from .pipeline import run
-from .quantize import QuantSpec, QuantTensor
-from .rope import Rope
-from .schedule import Ramp
-from .training import Training
+from .pruning.prune import Prune
+from .pruning.prune_ffn import PruneFFN
+from .quantization.autoround import AutoRound
+from .quantization.awq import AWQ
+from .quantization.block_tuning import BlockTuning
+from .quantization.gptq import GPTQ
+from .quantization.hqq import HQQ
+from .quantization.rotate import Rotate
+from .quantization.rtn import RTN
 
 __version__ = "0.1.0"
 

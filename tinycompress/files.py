@@ -48,7 +48,9 @@ def check_free(target: str | Path, overwrite: bool = False) -> None:
     if target.is_file():
         raise InputError("output folder", f"{target}, a file", "a folder name")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise InputError("output folder", f"{target}, which is not empty", "a new or empty folder, or overwriting (--overwrite)")
+        raise InputError(
+            "output folder", f"{target}, which is not empty", "a new or empty folder, or overwriting (--overwrite)"
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import InputError
-from .graph import Graph, Pass
+from .graph.graph import Graph, Pass
 
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 
@@ -72,14 +72,18 @@ def describe(step: Pass) -> str:
 def _apply(step: Pass, graph: Graph) -> Graph:
     out = step(graph)
     if not isinstance(out, Graph):
-        raise InputError(f"pass {describe(step)}", f"a result of type {type(out).__name__}", "a Graph (a pass is a function from Graph to Graph)")
+        raise InputError(
+            f"pass {describe(step)}",
+            f"a result of type {type(out).__name__}",
+            "a Graph (a pass is a function from Graph to Graph)",
+        )
     if out.history == graph.history:
         out = dataclasses.replace(out, history=(*graph.history, describe(step)))
     return out
 
 
 def _saved(graph: Graph, folder: Path) -> Graph:
-    from .checkpoint import save
+    from .checkpoints.checkpoint import save
 
     save(graph, folder)
     return _load(folder, graph)
@@ -89,7 +93,7 @@ def _load(folder: Path | None, graph: Graph) -> Graph:
     """The graph of a step's folder; without a folder, the one at hand."""
     if folder is None:
         return graph
-    from .checkpoint import load
+    from .checkpoints.checkpoint import load
 
     loaded = load(folder)
     return loaded if loaded.tokenizer else dataclasses.replace(loaded, tokenizer=graph.tokenizer)

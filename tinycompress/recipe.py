@@ -9,20 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .allocate import AXES, KINDS, Target
-from .config import Config, shapes
+from .context.scale_rope import METHODS as ROPE_METHODS
+from .context.scale_rope import ChooseRope, ScaleRope, method_of
+from .distillation.distill import Distill
+from .distillation.training import Training
 from .errors import InputError
-from .graph import Graph, Pass, feeds
-from .passes.distill import Distill
-from .passes.embedding import QuantizeEmbedding
-from .passes.gptq import GPTQ
-from .passes.prune import Prune
-from .passes.rope import METHODS as ROPE_METHODS
-from .passes.rope import ChooseRope, ScaleRope, method_of
-from .passes.rotate import Rotate
-from .passes.rtn import RTN
-from .quantize import QuantSpec, targets
-from .training import Training
+from .graph.config import Config, shapes
+from .graph.graph import Graph, Pass
+from .graph.quant_tensor import QuantSpec
+from .graph.topology import feeds
+from .pruning.allocation import AXES, KINDS, Target
+from .pruning.prune import Prune
+from .quantization.embedding import QuantizeEmbedding
+from .quantization.gptq import GPTQ
+from .quantization.linear_specs import targets
+from .quantization.rotate import Rotate
+from .quantization.rtn import RTN
 
 METHODS = ("gptq", "rtn")
 AUTO = "auto"  # the context scaling that a window of the new length speaks for
@@ -79,13 +81,17 @@ class Recipe:
         if self.prune:
             out.append(prune_pass(tokens, self.prune, (self.quantize and self.quantize.group_size) or WIDTHS))
         if self.context is not None and self.measures_context(graph):
-            out.append(ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens))
+            out.append(
+                ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens)
+            )
         elif self.context is not None:
             out.append(ScaleRope(context=self.context, method=self.scaling(graph)))
         if self.rotates(graph):
             out.append(Rotate())
         if self.quantize:
-            out.append(RTN(without_data(self.quantize)) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize))
+            out.append(
+                RTN(without_data(self.quantize)) if self.quantize_method == "rtn" else best_gptq(tokens, self.quantize)
+            )
         if self.quantize_embedding:
             out.append(QuantizeEmbedding(self.quantize_embedding))
         if self.tune:
@@ -100,14 +106,20 @@ class Recipe:
                 try:
                     config = step.expected(graph)
                 except InputError as error:
-                    raise InputError("--prune", f"{self.prune} ({error.field}: {error.found})", error.accepted) from None
+                    raise InputError(
+                        "--prune", f"{self.prune} ({error.field}: {error.found})", error.accepted
+                    ) from None
             elif isinstance(step, ScaleRope | ChooseRope):
-                scale = step if isinstance(step, ScaleRope) else ScaleRope(step.tokens.shape[1])  # any method, for the context
+                scale = (
+                    step if isinstance(step, ScaleRope) else ScaleRope(step.tokens.shape[1])
+                )  # any method, for the context
                 config = dataclasses.replace(scale(graph).config, layers=config.layers)
             elif isinstance(step, Rotate):
                 config = dataclasses.replace(config, tie_embeddings=False)
             elif isinstance(step, QuantizeEmbedding):
-                dataclasses.replace(step, spec=dataclasses.replace(step.spec, group_size=None)).tables(graph)  # still dense?
+                dataclasses.replace(step, spec=dataclasses.replace(step.spec, group_size=None)).tables(
+                    graph
+                )  # still dense?
                 step.spec.group("model.embed_tokens.weight", config.hidden_size)
         if self.quantize:
             targets(graph, dataclasses.replace(self.quantize, group_size=None))  # still dense?
@@ -135,7 +147,9 @@ def tuned_scales(tokens: Tensor, teacher: Graph) -> Distill:
 def linear_inputs(config: Config) -> dict[str, int]:
     """The input width of every linear of the layers (the head aside)."""
     sizes = shapes(config)
-    return {name: sizes[f"{name}.weight"][1] for feed in feeds(config) if feed.layer is not None for name in feed.readers}
+    return {
+        name: sizes[f"{name}.weight"][1] for feed in feeds(config) if feed.layer is not None for name in feed.readers
+    }
 
 
 def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
@@ -146,7 +160,11 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
         target, *names = text.split(",")
         Target.parse(target, "--prune")
         if unknown := [name for name in names if name not in AXES]:
-            raise InputError("--prune", f"{text!r}: axes {unknown}", "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(AXES))
+            raise InputError(
+                "--prune",
+                f"{text!r}: axes {unknown}",
+                "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(AXES),
+            )
         return Prune(tokens, target, axes=tuple(names) or Prune.axes, multiple_of=multiple_of)
     accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
     try:

@@ -19,12 +19,18 @@ from pathlib import Path
 from auto_round import AutoRound
 from safetensors.torch import load_file, save_file
 
-RECIPES = {"default": {"iters": 200}, "light": {"iters": 50, "lr": 5e-3}, "quick": {"iters": 2, "lr": 5e-3}}  # RECIPES of its cli/main.py
+RECIPES = {
+    "default": {"iters": 200},
+    "light": {"iters": 50, "lr": 5e-3},
+    "quick": {"iters": 2, "lr": 5e-3},
+}  # RECIPES of its cli/main.py
 
 model, tokens, out, bits, group, recipe = sys.argv[1:]
 windows = load_file(tokens)["tokens"]
 settings = {"bits": int(bits), "group_size": int(group), "sym": True, **RECIPES[recipe]}
-quantizer = AutoRound(model, dataset=list(windows.split(1)), nsamples=len(windows), seqlen=windows.shape[1], device_map="cpu", **settings)
+quantizer = AutoRound(
+    model, dataset=list(windows.split(1)), nsamples=len(windows), seqlen=windows.shape[1], device_map="cpu", **settings
+)
 start = time.perf_counter()
 quantized, _ = quantizer.quantize()
 seconds = time.perf_counter() - start

@@ -19,7 +19,9 @@ from safetensors.torch import load_file  # noqa: E402
 model, tokens, out, bits, group = sys.argv[1:]
 windows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in load_file(tokens)["tokens"]]
 quantizer = GPTQModel.load(
-    model, QuantizeConfig(bits=int(bits), group_size=int(group), sym=True, device="cpu", offload_to_disk=False), dtype=torch.float32
+    model,
+    QuantizeConfig(bits=int(bits), group_size=int(group), sym=True, device="cpu", offload_to_disk=False),
+    dtype=torch.float32,
 )
 start = time.perf_counter()
 quantizer.quantize(windows, batch_size=1)

@@ -37,8 +37,19 @@ state = model.state_dict()
 Path(out).mkdir()
 model.config.save_pretrained(out)
 tied = model.config.tie_word_embeddings
-save_file({n: state[n].float().contiguous() for n in names if not (tied and n == "lm_head.weight")}, Path(out) / "model.safetensors")
+save_file(
+    {n: state[n].float().contiguous() for n in names if not (tied and n == "lm_head.weight")},
+    Path(out) / "model.safetensors",
+)
 config = json.loads((Path(out) / "config.json").read_text())
 config.pop("quantization_config", None)  # the weights are back in floats
 (Path(out) / "config.json").write_text(json.dumps(config))
-print(json.dumps({"peer": f"llm-compressor {version('llmcompressor')} GPTQ", "seconds": round(seconds, 1), "peak_mb": round(peak)}))
+print(
+    json.dumps(
+        {
+            "peer": f"llm-compressor {version('llmcompressor')} GPTQ",
+            "seconds": round(seconds, 1),
+            "peak_mb": round(peak),
+        }
+    )
+)

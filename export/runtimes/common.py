@@ -47,7 +47,9 @@ class Reference:
         return self.ids[0, : self.prompt]
 
 
-def figures(reference: Reference, logits: Iterable[np.ndarray], first: int = 0, stop: int | None = None) -> dict[str, float]:
+def figures(
+    reference: Reference, logits: Iterable[np.ndarray], first: int = 0, stop: int | None = None
+) -> dict[str, float]:
     """What differs over windows of logits [T - first, V], in turn, from position `first` of each on: the largest difference, mean KL
     in nats, share of changed top tokens, the share of those that torch had decided, and the relative change of perplexity.
     `stop` leaves out the positions from there on, and all windows but the first.
@@ -57,14 +59,18 @@ def figures(reference: Reference, logits: Iterable[np.ndarray], first: int = 0, 
     `flips_se` and `perplexity_se` are the standard errors of those means over so few positions."""
     rows, losses = [], []
     windows = slice(1 if stop else None)
-    for expected, ids, got in zip(reference.logits[windows, first:stop], reference.ids[windows, first:stop], logits, strict=True):
+    for expected, ids, got in zip(
+        reference.logits[windows, first:stop], reference.ids[windows, first:stop], logits, strict=True
+    ):
         if got.shape != expected.shape:
             raise ValueError(f"logits of shape {got.shape}, expected {expected.shape}")
         for a in range(0, len(got), CHUNK):
             p, q = (_log_softmax(part[a : a + CHUNK].astype(np.float64)) for part in (expected, got))
             behind = p.max(-1) - np.take_along_axis(p, q.argmax(-1)[:, None], -1)[:, 0]
             error = np.abs(got[a : a + CHUNK].astype(np.float64) - expected[a : a + CHUNK]).max(-1)
-            rows.append(np.stack([error, (np.exp(p) * (p - q)).sum(-1), p.argmax(-1) != q.argmax(-1), behind > UNDECIDED]))
+            rows.append(
+                np.stack([error, (np.exp(p) * (p - q)).sum(-1), p.argmax(-1) != q.argmax(-1), behind > UNDECIDED])
+            )
             target = ids[a + 1 : a + 1 + CHUNK]
             losses.append((p - q)[np.arange(len(target)), target])
     error, kl, flips, decided = np.concatenate(rows, 1)
@@ -103,7 +109,11 @@ def judge(reference: Reference, found: dict[str, float], exact: bool = False) ->
     return [f"{k} {found[k]:.3g} > {limit:.3g}" for k, limit in limits.items() if not found[k] <= limit]
 
 
-def main(runtime: str, versions: Callable[[], dict[str, str]], check: Callable[[Path, Reference], tuple[dict[str, Any], list[str]]]) -> None:
+def main(
+    runtime: str,
+    versions: Callable[[], dict[str, str]],
+    check: Callable[[Path, Reference], tuple[dict[str, Any], list[str]]],
+) -> None:
     """Runs `check(folder, reference)` → (figures, failures) over the folders of the command line: a line each, and exit code
     1 if any failed. --json FILE appends one JSON object a folder."""
     parser = argparse.ArgumentParser(description=f"Checks exported folders in {runtime} against torch's logits.")
@@ -129,7 +139,11 @@ def _run(runtime: str, versions: Callable, check: Callable, folder: Path, where:
         result |= {"passed": False, "figures": {}, "failures": [f"{type(error).__name__}: {str(error).strip()[:300]}"]}
     result["seconds"] = round(time.perf_counter() - start, 2)
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in result["figures"].items())
-    words = f"passed: {shown}" if result["passed"] else f"failed: {'; '.join(result['failures'])}" + (f" ({shown})" if shown else "")
+    words = (
+        f"passed: {shown}"
+        if result["passed"]
+        else f"failed: {'; '.join(result['failures'])}" + (f" ({shown})" if shown else "")
+    )
     print(f"{runtime} {folder.name} {words}".replace("\n", " "), flush=True)
     return result
 

@@ -36,4 +36,8 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
 
 
 if __name__ == "__main__":
-    main("aarch64", lambda: {"onnxruntime": ort.__version__, "aarch64 core": os.environ.get("QEMU_CPU", "unknown")}, check)
+    main(
+        "aarch64",
+        lambda: {"onnxruntime": ort.__version__, "aarch64 core": os.environ.get("QEMU_CPU", "unknown")},
+        check,
+    )

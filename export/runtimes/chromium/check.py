@@ -40,9 +40,20 @@ class Server(http.server.SimpleHTTPRequestHandler):
     and /answer the page's result."""
 
     def __init__(
-        self, *args: Any, model: Path, request: dict[str, Any], answers: queue.Queue[dict[str, Any]], logits: IO[bytes] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        model: Path,
+        request: dict[str, Any],
+        answers: queue.Queue[dict[str, Any]],
+        logits: IO[bytes] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.model, self.request_data, self.answers, self.answered = model, request, answers, kwargs.pop("answered", threading.Event())
+        self.model, self.request_data, self.answers, self.answered = (
+            model,
+            request,
+            answers,
+            kwargs.pop("answered", threading.Event()),
+        )
         self.logits = logits
         super().__init__(*args, **kwargs)
 
@@ -56,7 +67,9 @@ class Server(http.server.SimpleHTTPRequestHandler):
         return str(target if target.is_relative_to(base.resolve()) else base / "none")
 
     def do_GET(self) -> None:
-        if self.path == "/hold":  # an image of the page: the browser takes its picture when everything has loaded, so when this has
+        if (
+            self.path == "/hold"
+        ):  # an image of the page: the browser takes its picture when everything has loaded, so when this has
             self.answered.wait(TIMEOUT)
             return self._send(b"")
         if self.path == "/request.json":
@@ -88,11 +101,20 @@ class Server(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-Server.extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript", ".wasm": "application/wasm"}
+Server.extensions_map = {
+    **http.server.SimpleHTTPRequestHandler.extensions_map,
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+}
 
 
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
-    request = {"windows": reference.ids.tolist(), "prompt": reference.prompt, "steps": len(reference.greedy), "check": True}
+    request = {
+        "windows": reference.ids.tolist(),
+        "prompt": reference.prompt,
+        "steps": len(reference.greedy),
+        "check": True,
+    }
     with tempfile.TemporaryFile() as logits:
         answer = in_browser(folder, request, os.environ.get("SCREENSHOT"), logits)
         found: dict[str, Any] = figures(reference, np.memmap(logits, "<f4", "r", shape=reference.logits.shape))
@@ -102,13 +124,24 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     return found | {"greedy": about.split()[1], "tok_s": answer["tok_s"], "load_s": answer["loaded"]}, failures
 
 
-def in_browser(folder: Path, request: dict[str, Any], picture: str | None = None, logits: IO[bytes] | None = None) -> dict[str, Any]:
+def in_browser(
+    folder: Path, request: dict[str, Any], picture: str | None = None, logits: IO[bytes] | None = None
+) -> dict[str, Any]:
     """What the page posts back; `picture` gets a screenshot of it, `logits` the rows."""
     answers: queue.Queue[dict[str, Any]] = queue.Queue()
-    handler = functools.partial(Server, model=folder.resolve(), request=request, answers=answers, logits=logits, answered=threading.Event())
+    handler = functools.partial(
+        Server, model=folder.resolve(), request=request, answers=answers, logits=logits, answered=threading.Event()
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, tempfile.TemporaryDirectory() as profile:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+        ]
         if picture:
             flags += [f"--screenshot={Path(picture).resolve()}", "--window-size=900,560"]
         else:
@@ -129,7 +162,9 @@ def in_browser(folder: Path, request: dict[str, Any], picture: str | None = None
 def _browser() -> str:
     found = os.environ.get("CHROMIUM") or next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        raise RuntimeError(f"no browser: install one of {', '.join(BROWSERS)} (apt-get install chromium), or set CHROMIUM")
+        raise RuntimeError(
+            f"no browser: install one of {', '.join(BROWSERS)} (apt-get install chromium), or set CHROMIUM"
+        )
     return found
 
 

@@ -30,7 +30,9 @@ class Stepper:
     def __init__(self, path: Path, batch: int = 1, level: int = 4) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))  # of the `std` profile's products
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", str(level)
+        )  # of the `std` profile's products
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = [node.name for node in self.session.get_inputs()]
         self.outputs = [node.name for node in self.session.get_outputs()]
@@ -40,7 +42,9 @@ class Stepper:
         self.reset(batch)
 
     def reset(self, batch: int = 1) -> None:
-        self.past = {name: np.zeros((batch, heads, 0, width), self.type) for name, (heads, width) in self.shapes.items()}
+        self.past = {
+            name: np.zeros((batch, heads, 0, width), self.type) for name, (heads, width) in self.shapes.items()
+        }
         self.length = 0
 
     def step(self, ids: np.ndarray) -> np.ndarray:
@@ -48,7 +52,9 @@ class Stepper:
         batch, count = ids.shape
         feeds = {"input_ids": ids, "attention_mask": np.ones((batch, self.length + count), np.int64)}
         feeds["position_ids"] = np.tile(np.arange(self.length, self.length + count), (batch, 1))
-        outputs = dict(zip(self.outputs, self.session.run(None, {n: v for n, v in (feeds | self.past).items() if n in self.names})))
+        outputs = dict(
+            zip(self.outputs, self.session.run(None, {n: v for n, v in (feeds | self.past).items() if n in self.names}))
+        )
         self.past = {name: outputs[name.replace("past_key_values", "present")] for name in self.past}
         self.length += count
         return outputs["logits"]

@@ -61,9 +61,16 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     if manifest["profile"] == "openvino-npu":
         lengths = {"NPUW_LLM_MAX_PROMPT_LEN": NPUW_POSITIONS, "NPUW_LLM_MIN_RESPONSE_LEN": NPUW_POSITIONS}
         compiled = core.compile_model(stateful(core.read_model(path), len(reference.cache)), "NPU", NPUW | lengths)
-        last = figures(reference, [last_steps(compiled, reference, NPUW_POSITIONS)], reference.prompt - 1, NPUW_POSITIONS)
+        last = figures(
+            reference, [last_steps(compiled, reference, NPUW_POSITIONS)], reference.prompt - 1, NPUW_POSITIONS
+        )
         add("npuw", last, False)
-        search("genai_npuw", "NPU", NPUW | {"MAX_PROMPT_LEN": NPUW_POSITIONS, "MIN_RESPONSE_LEN": NPUW_POSITIONS}, NPUW_MARGIN)
+        search(
+            "genai_npuw",
+            "NPU",
+            NPUW | {"MAX_PROMPT_LEN": NPUW_POSITIONS, "MIN_RESPONSE_LEN": NPUW_POSITIONS},
+            NPUW_MARGIN,
+        )
     return out, failures
 
 
@@ -102,7 +109,9 @@ def _states(compiled: Any, ids: np.ndarray, spans: list[tuple[int, int]]) -> Ite
         yield request.infer(_feeds(names, ids, start, stop) | {"beam_idx": np.zeros(1, np.int32)})["logits"][0].copy()
 
 
-def generated(folder: Path, model: ov.Model, reference: Reference, device: str, properties: dict[str, Any]) -> list[int]:
+def generated(
+    folder: Path, model: ov.Model, reference: Reference, device: str, properties: dict[str, Any]
+) -> list[int]:
     """The greedy continuation of the prompt by openvino-genai's pipeline, which reads a folder of its own layout."""
     with tempfile.TemporaryDirectory() as temporary:
         ov.save_model(model, Path(temporary) / "openvino_model.xml", compress_to_fp16=False)
@@ -110,7 +119,10 @@ def generated(folder: Path, model: ov.Model, reference: Reference, device: str, 
         pipeline = openvino_genai.LLMPipeline(temporary, device, **properties)
         settings = openvino_genai.GenerationConfig()
         settings.max_new_tokens, settings.do_sample, settings.ignore_eos = len(reference.greedy), False, True
-        settings.eos_token_id, settings.stop_token_ids = 0, {0}  # unset they are -1, which it refuses even where they are ignored
+        settings.eos_token_id, settings.stop_token_ids = (
+            0,
+            {0},
+        )  # unset they are -1, which it refuses even where they are ignored
         made = pipeline.generate(ov.Tensor(reference.start[None].copy()), settings)
         return list(made.tokens[0])
 
@@ -134,7 +146,9 @@ def stateful(model: ov.Model, entries: int) -> ov.Model:
             reader.replace_source_output(gathered.output(0))
     model.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(model, {name: name.replace("past_key_values", "present") for name in names})
-    batch = op.gather(op.shape_of(inputs["input_ids"].get_node(), output_type="i64"), op.constant(np.array([0])), op.constant(0))
+    batch = op.gather(
+        op.shape_of(inputs["input_ids"].get_node(), output_type="i64"), op.constant(np.array([0])), op.constant(0)
+    )
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
             _, heads, _, width = node.get_output_partial_shape(0)
@@ -142,7 +156,9 @@ def stateful(model: ov.Model, entries: int) -> ov.Model:
             shape = op.concat([batch, *widths], 0)
             node.set_arguments([op.broadcast(op.constant(np.float32(0)), shape).output(0)])
         if node.get_type_name() == "Reshape" and node.input_value(0).get_node().get_type_name() == "Multiply":
-            shape = node.input_value(1).get_node()  # of a packed weight: NPUW makes int64 constants of repeated layers parameters
+            shape = node.input_value(
+                1
+            ).get_node()  # of a packed weight: NPUW makes int64 constants of repeated layers parameters
             if shape.get_type_name() == "Constant":
                 node.input(1).replace_source_output(op.constant(shape.get_data().astype(np.int32)).output(0))
     model.validate_nodes_and_infer_types()

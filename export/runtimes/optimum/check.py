@@ -32,7 +32,12 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     def logits(window: int) -> np.ndarray:
         ids, past, rows = torch.from_numpy(reference.ids[window])[None], None, []
         for start, stop in reference.spans(window):
-            out = model(input_ids=ids[:, start:stop], attention_mask=torch.ones(1, stop, dtype=torch.long), past_key_values=past, use_cache=True)
+            out = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=torch.ones(1, stop, dtype=torch.long),
+                past_key_values=past,
+                use_cache=True,
+            )
             past = out.past_key_values
             rows.append(out.logits[0].numpy())
         return np.concatenate(rows)
@@ -40,7 +45,13 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     found: dict[str, Any] = figures(reference, map(logits, range(reference.windows)))
     failures = judge(reference, found, is_exact(folder))
     prompt = torch.from_numpy(reference.start)[None]
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(reference.greedy), do_sample=False, eos_token_id=None)
+    made = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(reference.greedy),
+        do_sample=False,
+        eos_token_id=None,
+    )
     fine, about = greedy_agrees(reference, made[0, reference.prompt :].tolist(), MARGIN)
     return found | {"greedy": about.split()[1]}, failures + ([] if fine else [about])
 

@@ -30,8 +30,12 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
         made, operators = next(Path(work).glob("*.ort")), next(Path(work).glob("*.config")).read_text()
         session = stepper(made)
         found: dict[str, Any] = figures(reference, session.logits(reference))
-        listed = sum(line.count(",") + 1 for line in operators.splitlines() if line and not line.startswith("#") and ";" in line)
-        return found | {"ort_mb": made.stat().st_size / 1e6, "operators": str(listed)}, judge(reference, found, is_exact(folder))
+        listed = sum(
+            line.count(",") + 1 for line in operators.splitlines() if line and not line.startswith("#") and ";" in line
+        )
+        return found | {"ort_mb": made.stat().st_size / 1e6, "operators": str(listed)}, judge(
+            reference, found, is_exact(folder)
+        )
 
 
 def stepper(path: Path) -> Any:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "static"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Reference, figures, judge, main
 from epcontext import session
-from static_session import StaticSession
+from host import StaticSession
 
 STEPS = 8  # last ids of a window that are fed one by one: the emulator takes its time
 ARCH = os.environ.get("HTP_ARCH", "75")
@@ -35,7 +35,11 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     failures = judge(reference, found)
     alone = figures(reference, cpu)  # what rounding the activations costs without HTP
     found |= {"cpu_kl": alone["kl"], "cpu_flips": alone["flips"]}
-    return found | {"htp_to_cpu": float(np.abs(device - cpu).max()), "peak": float(np.abs(cpu).max()), "htp": int(ARCH)}, failures
+    return found | {
+        "htp_to_cpu": float(np.abs(device - cpu).max()),
+        "peak": float(np.abs(cpu).max()),
+        "htp": int(ARCH),
+    }, failures
 
 
 def logits(model: StaticSession, reference: Reference) -> np.ndarray:

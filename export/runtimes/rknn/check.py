@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 from rknn.api import RKNN
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "static"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Reference, figures, judge, main
-from static_session import StaticSession
+from host import StaticSession
 
 STEPS = 4  # last ids of a window that are fed one by one
 TARGET = os.environ.get("RKNN_TARGET", "rk3588")
@@ -50,7 +50,9 @@ class Simulated:
 
     def run(self, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         with redirect_stdout(sys.stderr):
-            out = self.rknn.inference(inputs=[feeds[name] for name in self.inputs], data_format=["nchw"] * len(self.inputs))
+            out = self.rknn.inference(
+                inputs=[feeds[name] for name in self.inputs], data_format=["nchw"] * len(self.inputs)
+            )
         if out is None:
             raise RuntimeError("RKNN.inference returned nothing")
         by_name = dict(zip(self.outputs, out))

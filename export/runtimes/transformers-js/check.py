@@ -29,7 +29,14 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
         out = Path(work) / "logits.f32"
         request = {"folder": str(folder.resolve()), "windows": reference.ids.tolist(), "prompt": reference.prompt}
         request |= {"steps": len(reference.greedy), "out": str(out)}
-        done = subprocess.run(["node", str(HERE / "run.mjs")], input=json.dumps(request), capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(
+            ["node", str(HERE / "run.mjs")],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            check=False,
+        )
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-400:])
         answer = json.loads(done.stdout.strip().splitlines()[-1])

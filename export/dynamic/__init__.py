@@ -1,0 +1,1 @@
+"""ONNX graphs of any length, for ONNX Runtime and its relatives."""

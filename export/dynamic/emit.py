@@ -1,0 +1,200 @@
+"""Graph → ONNX by a walk over the config: no tracing, no pattern matching, one function a subgraph.
+
+  input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
+                             └────────────────────────────────────┘   └────────────────────────────────────┘
+  attention_mask ─ prelude ─ what every attention reads
+
+One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of the
+ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
+Initializers carry the parameters' names, so `read` gets the graph back. Weights are lazy: each is made when it is
+written, one at a time.
+
+Letters: B batch, T new positions, S all positions, D hidden, H heads, K KV heads, d head_dim, F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinycompress.errors import InputError
+from tinycompress.graph.config import Config, layer_prefix
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantTensor
+
+from ..profiles import Profile
+from . import forms_contrib, forms_standard
+from .draw import EMBEDDING, JOINED, Choices, Draw
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DTYPES = ("auto", "float32")
+SCALES = ("float32", "float16")
+LEVELS = (0, 1, 2, 3, 4)
+FORMS: dict[str, Any] = {"contrib": forms_contrib, "standard": forms_standard}
+
+
+def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph:
+    """The graph as it will be exported: dense weights and scales in float32, lazily; `dtype="float32"` also turns packed
+    weights into dense ones; `scales="float16"` rounds the scales of packed weights to values that float16 holds."""
+    if dtype not in DTYPES:
+        raise InputError("dtype", repr(dtype), " | ".join(DTYPES))
+    if scales not in SCALES:
+        raise InputError("scales", repr(scales), " | ".join(SCALES))
+    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
+    if scales == "float16":
+        packed = {n: _half_scales(n, w) for n, w in packed.items()}
+        graph = graph.replace(weights=packed) if packed else graph
+    floats = graph.dense(torch.float32)
+    if dtype == "float32" or not packed:
+        return floats
+    return floats.replace(
+        weights={n: w.to(dtype=torch.float32) for n, w in packed.items()}
+    )  # the scales; integers are shared
+
+
+def emit(
+    graph: Graph,
+    profile: Profile,
+    dtype: str = "auto",
+    accuracy_level: int = 4,
+    scales: str = "float32",
+    kv_scales: Mapping[str, Tensor] | None = None,
+) -> ir.Model:
+    """The ONNX model of a graph.
+
+    Inputs: input_ids, attention_mask int64 [B, T] and [B, S] (and position_ids where the profile has them);
+    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention; int8 with `kv_scales`.
+    Outputs: logits float [B, T, V]; present.{j}.key, .value [B, K, S, d].
+    """
+    check(graph, profile, accuracy_level)
+    draw = Draw(prepare(graph, dtype, scales), profile, Choices(accuracy_level, scales == "float16", kv_scales or {}))
+    _walk(draw, FORMS[profile.form])
+    return draw.model()
+
+
+def features(graph: Graph, profile: Profile) -> set[str]:
+    """What a prepared graph needs of the runtime beyond the base, as keys of `Profile.floors`."""
+    packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
+    out = {f"bits_{profile.container(w.spec.bits)}" for w in packed.values()}
+    return out | {"gather"} if EMBEDDING in packed else out
+
+
+def attention_layers(config: Config) -> list[int]:
+    """Indices of the layers that have attention: cache entry j belongs to the j-th of them."""
+    return [i for i, layer in enumerate(config.layers) if layer.n_heads]
+
+
+def check(graph: Graph, profile: Profile, accuracy_level: int = 4) -> None:
+    """What a profile cannot carry, as an `InputError` before any work."""
+    if accuracy_level not in LEVELS:
+        raise InputError(
+            "accuracy_level", accuracy_level, f"{LEVELS}: 0 is the runtime's float arithmetic, 4 int8 activations"
+        )
+    config, multiple = graph.config, profile.width_multiple
+    widths = {"Config.hidden_size": config.hidden_size, "Config.vocab_size": config.vocab_size}
+    widths |= {"Config.head_dim": config.head_dim} if attention_layers(config) else {}
+    widths |= {f"Config.layers[{i}].ffn_dim": layer.ffn_dim for i, layer in enumerate(config.layers)}
+    for name, width in widths.items():
+        if width % multiple:
+            raise InputError(
+                name,
+                width,
+                f"a multiple of {multiple} for the {profile.name} profile (prune to such widths, or another profile)",
+            )
+    for i, layer in enumerate(config.layers):
+        if profile.grouped and layer.n_heads and layer.group < 2:
+            accepted = f"fewer than its {layer.n_heads} heads for the {profile.name} profile (the std profile takes it)"
+            raise InputError(f"Config.layers[{i}].n_kv_heads", layer.n_kv_heads, accepted)
+    for name, weight in graph.weights.entries.items():
+        if isinstance(weight, QuantTensor):
+            _check_grid(name, weight, profile)
+
+
+def _check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
+    profile.check_zeros(name, weight.spec)
+    if name == EMBEDDING and weight.spec.float_zero:  # GatherBlockQuantized has no such form
+        raise InputError(
+            f"grid of {name}", f"{weight.spec}: float zero points", "integer ones (-asym), or none, for the embedding"
+        )
+    profile.block(name, weight.shape[1] // weight.scales.shape[1], weight.shape[1])
+    if name == EMBEDDING and weight.shape[1] % 2:
+        raise InputError(
+            f"{name} for export", f"{weight.shape[1]} packed columns", "an even number, or a dense embedding"
+        )
+
+
+def _half_scales(name: str, weight: QuantTensor) -> QuantTensor:
+    half = weight.scales.half()
+    if not torch.isfinite(half).all() or ((half == 0) & (weight.scales != 0)).any():
+        raise InputError(f"scales of {name}", "values that float16 cannot hold", 'scales="float32"')
+    return QuantTensor(weight.packed, half.to(weight.scales.dtype), weight.zeros, weight.spec, weight.shape)
+
+
+# The walk -----------------------------------------------------------------------------------------------------------
+
+
+def _walk(draw: Draw, form: Any) -> None:
+    config = draw.config
+    ids = draw.input("input_ids", "INT64", ["batch_size", "sequence_length"])
+    mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
+    shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
+    cached = "INT8" if draw.choices.kv_scales else "FLOAT"
+    x, residual, slot = form.embedding(draw, ids), None, 0
+    presents: list[tuple[int, list[ir.Value]]] = []
+    # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises
+    for i, layer in enumerate(config.layers):
+        at = layer_prefix(i)
+        if layer.n_heads:
+            n, residual = form.norm(draw, f"{at}.input_layernorm", x, residual)
+            qkv = _linears(draw, form, f"{at}.self_attn", "qkv_proj", n)
+            past = [
+                draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past"))
+                for kind in ("key", "value")
+            ]
+            y, new = form.attention(draw, f"{at}.self_attn", qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            presents.append((i, new))
+            x, slot = _linear(draw, form, f"{at}.self_attn.o_proj", y), slot + 1
+        if layer.ffn_dim:
+            n, residual = form.norm(draw, f"{at}.post_attention_layernorm", x, residual)
+            x = _ffn(draw, form, f"{at}.mlp", n)
+    n, _ = form.norm(draw, "model.norm", x, residual)
+    draw.output("logits", _linear(draw, form, "lm_head", n), ["batch_size", "sequence_length", config.vocab_size])
+    for slot, (i, new) in enumerate(presents):
+        for kind, value in zip(("key", "value"), new):
+            draw.output(f"present.{slot}.{kind}", value, _cache(config, config.layers[i], "total"), cached)
+
+
+def _cache(config: Config, layer: Any, span: str) -> list[str | int]:
+    return ["batch_size", layer.n_kv_heads, f"{span}_sequence_length", config.head_dim]
+
+
+def _ffn(draw: Draw, form: Any, at: str, x: ir.Value) -> ir.Value:
+    """down(silu(gate) · up); runtimes fuse x · sigmoid(x)."""
+    both = _linears(draw, form, at, "gate_up_proj", x)
+    gate, up = both if len(both) == 2 else draw.ops(at, "Split", both, 2, axis=-1, num_outputs=2)
+    silu = draw.op(f"{at}.silu", "Mul", [gate, draw.op(at, "Sigmoid", [gate])])
+    return _linear(draw, form, f"{at}.down_proj", draw.op(at, "Mul", [silu, up]))
+
+
+def _linears(draw: Draw, form: Any, at: str, joined: str, x: ir.Value) -> list[ir.Value]:
+    """The linears of `JOINED`, a value each; or one value, theirs side by side, where they are one product."""
+    parts = [f"{at}.{part}" for part in JOINED[at.rpartition(".")[2]][joined]]
+    if not draw.joins(parts):
+        return [_linear(draw, form, part, x) for part in parts]
+    y = form.product(draw, f"{at}.{joined}", parts, x)
+    biases = [f"{part}.bias" for part in parts]
+    return (
+        [draw.op(f"{at}.{joined}", "Add", [y, draw.dense_rows(f"{at}.{joined}.bias", biases)])]
+        if biases[0] in draw.graph.weights
+        else [y]
+    )
+
+
+def _linear(draw: Draw, form: Any, name: str, x: ir.Value) -> ir.Value:
+    y = form.linear(draw, name, x)
+    return draw.op(name, "Add", [y, draw.dense(f"{name}.bias")]) if f"{name}.bias" in draw.graph.weights else y

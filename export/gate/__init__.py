@@ -1,0 +1,1 @@
+"""The gate: an export is compared with its graph before it appears, and again on request."""

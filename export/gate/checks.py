@@ -1,0 +1,184 @@
+"""What the gate of an export compares: torch and the exported model on the same tokens, each check a figure.
+
+Checks of level 0 give their figure, the largest logit of torch and a description. Far positions are reached without
+computing everything before them: both runtimes get the same past in their caches and decode from there. That past is real
+text, its keys turned to where they now stand: a random one drives a model where float32 itself is off by 1e-2 (SmolLM2 in
+torch, against float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinycompress.graph.config import Config
+from tinycompress.model.fused_ops import rotate
+from tinycompress.model.transformer import Transformer
+
+from ..dynamic.attention import frequencies, unrotated_keys
+from ..dynamic.emit import attention_layers
+from ..dynamic.session import OrtModel
+from ..read import initializers
+
+PROMPT, STEPS = 8, 16  # of the decode check
+FAR_STEPS, TILE = 8, 64  # decoded behind a past of repeated text, and that text's length
+LARGEST_PAST = (
+    1 << 27
+)  # bytes a runtime: a longer cache is not worth the last positions, whose tables are compared anyway
+
+
+def exact_checks(
+    exported: OrtModel, model: Transformer, ids: Tensor
+) -> Mapping[str, Callable[[], tuple[float, float, str]]]:
+    """The checks of level 0 on one window [1, T], each giving its figure, the largest logit and a description."""
+    out = {"prefill": partial(_prefill, exported, model, ids), "decode": partial(_decode, exported, model, ids)}
+    if isinstance(exported, OrtModel) and ids.shape[1] > 3:
+        out["padding"] = partial(_padding, exported, model, ids)
+    return out | {check: partial(_far_steps, exported, model, ids, start) for check, start in far(model.config).items()}
+
+
+def tables(folder: str | Path, config: Config) -> float:
+    stored = initializers(folder)
+    if unrotated_keys(config):
+        expected = {"rope.frequencies": frequencies(config)}
+    else:
+        expected = dict(zip(("rope.cos", "rope.sin"), config.rope.tables(config.head_dim, config.max_position)))
+    pairs = [(stored.get(name), table) for name, table in expected.items()]
+    same = all(found is not None and found.shape == table.shape for found, table in pairs)
+    return max(compare([pair])[0] for pair in pairs) if same else math.inf  # type: ignore[list-item]
+
+
+def _prefill(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
+    expected = model(ids)
+    return *compare([(exported(ids), expected)]), f"{ids.shape[1]} positions"
+
+
+def _decode(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
+    """Every step behind a prompt, against torch's cached path and against its prefill."""
+    prompt = min(PROMPT, ids.shape[1] // 2)
+    T = min(prompt + STEPS, ids.shape[1])
+    ours, theirs, whole = exported.new_cache(1, T), model.new_cache(1, T), model(ids[:, :T])
+    pairs = []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
+        got = exported.step(ids[:, start:stop], ours)
+        pairs.append((got, model(ids[:, start:stop], theirs)))
+        if (
+            not unrotated_keys(model.config) or model.config.rope.trained >= T
+        ):  # else the past was computed at other frequencies
+            pairs.append((got, whole[:, start:stop]))
+    return *compare(pairs), f"{T - prompt} steps behind {prompt} tokens"
+
+
+def cached(exported: OrtModel, model: Transformer, ids: Tensor, limit: float) -> tuple[float, float, str]:
+    """Mean KL of the steps behind a prompt, its limit, and a description: what a rounded cache costs those who read it."""
+    prompt = min(PROMPT, ids.shape[1] // 2)
+    T = min(prompt + TILE, ids.shape[1])
+    cache, rows = exported.new_cache(1, T), []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
+        rows.append(exported.step(ids[:, start:stop], cache)[0, -1])
+    expected, got = model(ids[:, :T])[0, prompt - 1 :].log_softmax(-1), torch.stack(rows).log_softmax(-1)
+    kl = F.kl_div(got, expected, log_target=True, reduction="batchmean").item()
+    return (
+        kl,
+        limit,
+        f"nats a token over {T - prompt} steps behind {prompt} tokens, {cache.nbytes // T:,} bytes a position",
+    )
+
+
+def _padding(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
+    """Two prompts of different lengths in one batch, the shorter padded on the right, and two steps behind them."""
+    long = min(PROMPT, ids.shape[1] - 2)
+    short = max(1, long // 2)
+    mask = torch.ones(2, long + 2, dtype=torch.long)
+    mask[1, short:long] = 0
+    prompts, cache = ids[:, :long].repeat(2, 1), exported.new_cache(2, long + 2)
+    got = exported.step(prompts, cache, mask[:, :long])
+    expected = model(ids[:, : long + 2])[0], model(torch.cat([ids[:, :short], ids[:, long : long + 2]], 1))[0]
+    pairs = [(got[0], expected[0][:long]), (got[1, :short], expected[1][:short])]
+    for i in range(2):
+        step = exported.step(ids[:, long + i : long + i + 1].repeat(2, 1), cache, mask[:, : long + i + 1])
+        pairs += [(step[0, 0], expected[0][long + i]), (step[1, 0], expected[1][short + i])]
+    return *compare(pairs), f"prompts of {long} and {short} in one batch, two steps"
+
+
+def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) -> tuple[float, float, str]:
+    """Steps from position `start` on, behind a past that repeats the start of the window up to there."""
+    config = model.config
+    tile = max(1, min(TILE, ids.shape[1] - FAR_STEPS))
+    stop = min(start + FAR_STEPS, config.max_position, start + ids.shape[1] - tile)
+    near, theirs, ours = model.new_cache(1, tile), model.new_cache(1, stop), exported.new_cache(1, stop)
+    model(ids[:, :tile], near)
+    index = (torch.arange(start) - start) % tile  # ends with the end of the tile, so that the text goes on
+    (cos, sin), (far_cos, far_sin) = (config.rope.tables(config.head_dim, n) for n in (tile, start))
+    for slot, (pair, i) in enumerate(zip(ours.layers, attention_layers(config))):
+        keys, values = near.layers[i]
+        varies = (
+            config.rope.varies_with_length
+        )  # then torch caches keys as they are; the file only if its context reaches that far
+        plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
+        far_keys = rotate(plain[:, :, index], far_cos, far_sin)
+        key_buffers = ((pair[0], unrotated_keys(config)), (theirs.layers[i][0], varies))
+        for buffer, as_they_are in key_buffers:
+            buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
+        if ours.key_scales:
+            pair[0][:, :, :start] /= ours.key_scales[slot][:, None]
+        for buffer in (pair[1], theirs.layers[i][1]):
+            buffer[:, :, :start] = values[:, :, index]
+    ours.length = theirs.length = start
+    steps = ids[:, tile : tile + stop - start].split(1, 1)
+    pairs = [(exported.step(step, ours), model(step, theirs)) for step in steps]
+    return *compare(pairs), f"positions {start} … {stop - 1} behind repeated text"
+
+
+def compare(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """The largest difference (NaN if there is any) and the largest expected logit."""
+    differences = torch.stack([(got - expected).abs().max() for got, expected in pairs])
+    return differences.max().item(), max(expected.abs().max().item() for _, expected in pairs)
+
+
+def far(config: Config) -> dict[str, int]:
+    """Where the far checks start: none without attention."""
+    if not attention_layers(config):
+        return {}
+    out, original, end = {}, config.rope.original_max_position, config.max_position
+    if original and original < end:
+        out["beyond_context"] = max(0, original - FAR_STEPS // 2)
+    width = sum(layer.n_kv_heads for layer in config.layers) * config.head_dim * 2 * 4
+    if width * end <= LARGEST_PAST:
+        out["end_of_context"] = max(0, end - FAR_STEPS)
+    return out
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What the exported model as shipped says, beside torch, over `count` tokens."""
+
+    kl: float  # nats a token
+    flips: int  # positions with another top token
+    count: int
+    perplexity: tuple[float, float]  # torch, exported
+
+
+def shipped(exported: OrtModel, model: Transformer, ids: Tensor, bar: Any) -> Shipped:
+    """KL, flips and perplexity at the level in the file, on windows ids [W, T]."""
+    kl, flips, nll, count = 0.0, 0, torch.zeros(2, dtype=torch.float64), 0
+    for window in ids.split(1):
+        p, q = model(window)[0], exported(window)[0]  # (T, V)
+        kl += sum(
+            F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum").item()
+            for a, b in zip(p.split(64), q.split(64))
+        )
+        flips += int((p.argmax(-1) != q.argmax(-1)).sum())
+        nll += torch.stack([F.cross_entropy(logits[:-1], window[0, 1:]).double() for logits in (p, q)])
+        count += len(p)
+        bar.update()
+    ours, theirs = (nll / len(ids)).exp().tolist()
+    return Shipped(kl / count, flips, count, (ours, theirs))

@@ -1,0 +1,1 @@
+"""ONNX graphs of fixed shapes, for the compilers of NPUs."""

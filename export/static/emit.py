@@ -1,0 +1,286 @@
+"""Graph → ONNX of fixed shapes, for NPU compilers: a walk over the config that draws standard operators only.
+
+  hidden [1,S,D] ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
+                      └────────────────────────────────────┘└───────────────────────────────────┘
+  norm        x·x ─ mean ─ +ε ─ √ ─ x/· ─ ·w                     or RMSNormalization
+  q,k,v       linear ─ Reshape [1,S,n,d] ─ Transpose [1,n,S,d]; q and k turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
+  attention   q ─ Reshape [1,K,g·S,d] ─┐                        past_value ┐
+     past_key ┐                        MatMul ─ Reshape [1,H,S,C+S] ─ +mask ─ Softmax ─ Reshape [1,K,g·S,C+S] ─ MatMul ─ …
+     new key  ┴ Concat ─ Transpose ────┘                  new value ┴ Concat ───────────────────────────────────┘
+
+The queries of a group are rows of one product, so keys and values are never repeated. Embedding, mask and rotation come
+from the host, which also writes the new keys and values into its cache. With integer activations every value passes
+through Quantize- and DequantizeLinear on the grid of its key; values that are only moved share a key, hence a grid. There
+keys, which an NPU may read at 8 bits, are also balanced: k / s and q · s channel by channel, behind the rotation; and keys
+and values are split in two of 8 bits each, unless 8 are enough (`attend`).
+
+Letters: S new positions, C slots of the cache, D hidden, H heads, K KV heads, g = H / K, d head_dim, V vocabulary;
+for weights N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tinycompress.errors import InputError
+from tinycompress.graph.config import Layer, layer_prefix
+from tinycompress.graph.graph import Graph
+from tinycompress.graph.quant_tensor import QuantTensor
+
+from ..dynamic.draw import Choices, Draw
+from ..dynamic.emit import attention_layers
+from ..profiles import Profile
+from .activation_ranges import GRIDS, Activations, Grid
+from .forms import FORMS
+from .weights import block_weight, channel_weight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+UNIT = 1 / 65536  # HTP's own step for sigmoid and softmax
+MASK, COS, SIN = "mask", "cos", "sin"
+MOVES = ("Reshape", "Transpose", "Slice", "Concat")
+Points = dict[str, list["ir.Value"]]
+
+
+def emit_static(graph: Graph, profile: Profile, length: int, activations: Activations | None = None) -> ir.Model:
+    """The ONNX model of a graph made ready (`static_forms.make_ready`) for `length` new positions.
+
+    Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S]; cos, sin [1, 1, S, d/2]; past_key_j, past_value_j [1, K, C, d],
+    j counting the layers that have attention. Outputs: logits [1, S, V]; new_key_j, new_value_j [1, K, S, d].
+    `activations`: integer ones, with the grid of every key (see `observed`); None draws float activations.
+    """
+    emitter = _Static(graph, profile, length, activations)
+    emitter.draw_model()
+    return emitter.draw.model()
+
+
+def observed(
+    graph: Graph, profile: Profile, length: int, key_scales: Mapping[str, Tensor]
+) -> tuple[ir.Model, dict[str, str], dict[str, ir.Value]]:
+    """The float model with every computed activation as an output; the key of each of these outputs; and by key the
+    constants and inputs that need a grid. What is only moved has a key already, and so has the cache."""
+    emitter = _Static(graph, profile, length, None)
+    emitter.key_scales = key_scales
+    emitter.draw_model()
+    draw, named, given = emitter.draw, {}, {}
+    for key, values in emitter.points.items():
+        for value in values:
+            node = value.producer()
+            if node is None:
+                given.setdefault(key, value)
+            elif node.op_type not in MOVES and not emitter.fixed(key):
+                if value not in draw.outputs:
+                    value.name, value.dtype = f"point_{len(named)}", draw.ir.DataType.FLOAT
+                    draw.outputs.append(value)
+                named[str(value.name)] = key
+    return draw.model(), named, given
+
+
+class _Static:
+    """Draws one graph of fixed shapes. Methods append nodes and return the value they end in."""
+
+    def __init__(self, graph: Graph, profile: Profile, length: int, activations: Activations | None) -> None:
+        self.draw = Draw(graph, profile, Choices(accuracy_level=0))
+        self.graph, self.config, self.profile, self.form = graph, graph.config, profile, FORMS[profile.name]
+        self.S, self.C = length, graph.config.max_position
+        self.grids: Mapping[str, Grid] | None = activations and activations.grids
+        self.key_scales: Mapping[str, Tensor] = activations.key_scales if activations else {}
+        self.attention_bits = activations.attention_bits if activations else None
+        self.points: Points = {}  # activations by key
+        self.count: Counter[tuple[str, str]] = Counter()  # nodes by key and kind
+        self.host: dict[str, ir.Value] = {}  # mask, cos and sin, on their grids
+
+    def draw_model(self) -> None:
+        D, S, C, half = self.config.hidden_size, self.S, self.C, self.config.head_dim // 2
+        x = self.act(self.draw.input("hidden", "FLOAT", (1, S, D)), "hidden")
+        if attention_layers(self.config):
+            for name, shape in ((MASK, (1, 1, S, C + S)), (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
+                self.host[name] = self.act(self.draw.input(name, "FLOAT", shape), name)
+        caches: list[tuple[str, ir.Value, tuple[int, ...]]] = []
+        for i, layer in enumerate(self.config.layers):
+            at = layer_prefix(i)
+            if layer.n_heads:
+                n = self.norm(f"{at}.input_layernorm", x)
+                y = self.attention(f"{at}.self_attn", n, layer, caches)
+                x = self.op(f"{at}.attention_sum", "Add", [x, y])
+            if layer.ffn_dim:
+                y = self.ffn(f"{at}.mlp", self.norm(f"{at}.post_attention_layernorm", x))
+                x = self.op(f"{at}.ffn_sum", "Add", [x, y])
+        logits = self.linear("lm_head", self.norm("model.norm", x))
+        self.draw.output("logits", logits, (1, S, self.config.vocab_size))
+        for name, value, shape in caches:
+            self.draw.output(name, value, shape)
+
+    def norm(self, name: str, x: ir.Value) -> ir.Value:
+        """RMSNorm of x [1, S, D]."""
+        weight = self.act(self.draw.dense(f"{name}.weight"), f"{name}.weight")
+        if self.form.fused_norm:
+            return self.op(name, "RMSNormalization", [x, weight], axis=-1, epsilon=self.config.norm_eps)
+        axis = self.draw.constant("last_axis", torch.tensor([-1]))
+        mean = self.op(f"{name}.mean", "ReduceMean", [self.op(f"{name}.square", "Mul", [x, x]), axis], keepdims=1)
+        root = self.op(
+            f"{name}.root",
+            "Sqrt",
+            [self.op(f"{name}.sum", "Add", [mean, self.number("norm_eps", self.config.norm_eps)])],
+        )
+        return self.op(name, "Mul", [self.op(f"{name}.unit", "Div", [x, root]), weight])
+
+    def attention(
+        self, at: str, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]
+    ) -> ir.Value:
+        """Grouped-query attention behind the cache; the new keys and values are added to `caches`."""
+        S, C, d, H, K, slot = self.S, self.C, self.config.head_dim, layer.n_heads, layer.n_kv_heads, len(caches) // 2
+        q, new_keys = (
+            self.rotate(f"{at}.{what}", self.heads(f"{at}.{what[0]}_proj", x, n))
+            for what, n in (("query", H), ("key", K))
+        )
+        new_values, key = self.heads(f"{at}.v_proj", x, K), f"{at}.key"
+        if at in self.key_scales:
+            scales, key = self.key_scales[at], f"{at}.key_balanced"  # scales [K, d]
+            q = self.op(
+                f"{at}.query_scaled",
+                "Mul",
+                [q, self.table(f"{at}.query_scale", scales.repeat_interleave(layer.group, 0) * d**-0.5)],
+            )
+            new_keys = self.op(key, "Mul", [new_keys, self.table(f"{at}.key_scale", 1 / scales)])
+        else:
+            q = self.op(f"{at}.query_scaled", "Mul", [q, self.number("scale", d**-0.5)])
+        keys = self.behind(f"past_key_{slot}", new_keys, key, K)
+        values = self.behind(f"past_value_{slot}", new_values, f"{at}.v_proj", K)
+        caches += [(f"new_key_{slot}", new_keys, (1, K, S, d)), (f"new_value_{slot}", new_values, (1, K, S, d))]
+        rows = self.reshape(q, f"{at}.query_scaled", (1, K, layer.group * S, d))
+        scores = self.attend(f"{at}.scores", rows, self.transpose(keys, key, (0, 1, 3, 2)), key)
+        scores = self.reshape(scores, f"{at}.scores", (1, H, S, C + S))
+        probs = self.op(
+            f"{at}.softmax", "Softmax", [self.op(f"{at}.masked", "Add", [scores, self.host[MASK]])], axis=-1
+        )
+        probs = self.reshape(probs, f"{at}.softmax", (1, K, layer.group * S, C + S))
+        out = self.attend(f"{at}.heads", probs, values, f"{at}.v_proj")
+        out = self.transpose(self.reshape(out, f"{at}.heads", (1, H, S, d)), f"{at}.heads", (0, 2, 1, 3))
+        return self.linear(f"{at}.o_proj", self.reshape(out, f"{at}.heads", (1, S, H * d)))
+
+    def attend(self, key: str, x: ir.Value, cached: ir.Value, cached_key: str) -> ir.Value:
+        """x · cached, keys or values on the grid of `cached_key`. HTP reads the second factor at 8 bits, so where 16 are wanted
+        it comes as two: c = u8(cached), whose step is 257 of the grid's, and r = u8(cached - c), whose step is 2."""
+        if self.grids is None or self.attention_bits == 8:
+            return self.op(key, "MatMul", [x, cached])
+        grid, at = self.grids[cached_key], f"{key}.second"
+        coarse = self.on(cached, f"{at}.coarse", Grid(257 * grid.scale, round(grid.zero / 257), "uint8"))
+        rest = self.draw.op(f"{at}.rest", "Sub", [cached, self.on(coarse, f"{at}.coarse16", grid)])
+        rest = self.on(
+            rest, f"{at}.rest16", Grid(grid.scale / 100, 32768, "uint16")
+        )  # reaches 327 steps: more than the coarse one
+        fine = self.on(rest, f"{at}.fine", Grid(2 * grid.scale, 128, "uint8"))
+        return self.op(key, "Add", [self.op(key, "MatMul", [x, coarse]), self.op(key, "MatMul", [x, fine])])
+
+    def heads(self, name: str, x: ir.Value, n: int) -> ir.Value:
+        """A linear's output as heads, [1, n, S, d]."""
+        y = self.reshape(self.linear(name, x), name, (1, self.S, n, self.config.head_dim))
+        return self.transpose(y, name, (0, 2, 1, 3))
+
+    def rotate(self, key: str, x: ir.Value) -> ir.Value:
+        """x [1, n, S, d] turned by the half-split rule; its own grid is that of the linear it comes from."""
+        source = key.replace("query", "q_proj").replace("key", "k_proj")
+        half = self.config.head_dim // 2
+        a, b = self.slice(x, source, 0, half), self.slice(x, source, half, 2 * half)
+        cos, sin = self.host[COS], self.host[SIN]
+        products = [
+            self.op(f"{key}.turned", "Mul", [half_x, table])
+            for half_x, table in ((a, cos), (b, sin), (b, cos), (a, sin))
+        ]
+        first, second = self.op(key, "Sub", products[:2]), self.op(key, "Add", products[2:])
+        return self.op(key, "Concat", [first, second], axis=3)
+
+    def behind(self, name: str, new: ir.Value, key: str, kv_heads: int) -> ir.Value:
+        """The cache input [1, K, C, d] with the new positions behind it."""
+        past = self.act(self.draw.input(name, "FLOAT", (1, kv_heads, self.C, self.config.head_dim)), key)
+        return self.op(key, "Concat", [past, new], axis=2)
+
+    def ffn(self, at: str, x: ir.Value) -> ir.Value:
+        """down(silu(gate) · up)."""
+        gate, up = self.linear(f"{at}.gate_proj", x), self.linear(f"{at}.up_proj", x)
+        silu = self.op(f"{at}.silu", "Mul", [gate, self.op(f"{at}.sigmoid", "Sigmoid", [gate])])
+        return self.linear(f"{at}.down_proj", self.op(f"{at}.mid", "Mul", [silu, up]))
+
+    def linear(self, name: str, x: ir.Value) -> ir.Value:
+        """x [1, S, K] to [1, S, N]."""
+        weight, bias = self.draw.entry(f"{name}.weight"), f"{name}.bias" in self.graph.weights
+        key = f"{name}.product" if bias else name
+        if not isinstance(weight, QuantTensor):
+            y = self.op(key, "MatMul", [x, self.draw.dense(f"{name}.weight", transposed=True)])
+        elif weight.scales.shape[1] == 1:
+            y = self.op(key, "MatMul", [x, channel_weight(self.draw, f"{name}.weight", weight)])
+        else:
+            inputs, attributes = block_weight(self.draw, f"{name}.weight", weight)
+            y = self.act(self.draw.op(name, "MatMulNBits", [x, *inputs], "com.microsoft", **attributes), key)
+        if bias:
+            y = self.op(name, "Add", [y, self.act(self.draw.dense(f"{name}.bias"), f"{name}.bias")])
+        return y
+
+    # Nodes ----------------------------------------------------------------------------------------------------------
+
+    def op(self, key: str, kind: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        """A node whose output lies on the grid of `key`."""
+        return self.act(self.draw.op(self.at(key, kind), kind, inputs, **attributes), key)
+
+    def at(self, key: str, kind: str) -> str:
+        """A node's name must be its own: the second of a kind with one key is numbered."""
+        self.count[key, kind] += 1
+        return key if self.count[key, kind] == 1 else f"{key}.{self.count[key, kind]}"
+
+    def reshape(self, x: ir.Value, key: str, shape: tuple[int, ...]) -> ir.Value:
+        return self.op(
+            key, "Reshape", [x, self.draw.constant("shape_" + "_".join(map(str, shape)), torch.tensor(shape))]
+        )
+
+    def transpose(self, x: ir.Value, key: str, order: tuple[int, ...]) -> ir.Value:
+        return self.op(key, "Transpose", [x], perm=order)
+
+    def slice(self, x: ir.Value, key: str, start: int, stop: int) -> ir.Value:
+        """Channels start … stop - 1 of the last of four axes."""
+        ends = [self.draw.constant(f"at_{n}", torch.tensor([n])) for n in (start, stop, 3)]
+        return self.op(key, "Slice", [x, *ends])
+
+    def table(self, name: str, values: Tensor) -> ir.Value:
+        """A number for each channel of each head, [n, d] as [1, n, 1, d]."""
+        return self.act(self.draw.constant(name, values.float()[None, :, None].contiguous()), name)
+
+    def number(self, name: str, value: float) -> ir.Value:
+        return self.act(self.draw.constant(name, torch.tensor([value])), name)
+
+    def act(self, x: ir.Value, key: str) -> ir.Value:
+        """x on the grid of `key`; with float activations x itself, noted as a point that a grid would need."""
+        if self.grids is None:
+            self.points.setdefault(key, []).append(x)
+            return x
+        return self.on(x, key, self.grid(key))
+
+    def on(self, x: ir.Value, key: str, grid: Grid) -> ir.Value:
+        """x through a grid's integers and back; `key` names the grid's constants."""
+        zero = torch.tensor(grid.zero, dtype=getattr(torch, grid.dtype))
+        step = [self.draw.constant(f"{key}.step", torch.tensor(grid.scale)), self.draw.constant(f"{key}.zero", zero)]
+        at = self.at(key, "QuantizeLinear")
+        return self.draw.op(at, "DequantizeLinear", [self.draw.op(at, "QuantizeLinear", [x, *step]), *step])
+
+    def fixed(self, key: str) -> bool:
+        """Between 0 and 1, on a grid that the compiler prescribes."""
+        return key.endswith((".softmax", ".sigmoid")) and self.form.activations == "uint16"
+
+    def grid(self, key: str) -> Grid:
+        assert self.grids is not None
+        if self.fixed(key):
+            return Grid(UNIT, 0, "uint16")
+        if key not in self.grids:
+            raise InputError(f"activation {key}", "no range", "the ranges of every activation (see observed)")
+        grid = self.grids[key]
+        if grid.dtype not in GRIDS or grid.dtype != self.form.activations:
+            raise InputError(
+                f"activation {key}", grid.dtype, f"{self.form.activations} for the {self.profile.name} profile"
+            )
+        return grid

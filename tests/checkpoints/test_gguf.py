@@ -1,0 +1,252 @@
+"""GGUF files, written here with the gguf package's own writer: every layout it may hold, and what is refused."""
+
+import dataclasses
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import random_graph
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinycompress.checkpoints.checkpoint import load
+from tinycompress.checkpoints.gguf_reader import TYPES, load_gguf, unpermute
+from tinycompress.errors import InputError
+from tinycompress.graph.config import Config, Layer, shapes
+from tinycompress.graph.rope import Rope
+
+WIDE = Config(
+    vocab_size=64, hidden_size=256, head_dim=32, layers=(Layer(8, 2, 256),), max_position=64
+)  # rows of one K-quant block
+Q = gguf.GGMLQuantizationType
+IDS = torch.arange(32)[None]
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write(
+    path,
+    graph,
+    encode=lambda name, array: (array, None),
+    metadata=lambda writer: None,
+    architecture="llama",
+    extra=(),
+    ffn=None,
+):
+    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: as its dtype says)."""
+    config = graph.config
+    first = config.layers[0]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    uniform = config.uniform
+    writer.add_head_count(first.n_heads if uniform else [layer.n_heads for layer in config.layers])
+    writer.add_head_count_kv(first.n_kv_heads if uniform else [layer.n_kv_heads for layer in config.layers])
+    writer.add_feed_forward_length(ffn or (first.ffn_dim if uniform else [layer.ffn_dim for layer in config.layers]))
+    writer.add_key_length(config.head_dim)
+    metadata(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    for name, weight in graph.weights.items():
+        array = weight.numpy()
+        for linear, heads in (("q_proj", "n_heads"), ("k_proj", "n_kv_heads")):
+            if f".{linear}." in name:
+                array = permute(array, getattr(config.layers[int(name.split(".")[2])], heads))
+        data, kind = encode(name, np.ascontiguousarray(array))
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
+    for name, array in extra:
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_unpermute_is_the_inverse_of_llama_cpps_permute():
+    for heads, rows in ((4, 64), (1, 8), (9, 9 * 64)):
+        array = np.random.default_rng(0).normal(size=(rows, 5))
+        assert np.array_equal(unpermute(permute(array, heads), heads), array)
+        assert heads * 2 == rows or not np.array_equal(permute(array, heads), array)
+
+
+@pytest.mark.parametrize("which", ["tiny", "nonuniform"])
+def test_float32_is_exact(which, request, tmp_path):
+    graph = request.getfixturevalue(which)
+    back = load(write(tmp_path / "m.gguf", graph))
+    assert back.config == graph.config
+    assert back.fingerprint() == graph.fingerprint()
+    assert torch.equal(back.module()(IDS), graph.module()(IDS))
+
+
+def test_tied_head_biases_and_dtype(tmp_path):
+    config = dataclasses.replace(
+        WIDE, tie_embeddings=True, biases=frozenset({"q_proj", "k_proj", "down_proj"}), bos_token_id=1, eos_token_id=2
+    )
+    graph = random_graph(config)
+
+    def ids(writer):
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+
+    path = write(tmp_path / "m.gguf", graph, metadata=ids)
+    assert load(path).config == config
+    assert load(path).fingerprint() == graph.fingerprint()
+    half = load(path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "kind", [name for name in TYPES if name not in ("F32", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+)
+def test_types_that_the_library_can_write(kind, tmp_path):
+    graph = random_graph(WIDE)
+
+    def encode(name, array):
+        if array.ndim == 1:
+            return array, None
+        return gguf.quants.quantize(array, Q[kind]), Q[kind]
+
+    back = load(write(tmp_path / "m.gguf", graph, encode))
+    for name, weight in graph.weights.items():
+        error = (back.weights[name] - weight).abs().max().item()
+        bits = {"F16": 11, "BF16": 8, "Q8_0": 7}.get(kind, int(kind[1]) - 1 if kind[0] == "Q" else 8)
+        assert error <= weight.abs().max().item() * 2.0**-bits, (name, error)
+        assert weight.dim() == 1 or error > 0
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_by_random_bytes(kind, tmp_path):
+    graph, rng, floats = random_graph(WIDE), np.random.default_rng(1), {}
+    block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
+
+    def encode(name, array):
+        if array.ndim == 1:
+            return array, None
+        data = rng.integers(0, 256, (array.shape[0], array.shape[1] // block * size), dtype=np.uint8)
+        at = {"Q2_K": size - 4, "Q4_K": 0, "Q5_K": 0}.get(kind, size - 2)  # the block's float16 scales: finite ones
+        data.reshape(-1, size)[:, at + 1 :: 2][:, : 2 if kind in ("Q2_K", "Q4_K", "Q5_K") else 1] &= 0x3B
+        floats[name] = torch.from_numpy(gguf.quants.dequantize(data, Q[kind]))
+        return data, Q[kind]
+
+    back = load(write(tmp_path / "m.gguf", graph, encode))
+    for name, expected in floats.items():
+        heads = {"q_proj": 8, "k_proj": 2}.get(name.split(".")[-2])
+        expected = torch.from_numpy(unpermute(expected.numpy(), heads)) if heads else expected
+        assert torch.equal(back.weights[name], expected) and expected.isfinite().all() and expected.std() > 0
+
+
+def llama3_divisors(factor, length=8192, head_dim=32, theta=5e5):
+    return (Rope(theta).inv_freq(head_dim) / Rope(theta, "llama3", factor, length).inv_freq(head_dim)).numpy()
+
+
+ROPES = {
+    "linear": (
+        Rope(1e4, "linear", 2.0),
+        lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(2.0)),
+        (),
+    ),
+    "none": (Rope(1e4), lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE), ()),
+    "yarn": (
+        Rope(1e4, "yarn", 4.0, 16),
+        lambda w: (
+            w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            w.add_rope_scaling_factor(4.0),
+            w.add_rope_scaling_orig_ctx_len(16),
+        ),
+        (),
+    ),
+    "llama3": (Rope(5e5, "llama3", 32.0, 8192), lambda w: None, (("rope_freqs.weight", llama3_divisors(32.0)),)),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling(name, tmp_path):
+    rope, metadata, extra = ROPES[name]
+    graph = random_graph(dataclasses.replace(WIDE, rope=rope))
+    back = load(write(tmp_path / "m.gguf", graph, metadata=metadata, extra=extra))
+    assert back.config == graph.config
+
+
+REFUSED = {
+    "another architecture": ({"architecture": "qwen2"}, "general.architecture.*qwen2.*llama"),
+    "experts": ({"metadata": lambda w: w.add_expert_count(8)}, "expert_count"),
+    "partial rotary": ({"metadata": lambda w: w.add_rope_dimension_count(16)}, "rope.dimension_count"),
+    "a part of several": ({"metadata": lambda w: w.add_uint16("split.count", 3)}, "split.count"),
+    "longrope": ({"metadata": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)}, "rope.scaling.type"),
+    "unknown stretch": ({"extra": (("rope_freqs.weight", llama3_divisors(8.0, length=4096)),)}, "rope_freqs.weight"),
+    "unknown tensor": ({"extra": (("blk.0.attn_q_norm.weight", np.ones(32, np.float32)),)}, "attn_q_norm"),
+    "widths a layer": ({"ffn": [256, 256]}, "feed_forward_length.*2 numbers"),
+    "a wrong width": ({"ffn": 255}, "255"),
+    "integers": ({"encode": lambda n, a: (a.astype(np.int32), None) if a.ndim == 2 else (a, None)}, "I32"),
+    "an unknown type": (
+        {"encode": lambda n, a: (gguf.quants.quantize(a, Q.TQ1_0), Q.TQ1_0) if a.ndim == 2 else (a, None)},
+        "TQ1_0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_plain_llama_is_refused(name, tmp_path):
+    changes, said = REFUSED[name]
+    path = write(tmp_path / "m.gguf", random_graph(WIDE), **changes)
+    with pytest.raises(InputError, match=said) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_tensors_and_files(tmp_path):
+    graph = random_graph(WIDE)
+
+    path = write(tmp_path / "m.gguf", graph)
+    data = path.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight")
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="ffn_up"):
+        load(path)
+    with pytest.raises(InputError, match="no such file"):
+        load_gguf(tmp_path / "none.gguf")
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    config = Config(vocab_size=32, hidden_size=16, head_dim=8, layers=(Layer(2, 1, 16),), max_position=64)
+    path = write(tmp_path_factory.mktemp("gguf") / "m.gguf", random_graph(config))
+    return path.read_bytes()
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_read_or_refused(small_file, tmp_path, data):
+    head = 1500  # metadata and tensor descriptions
+    damaged = bytearray(small_file)
+    for _ in range(data.draw(st.integers(0, 3))):
+        damaged[data.draw(st.integers(0, head))] = data.draw(st.integers(0, 255))
+    damaged = damaged[: data.draw(st.integers(0, len(damaged) - 1))]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"damaged\.gguf"):  # it is always shorter than it should be
+        load(path)
+
+
+def test_hostile_counts_end_at_once(small_file, tmp_path):
+    for at in (8, 16):  # tensor count, metadata count
+        path = tmp_path / "hostile.gguf"
+        path.write_bytes(small_file[:at] + struct.pack("<Q", 2**60) + small_file[at + 8 :])
+        with pytest.raises(InputError, match="hostile"):
+            load(path)
+
+
+def test_smollm2(smollm2):
+    assert smollm2.config.n_params == 134_515_008 and smollm2.config.tie_embeddings
+    assert smollm2.config.norm_eps == 1e-5 and smollm2.config.rope.theta == 100000.0
+    assert set(smollm2.weights) == set(shapes(smollm2.config))
+    prompt = smollm2.tokenizer.encode("The capital of France is")
+    text = smollm2.tokenizer.decode(smollm2.module().generate(torch.tensor(prompt), 4).tolist())
+    assert "Paris" in text  # greedy, and wrong at once if q and k rows were left interleaved

@@ -1,0 +1,1 @@
+"""Calibration text, and the walk that shows a pass the inputs of every linear."""

@@ -1,0 +1,272 @@
+"""A graph as one GGUF file for llama.cpp, its packed weights in llama.cpp's own blocks of 32.
+
+    Q4_0   float16 d, 16 bytes               w = d · (q - 8),     q_j in the low half of byte j, q_(j+16) in the high one
+    Q4_1   float16 d, float16 m, 16 bytes    w = d · q + m,       m = -z · d
+    Q8_0   float16 d, 32 signed bytes        w = d · (q - 128)
+
+A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one (z a float or not) on Q4_1's, 8 bits symmetric on Q8_0's: the integers
+stay, d is the group's scale (of either sign) in float16, repeated where a group spans several blocks. Other grids are an
+`InputError`, unless `requantize` names the type to round them to. Dense weights stay dense; norms and biases are F32.
+llama.cpp turns neighbouring channels, so the rows of q and k are reordered (gguf_file.unpermute is the inverse).
+Letters: N out_features, K in_features, B = K / 32 blocks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import check_free_file, new_file
+from ..graph.config import Config, shapes
+from ..graph.graph import Graph
+from ..graph.quant_tensor import QuantTensor
+from ..graph.rope import Rope
+from .bit_words import half_scales
+from .gguf_reader import permuted_heads
+from .gguf_tokenizer import tokenizer_fields
+
+if TYPE_CHECKING:
+    import gguf
+
+BLOCK = 32
+REQUANTIZE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+DENSE = {torch.float16: "F16", torch.bfloat16: "BF16"}  # everything else: F32
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of the file to come: its GGUF name, its parameter's name and shape, its type, and what makes its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    make: Callable[[], np.ndarray]  # uint8 [..., bytes a row]
+
+
+def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None, overwrite: bool = False) -> Path:
+    """Writes the file, one weight in memory at a time; it appears complete or not at all. `requantize` ("Q8_0", "F16", …)
+    is the type that packed weights are rounded to which no block of llama.cpp's holds as they are."""
+    import gguf
+
+    path = Path(path)
+    check_file(path, overwrite)
+    if requantize is not None and requantize not in REQUANTIZE:
+        raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
+    items = check_graph(graph, requantize)
+    fields = (
+        {"tokenizer.ggml.model": "no_vocab"}
+        if graph.tokenizer is None
+        else tokenizer_fields(graph.tokenizer, graph.config)
+    )
+    with new_file(path, overwrite) as work:
+        writer = gguf.GGUFWriter(work, "llama")
+        try:
+            _write(writer, graph.config, items, fields)
+        finally:
+            writer.close()
+    return path
+
+
+def _write(writer: gguf.GGUFWriter, config: Config, items: list[_Item], fields: Mapping[str, Any]) -> None:
+    from tqdm import tqdm
+
+    _add_hyperparameters(writer, config, items)
+    for key, value in fields.items():
+        _add(writer, key, value)
+    sizes = [_add_info(writer, item) for item in items]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="writing", delay=2, leave=False) as bar:
+        for item, size in zip(items, sizes):
+            writer.write_tensor_data(item.make())
+            bar.update(size)
+
+
+def check_file(path: Path, overwrite: bool = False) -> None:
+    """An `InputError` if `path` cannot become a .gguf file: called before hours of work, not after."""
+    if path.suffix != ".gguf":
+        raise InputError("output file", str(path), "a name that ends in .gguf")
+    check_free_file(path, overwrite)
+
+
+def check_graph(graph: Graph, requantize: str | None = None) -> list[_Item]:
+    """The tensors of the file that `graph` makes; an `InputError` for what llama.cpp cannot run."""
+    _check_config(graph.config)
+    return list(_items(graph, requantize))
+
+
+def kind_of(name: str, weight: QuantTensor) -> str:
+    """The block type that holds a packed weight's integers as they are; an `InputError` where none does."""
+    spec, group = weight.spec, weight.shape[1] // weight.scales.shape[1]
+    if group % BLOCK:
+        raise InputError(
+            f"{name} for GGUF", f"groups of {group}", f"multiples of {BLOCK} (or write_gguf's requantize='Q8_0')"
+        )
+    if spec.bits <= 4:
+        return "Q4_0" if spec.symmetric else "Q4_1"
+    if spec.symmetric:
+        return "Q8_0"
+    raise InputError(
+        f"{name} for GGUF", f"{spec}: 8 bits with zero points", "8 bits symmetric (or write_gguf's requantize='Q8_0')"
+    )
+
+
+def blocks(name: str, weight: QuantTensor) -> np.ndarray:
+    """uint8 [N, B · bytes a block]: a packed weight in the blocks of `kind_of`."""
+    kind, (N, K) = kind_of(name, weight), weight.shape
+    repeats = K // weight.scales.shape[1] // BLOCK
+    scales = half_scales(name, weight.scales).repeat_interleave(repeats, 1)  # (N, B)
+    q = weight.ints().reshape(N, K // BLOCK, BLOCK)
+    if kind == "Q8_0":
+        return _joined([scales], q ^ 128)  # as signed bytes: minus 128
+    q = q + (8 - weight.spec.zero if weight.zeros is None else 0)
+    nibbles = q[..., :16] | (q[..., 16:] << 4)
+    if weight.zeros is None:
+        return _joined([scales], nibbles)
+    minimum = -weight.zeros.repeat_interleave(repeats, 1).float() * scales.float()
+    return _joined([scales, half_scales(name, minimum)], nibbles)
+
+
+def _joined(halves: list[Tensor], q: Tensor) -> np.ndarray:
+    """Blocks of float16 fields [N, B] and bytes [N, B, n], one behind the other."""
+    heads = [half.contiguous()[..., None].view(torch.uint8) for half in halves]
+    return torch.cat([*heads, q], -1).flatten(1).cpu().numpy()
+
+
+def _items(graph: Graph, requantize: str | None) -> Iterator[_Item]:
+    import gguf
+
+    config = graph.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    if config.rope.type == "llama3":
+        divisors = Rope(config.rope.theta).inv_freq(config.head_dim) / config.rope.inv_freq(config.head_dim)
+        yield _Item("rope_freqs.weight", tuple(divisors.shape), "F32", lambda: _dense(divisors, "F32"))
+    for name, shape in shapes(config).items():
+        entry, target = graph.weights.entries[name], names.get_name(name, (".weight", ".bias"))
+        assert target is not None
+        order = _row_order(name, config)
+        if isinstance(entry, QuantTensor):
+            kind, make = _packed(name, entry, order, requantize)
+        else:
+            kind = DENSE.get(entry.dtype, "F32") if len(shape) == 2 else "F32"
+            make = _reader(graph, name, order, kind)
+        yield _Item(target, shape, kind, make)
+
+
+def _packed(
+    name: str, weight: QuantTensor, order: Tensor | None, requantize: str | None
+) -> tuple[str, Callable[[], np.ndarray]]:
+    try:
+        kind = kind_of(name, weight)
+    except InputError:
+        if requantize is None:
+            raise
+        kind = requantize
+        if kind.startswith("Q") and weight.shape[1] % BLOCK:
+            raise InputError(
+                f"requantize of {name}",
+                f"{kind}, rows of {weight.shape[1]}",
+                "F16, for rows that are no multiple of 32",
+            ) from None
+        return kind, lambda: _dense(_reordered(name, weight, order).dequantize(torch.float32), kind)
+    half_scales(name, weight.scales)  # before anything is written
+    return kind, lambda: blocks(name, _reordered(name, weight, order))
+
+
+def _reader(graph: Graph, name: str, order: Tensor | None, kind: str) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        weight = graph.tensor(name).detach().cpu()
+        return _dense(weight if order is None else weight[order], kind)
+
+    return read
+
+
+def _dense(weight: Tensor, kind: str) -> np.ndarray:
+    """A dense tensor's bytes: [..., bytes a row]."""
+    import gguf
+
+    return gguf.quants.quantize(weight.float().contiguous().numpy(), gguf.GGMLQuantizationType[kind]).view(np.uint8)
+
+
+def _reordered(name: str, weight: QuantTensor, order: Tensor | None) -> QuantTensor:
+    return weight if order is None else weight.select(name, 0, order)
+
+
+def _row_order(name: str, config: Config) -> Tensor | None:
+    """The rows of q and k in llama.cpp's order, from half-split pairs (i, i + d/2) to neighbours (2i, 2i + 1)."""
+    heads = permuted_heads(name, config)
+    rows = torch.arange(heads * config.head_dim)
+    return rows.reshape(heads, 2, -1).transpose(1, 2).flatten() if heads else None
+
+
+def _check_config(config: Config) -> None:
+    if not config.uniform:
+        raise InputError(
+            "format gguf", "layers of different widths", "layers all alike: all that llama.cpp's llama can run"
+        )
+    if config.rope.type not in ("default", "linear", "yarn", "llama3"):
+        raise InputError("format gguf", f"RoPE of type {config.rope.type}", "default | linear | yarn | llama3")
+    rope = config.rope
+    if rope.type == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
+        raise InputError("format gguf", "yarn with beta_fast, beta_slow or truncate of its own", "32, 1 and true")
+
+
+def _add_hyperparameters(writer: gguf.GGUFWriter, config: Config, items: list[_Item]) -> None:
+    import gguf
+
+    layer, rope = config.layers[0], config.rope
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(layer.ffn_dim)
+    writer.add_head_count(layer.n_heads)
+    writer.add_head_count_kv(layer.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.type))
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.type == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope.trained)
+        formula = Rope(rope.theta, "yarn", rope.factor, rope.trained).attention_scale()
+        if rope.attention_scale() != formula:
+            writer.add_rope_scaling_attn_factors(rope.attention_scale() / formula)
+    common = Counter(item.kind for item in items if len(item.shape) == 2).most_common(1)[0][0]
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if common == "F32" else gguf.LlamaFileType[f"MOSTLY_{common}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _add_info(writer: gguf.GGUFWriter, item: _Item) -> int:
+    """Announces a tensor; returns its bytes."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[item.kind]
+    per_block, size = gguf.GGML_QUANT_SIZES[kind]
+    row = item.shape[-1] // per_block * size
+    nbytes = int(np.prod(item.shape[:-1], dtype=np.int64)) * row
+    writer.add_tensor_info(item.name, (*item.shape[:-1], row), np.dtype(np.uint8), nbytes, kind)
+    return nbytes

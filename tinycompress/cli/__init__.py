@@ -1,0 +1,3 @@
+"""The `tinycompress` command."""
+
+from .main import main as main

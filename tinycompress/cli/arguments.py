@@ -1,0 +1,91 @@
+"""What the commands' arguments stand for: a model, its runtime, its tokenizer, tokens of a text, an export that will work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..graph.config import Config
+    from ..graph.graph import Graph
+    from ..graph.quant_tensor import QuantSpec
+
+LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
+
+
+def open_model(name: str) -> Graph:
+    """MODEL as a Graph: an exported folder gives back the graph that it was made from."""
+    if is_export(name):
+        from tinycompress.export import read
+
+        return read(name)
+    from ..checkpoints.checkpoint import load
+
+    return load(name)
+
+
+def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
+    """What the export would refuse, before the work of compressing: emits a graph of the final shapes without weights."""
+    import torch
+
+    from tinycompress.export import PROFILES, check_static, emit
+
+    from ..graph.config import shapes
+    from ..graph.graph import Graph, LazyTensor, Weights
+    from ..recipe import linear_inputs
+
+    if name not in PROFILES:
+        raise InputError("--export", repr(name), " | ".join(PROFILES))
+    profile = PROFILES[name]
+    if profile.form == "static":
+        return check_static(config, profile, spec, linear_inputs(config))
+    emit(
+        Graph(config, Weights({n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()})),
+        profile,
+    )
+    if spec:
+        for linear, width in linear_inputs(config).items():
+            profile.check_zeros(linear, spec)
+            profile.block(linear, spec.group(linear, width), width)
+
+
+def is_export(name: str) -> bool:
+    return (Path(name) / "manifest.json").is_file() and any(
+        (Path(name) / model).exists() for model in ("model.onnx", "onnx", "prefill.onnx")
+    )
+
+
+def runnable(name: str, graph: Graph) -> Any:
+    """What computes logits and generates: the runtime for an exported folder, else torch. Where memory allows, torch
+    gets packed weights unpacked, which gives the same numbers many times as fast, and everything in float32."""
+    if is_export(name):
+        from tinycompress.export import OrtModel, StaticModel
+
+        return StaticModel(name) if (Path(name) / "prefill.onnx").is_file() else OrtModel(name)
+    import torch
+
+    if 4 * graph.config.n_params > LARGEST_DENSE:
+        return graph.module()
+    return graph.dense(torch.float32).module()
+
+
+def need_tokenizer(graph: Graph) -> Any:
+    if graph.tokenizer is None:
+        raise InputError("tokenizer", "none in this model", "a model with one (tokenizer.json beside the weights)")
+    return graph.tokenizer
+
+
+def read_tokens(
+    graph: Graph, source: str, n: int, seq_len: int | None, default: int, split: str, seed: int | None = None
+) -> Tensor:
+    """Windows of `source`: of `seq_len` tokens, or of `default`, or of the model's context where that is shorter."""
+    from ..calibration.data import tokens
+
+    context = graph.config.max_position
+    if seq_len and seq_len > context:
+        raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
+    return tokens(source, need_tokenizer(graph), n, seq_len or min(default, context), seed=seed, split=split)

@@ -1,0 +1,113 @@
+"""RoPE context scaling: positions beyond the trained length L, by a factor s = context / L. No data, no weights change.
+
+  linear         position interpolation (arXiv:2306.15595):   f / s
+  ntk            NTK-aware: theta · s^(d/(d-2)), so that the lowest frequency is divided by s and the highest kept
+  dynamic        NTK-aware by the length l in use: theta · (s·l/L - (s - 1))^(d/(d-2)) once l > L, unscaled until then
+  ntk-by-parts   f/s below one turn in L, f above 32 turns, a ramp between (arXiv:2309.00071, section 3.2)
+  yarn           the same, and cos, sin × (0.1·ln s + 1) (section 3.3)
+  llama3         f/s for wavelengths above L, f below L/4, a mixture between
+
+The equations live in `tinycompress.graph.rope.Rope`; model and export read them there. LongRoPE's factors are searched for
+(`longrope.py`); Self-Extend changes no graph (`model/self_extend.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..evaluation.perplexity import perplexity
+from ..graph.graph import Graph
+from ..graph.rope import Rope
+
+METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
+UNTRAINED = (
+    "ntk",
+    "ntk-by-parts",
+    "yarn",
+)  # one table for every length; linear lost to these wherever measured (docs/context.md)
+
+
+@dataclass(frozen=True)
+class ScaleRope:
+    """Stretches the context to `context` positions by `method`."""
+
+    context: int
+    method: str = "yarn"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError("ScaleRope.method", repr(self.method), " | ".join(METHODS))
+        if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1:
+            raise InputError("ScaleRope.context", self.context, "a positive number of positions")
+
+    def __call__(self, graph: Graph) -> Graph:
+        config = graph.config
+        if self.context < config.max_position:
+            accepted = (
+                f"at least the model's present context, {config.max_position} (a factor below 1 stretches nothing)"
+            )
+            raise InputError("ScaleRope.context", self.context, accepted)
+        rope = scale_rope(config.rope, self.context, config.max_position, config.head_dim, self.method)
+        return graph.replace(config=dataclasses.replace(config, rope=rope, max_position=self.context), by=self)
+
+
+@dataclass(frozen=True)
+class ChooseRope:
+    """Stretches the context to that of `tokens` [windows, context], by whichever of `methods` has the lowest perplexity on
+    them. No method is the best one for every model, head_dim and factor, and a few windows tell. By default those methods
+    compete that one table serves at every length, but for linear, which is far behind them without fine-tuning. The
+    history names the method that was chosen, as a `ScaleRope`."""
+
+    tokens: Tensor = field(repr=False, compare=False)
+    methods: tuple[str, ...] = UNTRAINED
+
+    def __post_init__(self) -> None:
+        if not self.methods or (unknown := set(self.methods) - set(METHODS)):
+            raise InputError("ChooseRope.methods", sorted(unknown) if self.methods else "none", " | ".join(METHODS))
+
+    def __call__(self, graph: Graph) -> Graph:
+        if self.tokens.dim() != 2 or not len(self.tokens):
+            raise InputError("ChooseRope.tokens", tuple(self.tokens.shape), "[windows, context], at least one window")
+        scaled = [ScaleRope(self.tokens.shape[1], method)(graph) for method in self.methods]
+        dense, losses = graph.dense(), []
+        for choice in tqdm(scaled, desc="choosing the scaling", unit="method", delay=2):
+            model = dense.replace(config=choice.config).module()
+            losses.append(perplexity(model, self.tokens, progress=False).nll.mean().item())
+        return scaled[min(range(len(scaled)), key=losses.__getitem__)]
+
+
+def scale_rope(rope: Rope, context: int, trained: int, head_dim: int, method: str) -> Rope:
+    """The Rope for `context` positions of a model trained on `trained`. Scaling again starts from the first length."""
+    original = rope.original_max_position or round(trained / rope.factor)
+    if context < original:
+        raise InputError("context", context, f"at least the trained length, {original} (a factor of at least 1)")
+    factor = context / original
+    scaled = rope.type != "default" or original != trained
+    if scaled and method != method_of(rope):
+        found = f"already scaled ({rope.type}, {original} → {trained})"
+        raise InputError(
+            "rope",
+            found,
+            "an unscaled model, or the same method again (ntk excepted: its theta does not tell the first one)",
+        )
+    if method == "ntk":
+        if head_dim < 4:
+            raise InputError("head_dim for ntk", head_dim, "at least 4: the exponent is d / (d - 2)")
+        theta = rope.theta * factor ** (head_dim / (head_dim - 2))
+        return Rope(theta=theta, original_max_position=original)
+    out = dataclasses.replace(
+        rope, type="yarn" if method == "ntk-by-parts" else method, factor=factor, original_max_position=original
+    )
+    return dataclasses.replace(out, attention_factor=1.0) if method == "ntk-by-parts" else out
+
+
+def method_of(rope: Rope) -> str | None:
+    """The method that scales to this Rope and can do so again; None for others (and for none)."""
+    if rope.type == "yarn":
+        return {None: "yarn", 1.0: "ntk-by-parts"}.get(rope.attention_factor)
+    return rope.type if rope.type in METHODS else None

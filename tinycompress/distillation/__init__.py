@@ -1,0 +1,1 @@
+"""Distillation: the pass, its losses, teachers, students and training."""

@@ -1,0 +1,358 @@
+"""Distillation: a student learns the distribution that a teacher gives each next token.
+
+    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of inner states or relations)
+
+Forward KL alone at temperature 1 is the default: for base models it beat CE, mixtures of the two and reverse KL (Minitron:
+Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679). Logit losses are fused with the head,
+chunk by chunk (fused_loss.py), so that [tokens × vocabulary] never exists. The teacher runs beside the student, or was cached
+once; on-policy, the student writes part of the text itself (GKD, arXiv:2306.13649).
+
+The student learns with all its weights, through low-rank updates (lora.py), seeing the grid that it will be packed on, or,
+packed already, by its scales (fake_quant.py). Under torchrun student and teacher are split over the processes (distributed.py): the same pass.
+Letters: N windows, B windows of a micro-batch, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.walk import check_calibration
+from ..errors import InputError
+from ..graph.graph import Graph, LazyTensor, Weight
+from ..graph.quant_tensor import QuantSpec, QuantTensor
+from ..graph.topology import feeds
+from ..quantization.fake_quant import GRIDS, learned_scales, packed
+from ..quantization.linear_specs import named_specs, targets
+from .distributed import shard, whole, world
+from .fused_loss import Loss
+from .hidden_losses import HiddenLoss
+from .lora import LoRA, add_lora, merge
+from .objective import Lesson
+from .stable_embedding import stable_rows
+from .student import Network, add_fake_quant, add_packed, add_stable_embedding
+from .training import Training, train
+
+if TYPE_CHECKING:
+    from .teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Trains a graph on windows `tokens` [N, T] to follow `teacher`: a graph, a cache of one, or None (then the losses
+    can only be ce). The work is done on the device of `tokens` (under torchrun: on each process's own).
+
+    held_out: windows [N, T], or several by name, whose perplexities are logged; take one from another corpus too.
+    losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run.
+    lora, fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
+    mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward saw.
+    scales: of a graph that is packed already the scales learn, with norms and biases: integers, embedding and head stay.
+    stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
+    teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
+    context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
+    token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or for each by
+    its kind: answers without their questions, the teacher's text for kl and the answers for ce. Each loss of a step is divided
+    by the sum of its weights.
+    on_policy: the share of steps whose second half the student writes itself, at temperature 1.
+    work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
+    """
+
+    tokens: Tensor = field(repr=False, compare=False)
+    teacher: Graph | TeacherCache | None = field(repr=False, compare=False)
+    training: Training
+    losses: tuple[Loss, ...] = (Loss(),)
+    hidden: tuple[HiddenLoss, ...] = ()
+    held_out: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    lora: LoRA | None = None
+    fake_quant: QuantSpec | Mapping[str, QuantSpec] | None = None
+    grid: str = "refind"
+    scales: bool = False
+    stable_embedding: bool = False
+    on_policy: float = 0.0
+    teacher_context: int | None = None
+    token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    work: Path | None = field(default=None, repr=False, compare=False)
+    log: Path | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.fake_quant is not None:
+            object.__setattr__(self, "fake_quant", named_specs(self.fake_quant))
+        kinds = {loss.kind for loss in self.losses}
+        if not self.losses:
+            raise InputError("Distill.losses", "none", "at least one Loss")
+        if self.teacher is None and kinds != {"ce"}:
+            raise InputError(
+                "Distill.teacher", f"None, with the losses {sorted(kinds)}", "a teacher, or the loss ce alone"
+            )
+        if not isinstance(self.teacher, Graph) and (self.hidden or self.on_policy):
+            raise InputError(
+                "Distill.teacher", type(self.teacher).__name__, "a Graph, for losses of hidden states or on-policy text"
+            )
+        if self.grid not in GRIDS:
+            raise InputError("Distill.grid", repr(self.grid), " | ".join(GRIDS))
+        if self.lora and self.fake_quant:
+            raise InputError(
+                "Distill", "lora together with fake_quant", "one of the two (a merged update would leave the grid)"
+            )
+        if self.scales and (self.lora or self.fake_quant or self.stable_embedding):
+            raise InputError(
+                "Distill.scales", "True, together with lora, fake_quant or stable_embedding", "one of them"
+            )
+        if self.lora and self.stable_embedding:
+            raise InputError(
+                "Distill",
+                "lora together with stable_embedding",
+                "one of the two (with LoRA the embedding does not learn)",
+            )
+        if not 0 <= self.on_policy <= 1:
+            raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
+        for kind, found in self.weights_by_kind().items():
+            shape = tuple(self.tokens.shape)
+            if tuple(found.shape) != shape or not bool((found >= 0).all() & found.isfinite().all()):
+                raise InputError(
+                    f"Distill.token_weights of {kind}",
+                    f"{found.dtype} {tuple(found.shape)}",
+                    f"finite numbers of at least 0, {shape}",
+                )
+            if self.on_policy:
+                raise InputError(
+                    "Distill.token_weights",
+                    f"with on_policy {self.on_policy}",
+                    "one of the two: of its own text all counts",
+                )
+        if isinstance(self.token_weights, Mapping) and self.token_weights.keys() != kinds:
+            raise InputError(
+                "Distill.token_weights", f"for {sorted(self.token_weights)}", f"for each of the losses: {sorted(kinds)}"
+            )
+        if self.teacher_context is not None:
+            if not isinstance(self.teacher, Graph) or not all(loss.of_states for loss in self.hidden):
+                raise InputError(
+                    "Distill.teacher_context",
+                    self.teacher_context,
+                    "None, or a Graph as the teacher and no relations of its tokens",
+                )
+            if self.teacher_context < 1 or self.tokens.shape[-1] % self.piece:
+                raise InputError(
+                    "Distill.teacher_context",
+                    self.teacher_context,
+                    f"a divisor of the windows' {self.tokens.shape[-1]} tokens",
+                )
+
+    def weights_by_kind(self) -> Mapping[str, Tensor]:
+        """token_weights [N, T] by kind of loss; empty if all tokens count the same."""
+        given = self.token_weights
+        if given is None or isinstance(given, Mapping):
+            return given or {}
+        return {loss.kind: given for loss in self.losses}
+
+    @property
+    def piece(self) -> int:
+        """Tokens that the teacher reads at a time."""
+        return min(self.teacher_context or self.tokens.shape[-1], self.tokens.shape[-1])
+
+    def __call__(self, graph: Graph) -> Graph:
+        self.check(graph)
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if world() > 1 and torch.cuda.is_available()
+            else self.tokens.device
+        )
+        dtype = torch.promote_types(graph.dtype, torch.float32)
+        dense = graph.dense(dtype) if self.scales else graph
+        network = Network(dense, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
+        if self.lora:
+            add_lora(network, graph, self.lora, self.training.seed)
+        if self.fake_quant:
+            add_fake_quant(network, graph, targets(graph, self.fake_quant), self.grid == "learn")
+        if self.scales:
+            add_packed(network, graph)
+        if self.stable_embedding:
+            add_stable_embedding(network)
+        lesson = Lesson(self, graph, device)
+        lesson.add_projections(network, dtype)
+        shard(network, network.blocks, device)
+        parameters = dict(network.named_parameters())  # the shards: a sharded module shows whole ones while it computes
+        lesson.network = network
+        train(
+            network,
+            self.tokens,
+            lesson,
+            self.training,
+            held_out=self._held_out(),
+            work=None if self.work is None else Path(self.work),
+            log=None if self.log is None else Path(self.log),
+            key=self.key(graph) if self.work else "",
+        )
+        with torch.no_grad():
+            changed = self._weights(graph, network, parameters)
+        return graph.replace(weights=changed, by=self)
+
+    def check(self, graph: Graph) -> None:
+        """What would fail later, as an InputError now: no weight is read."""
+        check_calibration(graph, self.tokens)
+        for name, windows in self._held_out().items():
+            if windows.dim() != 2 or not 2 <= windows.shape[1] <= graph.config.max_position:
+                raise InputError(
+                    f"held-out set {name}",
+                    tuple(windows.shape),
+                    f"windows [N, T] of 2 … {graph.config.max_position} tokens",
+                )
+        if isinstance(self.teacher, Graph):
+            check_teacher(self.teacher, graph, self.piece)
+            for loss in self.hidden:
+                loss.pairs(graph.config, self.teacher.config)
+        elif self.teacher is not None:
+            check_cache(self.teacher, graph, self.tokens)
+        if self.scales:
+            linears = [
+                graph.weights.entries[f"{name}.weight"]
+                for feed in feeds(graph.config)
+                if feed.layer is not None
+                for name in feed.readers
+            ]
+            if not any(isinstance(weight, QuantTensor) for weight in linears):
+                raise InputError(
+                    "Distill.scales", "True for a graph without a packed linear in its layers", "a quantized graph"
+                )
+        specs = (
+            {} if self.scales else targets(graph, self.fake_quant or QuantSpec(8, None))
+        )  # still dense, and groups that divide
+        if "lm_head" in specs:
+            raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
+        if self.grid == "learn" and any(spec.scale == "lpbq" for spec in specs.values()):
+            raise InputError("Distill.grid", "'learn' with lpbq scales, which have a form of their own", "'refind'")
+        if self.training.batch % world():
+            raise InputError("Training.batch", self.training.batch, f"a multiple of the {world()} processes")
+        if self.on_policy and world() > 1:
+            raise InputError(
+                "Distill.on_policy",
+                f"{self.on_policy} on {world()} processes",
+                "one process: the student generates whole",
+            )
+        if self.training.lr == 0:
+            raise InputError("Training.lr", 0, "a number above 0")
+
+    def _held_out(self) -> Mapping[str, Tensor]:
+        if self.held_out is None or isinstance(self.held_out, Tensor):
+            return {} if self.held_out is None else {"held_out": self.held_out}
+        return self.held_out
+
+    def key(self, graph: Graph) -> str:
+        """Equal for runs that compute the same: everything but where and how often states and logs are written."""
+        teacher = (
+            self.teacher.fingerprint() if isinstance(self.teacher, Graph) else self.teacher and self.teacher.fingerprint
+        )
+        settings = asdict(replace(self.training, save_every=1))
+        parts = [
+            graph.fingerprint(),
+            str(teacher),
+            json.dumps(settings),
+            repr((self.losses, self.hidden, self.lora, self.fake_quant)),
+        ]
+        digest = hashlib.sha256(
+            " ".join(
+                [*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece} {self.scales}"]
+            ).encode()
+        )
+        measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
+        weights = [part.double() for _, part in sorted(self.weights_by_kind().items())]
+        for windows in (self.tokens, *weights, *measured):
+            digest.update(windows.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _weights(
+        self, graph: Graph, network: Network, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Weight | LazyTensor]:
+        """The graph's changed weights, in their own dtype and place; those of a fake-quantized linear are packed."""
+        quantized = targets(graph, self.fake_quant) if self.fake_quant else {}
+        out: dict[str, Weight | LazyTensor] = {}
+        for name, entry in graph.weights.entries.items():
+            owner, _, what = name.rpartition(".")
+            table = parameters.get(f"transformer.{owner}.table")
+            if table is not None:
+                embedding: Any = network.transformer.get_submodule(owner)
+                folded = stable_rows(whole(table), embedding.length, whole(parameters[f"transformer.{owner}.gain"]))
+                out[name] = folded.to(_device(entry), entry.dtype)
+                continue
+            if isinstance(entry, QuantTensor):
+                delta = parameters.get(f"transformer.{owner}.scales_delta")
+                if delta is not None:  # else a table, which stays
+                    learned = learned_scales(entry.scales.to(delta.dtype), whole(delta).detach().to(entry.device))
+                    out[name] = replace(entry, scales=learned.to(entry.dtype))
+                continue
+            parameter = parameters[f"transformer.{name}"]
+            lora_a = parameters.get(f"transformer.{owner}.lora_a") if what == "weight" else None
+            if not parameter.requires_grad and lora_a is None:
+                continue  # frozen: the very tensor that was given
+            weight = whole(parameter).detach()
+            if lora_a is not None:
+                b = whole(parameters[f"transformer.{owner}.lora_b"])
+                assert self.lora
+                weight = merge(weight, whole(lora_a), b, self.lora.alpha / self.lora.rank)
+            if what == "weight" and owner in quantized:
+                delta = parameters.get(f"transformer.{owner}.scales_delta")
+                module: Any = network.transformer.get_submodule(owner)
+                scales = None if delta is None else learned_scales(module.start, whole(delta).detach())
+                out[name] = packed(owner, weight, quantized[owner], scales, module.zeros).to(_device(entry))
+            else:
+                out[name] = weight.to(_device(entry), entry.dtype)
+        return out
+
+
+def check_teacher(teacher: Graph, student: Graph, seq_len: int) -> None:
+    """A teacher of another vocabulary, or of too short a context, is an InputError."""
+    theirs, ours = teacher.config.vocab_size, student.config.vocab_size
+    if theirs != ours:
+        raise InputError(
+            "teacher", f"a vocabulary of {theirs} tokens", f"the student's, {ours}: logits are compared token by token"
+        )
+    if teacher.tokenizer and student.tokenizer:
+        different = [t for t in _vocabulary(teacher).items() ^ _vocabulary(student).items()]
+        if different:
+            raise InputError(
+                "teacher",
+                f"another tokenizer ({len(different)} entries differ, such as {different[0]})",
+                "the student's tokenizer",
+            )
+    if seq_len > teacher.config.max_position:
+        raise InputError(
+            "windows",
+            f"{seq_len} tokens",
+            f"at most the teacher's context, {teacher.config.max_position}, or a teacher_context",
+        )
+
+
+def check_cache(cache: TeacherCache, student: Graph, tokens: Tensor) -> None:
+    """A cache of another vocabulary, of other tokens or made with another tokenizer is an InputError."""
+    from .teacher_cache import digest
+
+    if cache.vocab_size != student.config.vocab_size:
+        raise InputError(
+            "teacher",
+            f"a cache of {cache.vocab_size} tokens' vocabulary",
+            f"the student's, {student.config.vocab_size}",
+        )
+    if cache.index["tokens"] != digest(tokens):
+        raise InputError(
+            "teacher",
+            f"a cache of other tokens ({cache.windows} × {cache.seq_len})",
+            f"one of these very windows {tuple(tokens.shape)}",
+        )
+    if student.tokenizer and cache.index["tokenizer"] not in (None, digest(student.tokenizer)):
+        raise InputError("teacher", "a cache made with another tokenizer", "the student's tokenizer")
+
+
+def _vocabulary(graph: Graph) -> dict[str, int]:
+    assert graph.tokenizer
+    return graph.tokenizer.backend.get_vocab()
+
+
+def _device(entry: Weight | LazyTensor) -> torch.device:
+    return entry.device if not isinstance(entry, LazyTensor) else torch.device("cpu")

@@ -1,0 +1,392 @@
+"""Distillation losses whose [tokens × vocabulary] logits never exist: fused with the head, a chunk of tokens at a time.
+
+For a chunk of c tokens with hidden states h [c, D] and the head W [V, D],
+
+    z = h Wᵀ,   L += Σ loss(z, target),   G = ∂L/∂z,   ∂L/∂h = G W,   ∂L/∂W += Gᵀ h
+
+all in the forward: G overwrites z, and backward only scales what is there. So one chunk of logits exists (and one of the
+teacher's, made from its hidden states and its head), whatever the number of tokens, and a mixture of losses shares them.
+The same idea: Liger-Kernel, arXiv:2410.10989. Softmax and losses are in float32 (float64 for float64 inputs).
+
+Where the losses come from stands in divergences.py; those on hidden states are in hidden_losses.py. Letters: n tokens,
+c tokens of a chunk, D hidden size, V vocabulary, k stored ids, B batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import InputError
+from ..graph.quant_tensor import QuantTensor
+from ..model import cpu_memory
+from ..model.matmul import PREFER_ONEDNN, outer, product
+from .divergences import Loss, Softmax, bucketed, full, labelled, sampled
+from .hidden_losses import hidden_loss, layer_pairs, relation_loss
+from .schedule import Ramp
+
+__all__ = [
+    "HiddenTarget",
+    "Loss",
+    "SampledTarget",
+    "Target",
+    "TopKTarget",
+    "fused_loss",
+    "hidden_loss",
+    "layer_pairs",
+    "relation_loss",
+]
+
+IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
+HEAD_ROWS = 4096  # rows of a head that are converted or unpacked at a time
+BLOCK = 1 << 19  # logits whose softmax is made at a time: on a CPU the intermediates stay in its cache
+GPU_BLOCK = 1 << 25
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTarget:
+    """A teacher's last hidden states [n, D_t] (after the norm) and its head [V, D_t]: all of its distribution."""
+
+    hidden: Tensor
+    head: Tensor | QuantTensor
+
+    def rows(self, index: Tensor | slice) -> HiddenTarget:
+        return HiddenTarget(self.hidden[index], self.head)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """[n, V], float32 or better: for a few rows."""
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        out = torch.empty(len(self.hidden), self.head.shape[0], dtype=dtype, device=self.hidden.device)
+        _logits(self.hidden.to(_product_dtype(self.hidden, dtype)), self.head, out)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTarget:
+    """Token ids drawn from a teacher, int [n, k], and their shares of the draws, float [n, k], padded with share 0
+    (random sampling KD, arXiv:2503.16870)."""
+
+    ids: Tensor
+    probs: Tensor
+
+    def rows(self, index: Tensor | slice) -> SampledTarget:
+        return SampledTarget(self.ids[index], self.probs[index])
+
+    def to(self, device: torch.device) -> SampledTarget:
+        return SampledTarget(self.ids.to(device), self.probs.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class TopKTarget:
+    """A teacher's k most probable ids [n, k], distinct, and their probabilities [n, k]; all else is one outcome of mass 1 - Σ."""
+
+    ids: Tensor
+    probs: Tensor
+
+    def rows(self, index: Tensor | slice) -> TopKTarget:
+        return TopKTarget(self.ids[index], self.probs[index])
+
+    def to(self, device: torch.device) -> TopKTarget:
+        return TopKTarget(self.ids.to(device), self.probs.to(device))
+
+
+Target: TypeAlias = HiddenTarget | SampledTarget | TopKTarget
+Known: TypeAlias = (
+    Tensor | SampledTarget | TopKTarget | None
+)  # a target of one chunk: the teacher's logits, or what a cache holds
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Tensor | QuantTensor,
+    losses: Sequence[Loss],
+    *,
+    labels: Tensor | None = None,
+    teacher: Target | None = None,
+    token_weights: Tensor | Mapping[str, Tensor] | None = None,
+    denominator: Tensor | float | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """The weighted sum of `losses` over tokens, divided by `denominator`: a scalar to call backward on (once).
+
+    hidden: the student's last hidden states [n, D], after the norm; head: its weight [V, D], a parameter, the result of
+    other operations, or packed (then it gets no gradient). bfloat16, float16, float32 or float64; a scalar float32 or
+    float64 comes out.
+    labels: int [n], the next tokens, -100 where there is none; needed by ce, and a mask for all losses.
+    teacher: needed by all other losses, n rows. token_weights: float or bool [n], how much each token counts (0: not at all),
+    or such by the kind of loss (a kind that is not there counts all).
+    denominator: the sum of these weights over the whole step, all of its micro-batches and processes; by default those here,
+    each loss by its own.
+    chunk: tokens whose logits exist at a time. Raises InputError for arguments that do not fit together.
+    """
+    _check(hidden, head, losses, labels, teacher, chunk)
+    counting = tuple(loss for loss in losses if loss.weight)
+    weights = {
+        kind: _token_weights(hidden, labels, _of_kind(token_weights, kind)) for kind in {loss.kind for loss in losses}
+    }
+    if denominator is None and isinstance(token_weights, Mapping):
+        weights = {kind: w / w.sum() if w.any() else w for kind, w in weights.items()}
+        denominator = 1.0
+    index = torch.stack([w > 0 for w in weights.values()]).any(0).nonzero()[:, 0]
+    if all(loss.kind == "ce" for loss in counting):
+        teacher = None  # nothing asks it
+    elif isinstance(teacher, SampledTarget | TopKTarget):
+        teacher = teacher.to(hidden.device)  # a cache is read on the CPU
+    work = _Work(counting, labels, teacher, weights, index, chunk)
+    total = _Fused.apply(hidden, head, work) if torch.is_grad_enabled() else work.run(hidden, head, False, False)[0]
+    return total / ((next(iter(weights.values())).sum().item() or 1.0) if denominator is None else denominator)
+
+
+def _of_kind(weights: Tensor | Mapping[str, Tensor] | None, kind: str) -> Tensor | None:
+    return weights.get(kind) if isinstance(weights, Mapping) else weights
+
+
+def _token_weights(hidden: Tensor, labels: Tensor | None, given: Tensor | None) -> Tensor:
+    """How much each token counts, float [n]; one without a label does not."""
+    n = len(hidden)
+    if given is None:
+        weights = torch.ones(n, dtype=torch.float64, device=hidden.device)
+    elif tuple(given.shape) != (n,) or not (given.dtype == torch.bool or given.is_floating_point()):
+        raise InputError(
+            "token_weights", f"{given.dtype} {tuple(given.shape)}", f"floats or bools [{n}], one for each token"
+        )
+    elif not bool((given >= 0).all() & given.isfinite().all()):
+        raise InputError(
+            "token_weights", f"{given.min().item()} … {given.max().item()}", "finite numbers of at least 0"
+        )
+    else:
+        weights = given.to(hidden.device, torch.float64)
+    return weights if labels is None else weights.masked_fill(labels == IGNORED, 0)
+
+
+def _check(
+    hidden: Tensor,
+    head: Tensor | QuantTensor,
+    losses: Sequence[Loss],
+    labels: Tensor | None,
+    teacher: Target | None,
+    chunk: int,
+) -> None:
+    if hidden.dim() != 2 or len(head.shape) != 2 or hidden.shape[1] != head.shape[1]:
+        raise InputError(
+            "hidden and head", f"{tuple(hidden.shape)} and {tuple(head.shape)}", "[tokens, D] and [vocabulary, D]"
+        )
+    if not losses:
+        raise InputError("losses", "none", "at least one Loss")
+    if chunk < 1:
+        raise InputError("chunk", chunk, "a positive number of tokens")
+    n, V = len(hidden), head.shape[0]
+    if labels is not None:
+        if tuple(labels.shape) != (n,):
+            raise InputError("labels", tuple(labels.shape), f"[{n}], one for each token")
+        if n and (int(labels.max()) >= V or bool(((labels < 0) & (labels != IGNORED)).any())):
+            raise InputError(
+                "labels",
+                f"{int(labels.min())} … {int(labels.max())}",
+                f"0 … {V - 1}, or {IGNORED} for a token to ignore",
+            )
+    for loss in losses:
+        if isinstance(loss.weight, Ramp):
+            raise InputError("Loss.weight", loss.weight, "a number: loss.at(step, total) is the loss of one step")
+        if loss.kind == "ce" and labels is None:
+            raise InputError("labels", "none", "the next tokens, for the loss ce")
+        if loss.kind != "ce":
+            _check_teacher(loss, teacher, n, V)
+
+
+def _check_teacher(loss: Loss, teacher: Target | None, n: int, V: int) -> None:
+    if teacher is None:
+        raise InputError("teacher", "none", f"a target for the loss {loss.kind}")
+    if isinstance(teacher, HiddenTarget):
+        if teacher.head.shape[0] != V:
+            raise InputError("teacher", f"a vocabulary of {teacher.head.shape[0]}", f"the student's, {V}")
+        if tuple(teacher.hidden.shape) != (n, teacher.head.shape[1]):
+            raise InputError("teacher.hidden", tuple(teacher.hidden.shape), (n, teacher.head.shape[1]))
+        return
+    if len(teacher.ids) != n or teacher.ids.shape != teacher.probs.shape:
+        raise InputError(
+            "teacher", f"ids {tuple(teacher.ids.shape)}, probs {tuple(teacher.probs.shape)}", f"two of [{n}, k]"
+        )
+    if teacher.ids.numel() and (int(teacher.ids.max()) >= V or int(teacher.ids.min()) < 0):
+        raise InputError(
+            "teacher.ids",
+            f"{int(teacher.ids.min())} … {int(teacher.ids.max())}",
+            f"0 … {V - 1}: the student's vocabulary",
+        )
+    if loss.temperature != 1:
+        raise InputError(
+            "Loss.temperature", f"{loss.temperature} with a cached teacher", "1, at which its targets were made"
+        )
+    if isinstance(teacher, SampledTarget) and loss.kind != "kl":
+        raise InputError(
+            "Loss.kind",
+            f"{loss.kind} with a sampled teacher",
+            "kl, the one divergence that a sample estimates without bias, or top-k targets",
+        )
+
+
+class _Fused(torch.autograd.Function):
+    """Makes the gradients along with the loss; backward scales them, in place, and hands them over."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor | QuantTensor, work: _Work) -> Tensor:
+        total, *ctx.gradients = work.run(hidden, head, *ctx.needs_input_grad[:2])
+        ctx.dtypes = hidden.dtype, head.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "fused_loss: backward was called a second time; its gradients are gone (call fused_loss again)"
+            )
+        out = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes)]
+        ctx.gradients = None  # so that the parameter's .grad can take the memory over instead of copying it
+        return *out, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """All that is not differentiated."""
+
+    losses: tuple[Loss, ...]
+    labels: Tensor | None
+    teacher: Target | None
+    weights: Mapping[str, Tensor]  # of the tokens [n], by kind of loss
+    index: Tensor  # of the tokens that count for any
+    chunk: int
+
+    def run(
+        self, hidden: Tensor, head: Tensor | QuantTensor, want_hidden: bool, want_head: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The sum of the losses and, where wanted, its gradients, in float32 (float64 for float64 inputs)."""
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
+        V, device = head.shape[0], hidden.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if want_hidden else None
+        chunks: Sequence[Tensor] = self.index.split(self.chunk) if self.losses and len(self.index) else ()
+        grad_head = (
+            (cpu_memory.empty if chunks else cpu_memory.zeros)(tuple(head.shape), dtype, device) if want_head else None
+        )
+        c = min(self.chunk, len(self.index))
+        spaces = [cpu_memory.empty((c, V), dtype, device) for _ in range(1 + isinstance(self.teacher, HiddenTarget))]
+        with torch.autocast(device.type, enabled=False):  # it would choose other dtypes than those below
+            for rows in chunks:
+                h = hidden[rows].to(_product_dtype(hidden, dtype))
+                z, *t = (space[: len(rows)] for space in spaces)
+                _logits(h, head, z)
+                total += self._losses(z, t[0] if t else None, rows)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = _times_head(z, head, h.dtype)
+                if grad_head is not None:
+                    _add_head_gradient(grad_head, z, h, 0 if rows is chunks[0] else 1)
+        return total.to(dtype), grad_hidden, grad_head
+
+    def _losses(self, z: Tensor, t: Tensor | None, rows: Tensor) -> Tensor:
+        """The sum over a chunk's logits z [c, V], which become the gradients; `t` is space for the teacher's logits."""
+        labels = None if self.labels is None else self.labels[rows]
+        target: Known = None
+        if isinstance(self.teacher, HiddenTarget):
+            assert t is not None
+            _logits(self.teacher.hidden[rows].to(_product_dtype(self.teacher.hidden, t.dtype)), self.teacher.head, t)
+            target = t
+        elif self.teacher is not None:
+            target = self.teacher.rows(rows)
+        weights = {kind: w[rows].to(z.dtype) for kind, w in self.weights.items()}
+        step = max(1, (BLOCK if z.device.type == "cpu" else GPU_BLOCK) // z.shape[1])
+        total = z.new_zeros((), dtype=torch.float64)
+        for i in range(0, len(z), step):
+            some = slice(i, i + step)
+            known = target[some] if isinstance(target, Tensor) else None if target is None else target.rows(some)
+            answers = None if labels is None else labels[some]
+            total += _mixture(self.losses, z[some], answers, {kind: w[some] for kind, w in weights.items()}, known)
+        return total
+
+
+def _mixture(
+    losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Mapping[str, Tensor], target: Known
+) -> Tensor:
+    """The weighted losses over logits z [r, V] of tokens of `weights` [r] by kind, summed in float64; z becomes the gradient."""
+    total = z.new_zeros((), dtype=torch.float64)
+    gradient: Tensor | None = None
+    students: dict[float, Softmax] = {}  # by temperature
+    teachers: dict[float, Softmax] = {}
+    for loss in losses:
+        assert not isinstance(loss.weight, Ramp)  # see _check
+        tau = loss.temperature
+        if tau not in students:
+            students[tau] = Softmax.of(z, tau)
+        q = students[tau]
+        if loss.kind == "ce":
+            assert labels is not None
+            value, grad = labelled(labels, q)
+        elif isinstance(target, Tensor):
+            if tau not in teachers:
+                teachers[tau] = Softmax.of(target, tau)
+            value, grad = full(loss, teachers[tau], q)
+        elif isinstance(target, SampledTarget):
+            value, grad = sampled(target.ids.long(), target.probs.to(z.dtype), q)
+        else:
+            assert target is not None
+            value, grad = bucketed(loss, target.ids.long(), target.probs.to(z.dtype), q)
+        total += (value * weights[loss.kind]).sum(dtype=torch.float64) * (loss.weight * tau**2)
+        grad *= weights[loss.kind][:, None] * (loss.weight * tau)
+        gradient = grad if gradient is None else gradient.add_(grad)
+    assert gradient is not None
+    z.copy_(gradient)
+    return total
+
+
+def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What matrices are multiplied in: `dtype`, except 16-bit states on a GPU, which has fast products for those."""
+    return x.dtype if x.device.type != "cpu" and x.dtype.itemsize == 2 else dtype
+
+
+def _head_parts(head: Tensor | QuantTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head in `dtype`, some rows at a time where it must be converted or unpacked, or is multiplied in parts."""
+    if isinstance(head, Tensor) and head.dtype == dtype and not _in_parts(head):
+        yield slice(None), head
+        return
+    for i in range(0, head.shape[0], HEAD_ROWS):
+        rows = slice(i, i + HEAD_ROWS)
+        yield rows, head[rows].to(dtype) if isinstance(head, Tensor) else head.rows(i, i + HEAD_ROWS).dequantize(dtype)
+
+
+def _logits(h: Tensor, head: Tensor | QuantTensor, out: Tensor) -> None:
+    """out [c, V] = h headᵀ."""
+    for rows, weight in _head_parts(head, h.dtype):
+        if h.dtype == out.dtype and not _in_parts(h):
+            torch.mm(h, weight.T, out=out[:, rows])
+        else:
+            out[:, rows] = product(h, weight, min_rows=1)
+
+
+def _times_head(gradient: Tensor, head: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    """gradient [c, V] · head: [c, D], with products in `dtype` and their sum in the gradient's."""
+    total = gradient.new_zeros(len(gradient), head.shape[1])
+    for rows, weight in _head_parts(head, dtype):
+        part = gradient[:, rows].to(dtype)
+        total += product(part.contiguous(), weight.T.contiguous(), min_rows=1) if _in_parts(part) else part @ weight
+    return total
+
+
+def _add_head_gradient(total: Tensor, gradient: Tensor, h: Tensor, keep: int) -> None:
+    """total [V, D] = keep · total + gradientᵀ h; where keep is 0, what is there does not matter."""
+    if h.dtype == total.dtype and not _in_parts(h):
+        total.addmm_(gradient.T, h, beta=keep)
+        return
+    for some, part in zip(total.split(HEAD_ROWS), gradient.split(HEAD_ROWS, 1)):
+        here = outer(part.to(h.dtype), h)
+        some.add_(here) if keep else some.copy_(here)
+
+
+def _in_parts(x: Tensor) -> bool:
+    """oneDNN has no output argument: a part's product is copied to its place, and parts stay in the processor's cache."""
+    return PREFER_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"

@@ -1,0 +1,106 @@
+"""The state of a training run on disk: weights and optimizer as safetensors shards, the rest as JSON, nothing pickled.
+
+torch.distributed.checkpoint writes and reads the tensors, so that a state saved by one number of processes continues on
+another. A folder `step-<n>` appears in one step when it is complete, and only then is the one before it removed: a run
+killed at any moment finds a whole state. Everything random in training is a function of the seed and the step, so there
+is no state of a random generator to keep.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from .distributed import rank, shared_folder, world
+
+STEP = re.compile(r"step-(\d{8})")
+FILE_BYTES = 1 << 29  # of whole tensors: the writer holds copies of all that goes into one file
+
+
+def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes work/step-<n> and removes older ones. A collective call: every process hands in its shards."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    target = work / f"step-{step:08}"
+    with shared_folder(target) as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
+        save(dict(tensors), storage_writer=writer, no_dist=world() == 1)
+        if rank() == 0:
+            write_json(folder / "state.json", {"step": step, **about})
+    if rank() == 0:
+        for old in work.glob("step-*"):
+            if STEP.fullmatch(old.name) and old != target:
+                shutil.rmtree(old)
+
+
+def file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes to."""
+    out, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        out[name], filled = number, filled + size
+    return out
+
+
+def latest_state(work: Path, key: str) -> Path | None:
+    """The folder of the newest state; None if there is none, an InputError if it is another run's."""
+    found = sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name)) if work.is_dir() else []
+    if not found:
+        return None
+    about = read_json(found[-1] / "state.json")
+    if about.get("key") != key:
+        raise InputError(
+            f"work folder {work}",
+            "the state of a run with another model, data or settings",
+            "the same ones, or another folder",
+        )
+    return found[-1]
+
+
+def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fills `tensors` in place, whole or shards, and returns what was saved `about` the state."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world() == 1)
+    return read_json(folder / "state.json")
+
+
+def optimizer_tensors(named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and AdamW's two moments by name; the moments are made (zero) if the optimizer has not stepped yet."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        out |= {
+            f"weight.{name}": parameter.detach(),
+            f"exp_avg.{name}": state["exp_avg"],
+            f"exp_avg_sq.{name}": state["exp_avg_sq"],
+        }
+    return out
+
+
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(float(step))
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, agreement, intervals, long contexts, tables."""

@@ -1,0 +1,130 @@
+"""Measuring: perplexity by a stated protocol, agreement of two models, paired comparisons with intervals, speed.
+
+A model is anything that maps token ids [1, T] to logits [1, T, V]: `graph.module()`, or an exported model in its
+runtime. Comparisons are paired: the same windows for both models, and a bootstrap over windows.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..model.generation import check_ids
+from ..model.transformer import Transformer
+
+Model = Callable[[Tensor], Tensor]
+CHUNK = 2048  # positions whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`nll` float64 [windows]: the mean negative log-likelihood of each window's tokens, in nats."""
+
+    nll: Tensor
+    seq_len: int
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.nll.mean().item())
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens: the first of each window has no context and is not counted."""
+        return len(self.nll) * (self.seq_len - 1)
+
+    @property
+    def protocol(self) -> str:
+        return f"{len(self.nll)} non-overlapping windows of {self.seq_len} tokens, tokenized once, no BOS, exp of the mean token NLL"
+
+
+@torch.inference_mode()
+def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexity:
+    """Perplexity of `model` over `tokens` [windows, seq_len]."""
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise InputError("evaluation tokens", tuple(tokens.shape), "[windows, seq_len], windows of at least 2")
+    if isinstance(model, Transformer):
+        check_ids(tokens, model.config.vocab_size)
+        if tokens.shape[1] > model.config.max_position:
+            raise InputError("seq_len", tokens.shape[1], f"at most the model's context, {model.config.max_position}")
+    together = max(1, CHUNK // tokens.shape[1]) if isinstance(model, Transformer) else 1
+    nll = []
+    with tqdm(total=len(tokens), desc="perplexity", unit="window", delay=2, disable=not progress) as bar:
+        for windows in tokens.split(together):
+            nll.append(window_nll(model, windows).mean(1))
+            bar.update(len(windows))
+    return Perplexity(torch.cat(nll).double().cpu(), tokens.shape[1])
+
+
+def window_nll(model: Model, ids: Tensor) -> Tensor:
+    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist only `CHUNK` at a time."""
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # nothing follows a window's last token: it counts as 0
+    parts: Iterable[tuple[Tensor, Tensor]]
+    if isinstance(model, Transformer):
+        hidden = model.hidden(ids.to(model.device)).flatten(0, 1)
+        parts = ((model.lm_head(h), t.to(h.device)) for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
+    else:
+        logits = model(ids).flatten(0, 1)
+        parts = zip(logits.split(CHUNK), targets.to(logits.device).split(CHUNK))
+    nll = torch.cat([F.cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
+    return nll.view(ids.shape)[:, :-1]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`kl` is the mean KL(reference ‖ model) a token in nats; `top1` the share of equal argmaxes."""
+
+    kl: float
+    top1: float
+    tokens: int
+
+
+@torch.inference_mode()
+def agreement(reference: Model, model: Model, tokens: Tensor) -> Agreement:
+    """How closely `model` follows `reference` over `tokens` [windows, seq_len]."""
+    kl, same, count = 0.0, 0, 0
+    for window in tqdm(tokens, desc="agreement", unit="window", delay=2):
+        for p, q in zip(reference(window[None])[0].split(CHUNK), model(window[None])[0].split(CHUNK)):
+            p, q = p.float().cpu(), q.float().cpu()
+            kl += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum").item()
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(p)
+    return Agreement(kl / count, same / count, count)
+
+
+@torch.inference_mode()
+def tokens_per_second(model: Model, ids: Tensor, repeats: int = 3) -> float:
+    """Prompt tokens a second of whole forwards over ids [B, T]: the best of `repeats`, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        model(ids)
+        times.append(time.perf_counter() - start)
+    return ids.numel() / min(times[1:])
+
+
+def environment() -> dict[str, Any]:
+    """What a committed figure must name: versions and the kind of machine."""
+    packages = ("torch", "transformers", "onnxruntime", "tokenizers", "datasets")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }

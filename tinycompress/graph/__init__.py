@@ -1,0 +1,31 @@
+"""The graph: a model as a value, what reads what in it, and what is cut together."""
+
+from .config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from .edit import cut, fold
+from .graph import Graph, LazyTensor, Pass, Weight, Weights
+from .quant_tensor import QuantSpec, QuantTensor
+from .rope import Rope
+from .topology import Axis, Feed, axes, feeds
+
+__all__ = [
+    "LLAMA_2_7B",
+    "SMOLLM2_135M",
+    "TINYLLAMA_1_1B",
+    "Axis",
+    "Config",
+    "Feed",
+    "Graph",
+    "Layer",
+    "LazyTensor",
+    "Pass",
+    "QuantSpec",
+    "QuantTensor",
+    "Rope",
+    "Weight",
+    "Weights",
+    "axes",
+    "cut",
+    "feeds",
+    "fold",
+    "shapes",
+]

@@ -1,0 +1,80 @@
+"""Token ids in, token ids out: the loop of every engine's `generate`, and what ids a model takes.
+
+The torch model, the exported one and the static one each give a `step`, from new ids to the next logits; everything
+else is here, so the three write the same text. Letters: T tokens of the prompt, t new ones, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..graph.config import Config
+
+
+def decode(
+    step: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    room: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: tuple[int, ...],
+    on_token: Callable[[int], None] | None,
+) -> Tensor:
+    """The loop of every engine's `generate`: `step` maps new ids [1, t] to the last position's logits [V]."""
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    out: list[int] = []
+    for _ in range(room):
+        token = sample(step(ids), temperature, top_k, top_p, generator)
+        if token in stop:
+            break
+        out.append(token)
+        if on_token:
+            on_token(token)
+        ids = ids.new_tensor([[token]])
+    return torch.tensor(out, dtype=torch.long)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> int:
+    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    probs = (logits.float() / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    if top_k:
+        order = order[:top_k]
+    if top_p is not None:
+        before = probs[order].cumsum(-1) - probs[order]
+        order = order[before < top_p * probs[order].sum()]
+    return int(order[torch.multinomial(probs[order], 1, generator=generator)])
+
+
+def decode_room(config: Config, ids: Tensor, max_new_tokens: int) -> int:
+    """How many tokens can follow the prompt ids [1, T] within the context (the last one is not fed back)."""
+    check_ids(ids, config.vocab_size)
+    if ids.shape[1] > config.max_position:
+        raise InputError("prompt", f"{ids.shape[1]} tokens", f"at most the model's context, {config.max_position}")
+    return min(max_new_tokens, config.max_position - ids.shape[1] + 1)
+
+
+def end_tokens(config: Config) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Token ids must lie in the vocabulary: a wrong tokenizer otherwise reads memory that is not the model's."""
+    if ids.numel() == 0:
+        raise InputError("token ids", "none", "at least one token")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            "token ids", f"{low} … {high}", f"0 … {vocab_size - 1}: the model's vocabulary (is it the right tokenizer?)"
+        )

@@ -1,0 +1,300 @@
+"""The transformer, built from a Graph: one forward for every shape of layer, one KV cache, one sampler.
+
+Llama 2 (arXiv:2307.09288): x += attention(norm(x)); x += ffn(norm(x)), with RMSNorm, RoPE, grouped-query attention
+and SwiGLU. Sublayers are split where other linears read (`heads` before o_proj, `mid` before down_proj) so that
+calibration walks a block piece by piece with the very code that the forward runs.
+
+Letters: B batch, T new positions, S positions in the cache and new, D hidden, H heads, K KV heads, d head_dim,
+F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..graph.config import layer_prefix
+from ..graph.graph import Graph
+from ..graph.quant_tensor import QuantTensor
+from ..graph.rope import Rope
+from .cpu_memory import keep_heap
+from .fused_ops import embed, rms_norm, rotate, swiglu
+from .generation import decode, decode_room, end_tokens
+from .kv_cache import KVCache
+from .linear import QuantLinear, linear
+from .self_extend import SelfExtend
+
+ROWS = 2048  # positions an FFN takes at a time without gradients
+MASK_ROWS = 512  # queries behind a cache that are masked at a time
+
+
+class RotaryTables:
+    """cos and sin [S, d/2] for one forward: new positions start at `start`."""
+
+    def __init__(
+        self,
+        rope: Rope,
+        head_dim: int,
+        start: int,
+        stop: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        extend: SelfExtend | None = None,
+    ) -> None:
+        self.start, self.extend = start, extend
+        self.all_keys = rope.varies_with_length or extend is not None
+        first = 0 if self.all_keys else start
+        # Self-Extend's shifted positions reach beyond those of a short text; there they are masked, but must be there
+        last = max(stop, extend.window + 1) if extend else stop
+        self.cos, self.sin = (t.to(dtype) for t in rope.tables(head_dim, last, first, device))
+
+    def new(self, x: Tensor) -> Tensor:
+        """Turns the new positions of x [B, H, T, d]."""
+        T = x.shape[2]
+        return rotate(x, self.cos[-T:], self.sin[-T:])
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turns x [B, H, T, d] to `positions` [T], where the tables begin at 0."""
+        return rotate(x, self.cos[positions], self.sin[positions])
+
+
+class Norm(nn.Module):
+    """RMSNorm of x [..., D]."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; `heads` is everything before o_proj."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            linears[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+
+    def heads(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x [B, T, D] (normalised) to the heads' outputs [B, T, H·d]."""
+        q, k, v = (
+            rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if tables.extend:
+            k, v = cache.append(layer, k, v) if cache else (k, v)
+            return rearrange(tables.extend.attend(q, k, v, tables.turn), "b h t d -> b t (h d)")
+        q = tables.new(q)
+        if not (tables.all_keys and cache):
+            k = tables.new(k)
+        if cache:
+            k, v = cache.append(layer, k, v)  # (B, K, S, d)
+            if tables.all_keys:
+                k = rotate(k, tables.cos, tables.sin)
+        return rearrange(attend(q, k, v), "b h t d -> b t (h d)")
+
+    def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        return self.o_proj(self.heads(x, tables, cache, layer))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [B, H, T, d] on k, v [B, K, S, d], query t at position S - T + t; never [T, S] at once."""
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if T == S or T == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
+    out = []  # a chunk behind a cache: the kernels' own causal mask is not aligned to the end
+    for first in range(0, T, MASK_ROWS):
+        rows = q[:, :, first : first + MASK_ROWS]
+        stop = S - T + first + rows.shape[2]
+        mask = torch.ones(rows.shape[2], stop, dtype=torch.bool, device=q.device).tril(stop - rows.shape[2])
+        out.append(
+            F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], attn_mask=mask, enable_gqa=grouped)
+        )
+    return torch.cat(out, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202); `mid` is everything before down_proj."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
+
+    def mid(self, x: Tensor) -> Tensor:
+        """x [..., D] (normalised) to silu(gate) · up [..., F]."""
+        return swiglu(self.gate_proj(x), self.up_proj(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.mid(x))
+
+
+class Block(nn.Module):
+    """One layer; a sublayer of width 0 is absent."""
+
+    def __init__(
+        self, graph: Graph, index: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        config, layer, at = graph.config, graph.config.layers[index], layer_prefix(index)
+        self.index = index
+
+        def get(name: str) -> Tensor:
+            return graph.tensor(f"{at}.{name}").to(device, dtype)
+
+        def linears(block: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
+            weights = {n: graph.weights[f"{at}.{block}.{n}.weight"].to(device, dtype) for n in names}
+            return {n: linear(w, get(f"{block}.{n}.bias") if n in config.biases else None) for n, w in weights.items()}
+
+        self.self_attn: Attention | None = None
+        self.mlp: MLP | None = None
+        if layer.n_heads:
+            self.input_layernorm = Norm(get("input_layernorm.weight"), config.norm_eps)
+            self.self_attn = Attention(linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), config.head_dim)
+        if layer.ffn_dim:
+            self.post_attention_layernorm = Norm(get("post_attention_layernorm.weight"), config.norm_eps)
+            self.mlp = MLP(linears("mlp", ("gate_proj", "up_proj", "down_proj")))
+
+    def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
+        """x [B, T, D] to [B, T, D]."""
+        if self.self_attn is not None:
+            x = _added(self.self_attn(self.input_layernorm(x), tables, cache, self.index), x)
+        if self.mlp is not None and torch.is_grad_enabled():
+            x = _added(self.mlp(self.post_attention_layernorm(x)), x)
+        elif self.mlp is not None:
+            for rows in x.view(-1, x.shape[-1]).split(
+                ROWS
+            ):  # in place: the intermediates stay small enough to be reused
+                rows.add_(self.mlp(self.post_attention_layernorm(rows)))
+        return x
+
+
+def _added(branch: Tensor, x: Tensor) -> Tensor:
+    """x + branch, in the branch's place: no gradient needs what a projection gave. Under autocast x is the wider and stays so."""
+    return branch.add_(x) if branch.dtype == x.dtype else x + branch
+
+
+class Decoder(nn.Module):
+    """Everything but the head, under Hugging Face's names."""
+
+    def __init__(
+        self, graph: Graph, embedding: Embedding, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(Block(graph, i, device, dtype) for i in range(graph.config.n_layers))
+        self.norm = Norm(graph.tensor("model.norm.weight").to(device, dtype), graph.config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """Token ids [B, T] to logits [B, T, V]. Parameters are the graph's own tensors; training code turns on gradients."""
+
+    def __init__(
+        self, graph: Graph, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config = graph.config
+        embedding = graph.weights["model.embed_tokens.weight"].to(device, dtype)
+        self.model = Decoder(graph, Embedding(embedding), device, dtype)
+        head = embedding if config.tie_embeddings else graph.weights["lm_head.weight"].to(device, dtype)
+        self.lm_head = linear(head, None)
+        if config.tie_embeddings and isinstance(head, Tensor):
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.self_extend: SelfExtend | None = None
+        self.eval()
+        keep_heap()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+    def tables(self, start: int, stop: int) -> RotaryTables:
+        return RotaryTables(
+            self.config.rope, self.config.head_dim, start, stop, self.device, self.dtype, self.self_extend
+        )
+
+    def new_cache(self, batch: int, max_length: int, int8: bool = False) -> KVCache:
+        return KVCache(self.config, batch, max_length, self.device, self.dtype, int8)
+
+    def extend(self, option: SelfExtend) -> Transformer:
+        """This model with Self-Extend at inference, and the context that it then has."""
+        if self.config.rope.type != "default":
+            raise InputError(
+                "Self-Extend",
+                f"a model with {self.config.rope.type} scaling",
+                "an unscaled one: it changes positions itself",
+            )
+        self.self_extend = option
+        self.config = dataclasses.replace(self.config, max_position=option.context(self.config.max_position))
+        return self
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids [B, T] to the normalised last hidden states [B, T, D], from position cache.length (or 0) on."""
+        together = max(1, ROWS // ids.shape[1])  # sequences whose activations fit the processor's cache
+        if cache is None and len(ids) > together and not torch.is_grad_enabled() and ids.device.type == "cpu":
+            return torch.cat([self.hidden(some) for some in ids.split(together)])
+        start = cache.length if cache else 0
+        x = self.model.embed_tokens(ids)
+        tables = self.tables(start, start + ids.shape[1])
+        for block in self.model.layers:
+            x = block(x, tables, cache)
+        if cache:
+            cache.length += ids.shape[1]
+        return self.model.norm(x)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.lm_head(self.hidden(ids, cache))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: tuple[int, ...] | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Continues ids [1, T] (or [T]); returns the new ids [n]. temperature 0 is greedy. Ends after max_new_tokens or
+        at a token of `stop` (the config's end-of-text tokens by default), which is not returned."""
+        ids = torch.as_tensor(ids, device=self.device).reshape(1, -1)
+        room = decode_room(self.config, ids, max_new_tokens)
+        cache = self.new_cache(1, ids.shape[1] + room)
+
+        def step(new: Tensor) -> Tensor:
+            return self.lm_head(self.hidden(new, cache)[0, -1])
+
+        stop = end_tokens(self.config) if stop is None else stop
+        return decode(step, ids, room, temperature, top_k, top_p, seed, stop, on_token)
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] to rows [B, T, D] of a dense or packed table [V, D]."""
+
+    def __init__(self, weight: Tensor | QuantTensor) -> None:
+        super().__init__()
+        if isinstance(weight, QuantTensor):
+            self.table: QuantLinear | None = QuantLinear(weight, None)
+        else:
+            self.table, self.weight = None, nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.table is None:
+            return embed(ids, self.weight)
+        flat = self.table.weight.select("model.embed_tokens.weight", 0, ids.flatten())
+        return flat.dequantize().unflatten(0, ids.shape)

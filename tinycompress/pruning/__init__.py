@@ -1,0 +1,1 @@
+"""Pruning passes, and their mathematics as plain tensor functions."""

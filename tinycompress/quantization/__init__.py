@@ -1,0 +1,1 @@
+"""Quantization passes, and their mathematics as plain tensor functions."""
