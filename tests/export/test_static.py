@@ -54,8 +54,8 @@ def no_runtime(monkeypatch):
 def short_chunks(monkeypatch):
     """Chunks of 8 positions, so that prompts of a tiny model cross several."""
     from tinycompress.export.static import calibrate as static_calibrate
-    from tinycompress.export.static.emit import forms as static_forms
-    from tinycompress.export.static.emit import write as static_write
+    from tinycompress.export.static import forms as static_forms
+    from tinycompress.export.static import write as static_write
 
     forms = {name: dataclasses.replace(form, chunk=8) for name, form in FORMS.items()}
     for module in (static_forms, static_calibrate, static_write):
