@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -40,3 +41,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         sections += [f"::: {name}\n    options:\n      heading_level: 2" for name in modules(room)]
         files.append(File.generated(config, f"api/{room}.md", content="\n\n".join(sections) + "\n"))
     return files
+
+
+FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
+OF_A_PASS = """::: {}
+    options:
+      heading_level: 3
+      members: false
+      show_root_full_path: false
+      show_symbol_type_heading: false
+      skip_local_inventory: true"""
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """`<!-- fields: tinycompress.….GPTQ -->` on a page becomes that class's signature and fields, from its docstring."""
+    return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)
