@@ -97,7 +97,7 @@ def small_model() -> Graph:
         vocab_size=320,
         hidden_size=64,
         head_dim=16,
-        layers=(Layer(8, 4, 256),) * 3,
+        layers=(Layer(8, 4, 256),) * 2,
         max_position=1024,
         tie_embeddings=True,
         bos_token_id=0,
