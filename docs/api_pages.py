@@ -1,7 +1,8 @@
-"""Writes the pages of the API reference as the site is built: one page a room, one section a module, in the listing's order."""
+"""Writes the pages of the API reference as the site is built: one page for each room, one section for each module."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -43,6 +44,36 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+NAMES = "<!-- names -->"
+
+
+def row(name: str, places: list[str]) -> str:
+    """A table row for a name that is defined in the first of the modules that has it."""
+    for module in places:
+        source = ROOT / (module.replace(".", "/") + ".py")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            about = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+            if about and getattr(node, "name", "") == name:
+                paragraph = " ".join(about.split("\n\n")[0].split())
+                sentence = re.split(r"(?<=\.) ", paragraph)[0]
+                return f"| [`{name}`][{module}.{name}] | {sentence.replace('[', chr(92) + '[').replace('|', chr(92) + '|')} |"
+    return f"| `{name}` | in `{places[0]}` |"
+
+
+def names() -> str:
+    """What `tinycompress` exports, a table for each room: the name and the first sentence of its docstring."""
+    rooms: dict[str, list[str]] = {}
+    for statement in ast.parse((ROOT / "tinycompress" / "__init__.py").read_text(encoding="utf-8")).body:
+        if not isinstance(statement, ast.ImportFrom) or statement.module is None:
+            continue
+        room = statement.module.split(".")[0]
+        places = [f"tinycompress.{statement.module}", *(modules(room) if room in ROOMS else ())]
+        for alias in statement.names:
+            rooms.setdefault(room, []).append(row(alias.name, places))
+    tables = [f"## {room.capitalize()}\n\n| name | |\n|---|---|\n" + "\n".join(rows) for room, rows in rooms.items()]
+    return "\n\n".join(tables)
+
+
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 OF_A_PASS = """::: {}
     options:
@@ -54,5 +85,8 @@ OF_A_PASS = """::: {}
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    """`<!-- fields: tinycompress.….GPTQ -->` on a page becomes that class's signature and fields, from its docstring."""
+    """`<!-- fields: tinycompress.….GPTQ -->` on a page becomes that class's signature and fields, from its docstring;
+    `<!-- names -->` becomes the tables of `names`."""
+    if NAMES in markdown:
+        markdown = markdown.replace(NAMES, names())
     return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)

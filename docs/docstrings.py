@@ -1,8 +1,8 @@
 """Reads the house's docstrings for the API reference.
 
 Docstrings are written for the source: fields of a pass stand under `Fields:`, equations and legends are indented by two
-or more columns. For the site, `Fields:` becomes the section `Attributes:` and indented lines become literal blocks. The folder
-`export/` joins the package as `tinycompress.export`, which is where its users import it from.
+or more columns. For the site, `Fields:` becomes the section `Attributes:` and indented lines become literal blocks. The
+folder `export/` joins the package as `tinycompress.export`, which is where its users import it from.
 """
 
 from __future__ import annotations
@@ -41,11 +41,19 @@ def readable(text: str) -> str:
         list_item = bool(out) and re.match(r"\s*([-*]|\d+\.) ", out[-1]) is not None and not literal
         if in_section or in_fence or list_item or not (indented or (literal and not line.strip())):
             close()
-            out.append("Attributes:" if line == "Fields:" else line)
+            if line == "Fields:":
+                line = "Attributes:"
+            out.append(line if in_fence else without_references(line))
         else:
             literal.append(line)
     close()
     return "\n".join(out)
+
+
+def without_references(line: str) -> str:
+    """`E[x] [K]` is a shape and not a link to K: the second bracket is escaped, outside of code."""
+    pieces = line.split("`")
+    return "`".join(re.sub(r"\](\s?)\[", r"]\1\\[", piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
 
 
 class Docstrings(griffe.Extension):
@@ -53,7 +61,7 @@ class Docstrings(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = readable(obj.docstring.value.replace("\b\n", "").replace("][", "]\\["))
+            obj.docstring.value = readable(obj.docstring.value.replace("\b\n", ""))
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         if pkg.name == "tinycompress" and "export" not in pkg.members:

@@ -1,8 +1,9 @@
-"""Every code block of the README and of the site does what it shows, every command and every file that they name exists.
+"""Code blocks of the README and of the site do what they show; the commands and files that pages name exist.
 
-Python blocks of a page run one after the other in one namespace, in an empty folder. `smollm2-135m` is a small random model of
-SmolLM2's form there, token windows are few and short, and training stops after a few steps: what is tested is that the page's
-calls exist and fit together. A block that cannot run says why in a comment before it: `<!-- not run: needs an NPU -->`.
+Python blocks of a page run one after the other in one namespace, in an empty folder. `smollm2-135m` is a small random
+model of SmolLM2's form there, token windows are few and short, and training stops after a few steps: what is tested is
+that the page's calls exist and fit together. A block that cannot run says why in a comment before it:
+`<!-- not run: needs an NPU -->`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from tinycompress.graph.graph import Graph
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REPOSITORY = "https://github.com/tinycompress/tinycompress/"
-FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
-)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .{3,} -->\s*\Z")
 SPAN = re.compile(r"`(tinycompress (?:\w|-)+ [^`]*)`")
 PLACEHOLDER = re.compile(r"…|\.\.\.")
@@ -104,7 +103,9 @@ def small_model() -> Graph:
         eos_token_id=(1,),
     )
     generator = torch.Generator().manual_seed(0)
-    norms = {name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes(config).items() if "norm" in name}
+    norms = {
+        name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes(config).items() if "norm" in name
+    }
     return Graph.random(config, 0, std=0.1).replace(weights=norms, tokenizer=byte_tokenizer())
 
 
