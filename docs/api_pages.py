@@ -55,8 +55,8 @@ def row(name: str, places: list[str]) -> str:
             about = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
             if about and getattr(node, "name", "") == name:
                 paragraph = " ".join(about.split("\n\n")[0].split())
-                sentence = re.split(r"(?<=\.) ", paragraph)[0]
-                return f"| [`{name}`][{module}.{name}] | {sentence.replace('[', chr(92) + '[').replace('|', chr(92) + '|')} |"
+                sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
+                return f"| [`{name}`][{module}.{name}] | {sentence} |"
     return f"| `{name}` | in `{places[0]}` |"
 
 
