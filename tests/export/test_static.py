@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tinycompress.errors import InputError
 from tinycompress.export import GateError, StaticChoices, StaticModel, check_static, export, read, summary, verify
 from tinycompress.export.profiles import QNN, STATIC
-from tinycompress.export.static.activation_ranges import Grid, Observer, choose, grids, observe
+from tinycompress.export.static.activation_ranges import ActivationGrid, Observer, choose, grids, observe
 from tinycompress.export.static.calibrate import calibrate
 from tinycompress.export.static.emit import emit_static
 from tinycompress.export.static.forms import FORMS, make_ready
@@ -338,10 +338,14 @@ def test_ranges_are_those_of_the_text(short_chunks):
     with torch.inference_mode():
         model(ids)
     room = FORMS["qnn"].headroom
-    expected = Grid.over(room * min(s.min().item() for s in seen), room * max(s.max().item() for s in seen), "uint16")
+    expected = ActivationGrid.over(
+        room * min(s.min().item() for s in seen), room * max(s.max().item() for s in seen), "uint16"
+    )
     assert found["model.layers.1.mlp.gate_proj"].scale == pytest.approx(expected.scale, rel=1e-4)
     table = graph.weights["model.embed_tokens.weight"]
-    assert found["hidden"] == Grid.over(table.min().item(), table.max().item(), "uint16")  # every row, read or not
+    assert found["hidden"] == ActivationGrid.over(
+        table.min().item(), table.max().item(), "uint16"
+    )  # every row, read or not
 
 
 def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
@@ -368,7 +372,8 @@ def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
 
 
 def test_keys_fill_one_grid_channel_by_channel(tmp_path, short_chunks):
-    """What is cached are torch's keys over the host file's scales, every channel about as large, and scores lose less at 8 bits."""
+    """What is cached are torch's keys over the host file's scales, every channel about as large, and scores lose less
+    at 8 bits."""
     graph = small(rope=YARN, layers=MIXED)
     loud = {}
     for i in (0, 1, 4):  # channels of the keys a hundred times as large as others, as in trained models
@@ -408,8 +413,8 @@ def test_keys_fill_one_grid_channel_by_channel(tmp_path, short_chunks):
 
 
 def test_attention_in_two_products_of_8_bits_is_attention_at_16(tmp_path, short_chunks):
-    """ONNX Runtime's CPU provider reads one factor of 16 bits as it is: there the split changes next to nothing, and without the
-    finer half it would."""
+    """ONNX Runtime's CPU provider reads one factor of 16 bits as it is: there the split changes next to nothing, and
+    without the finer half it would."""
     graph, models = small(rope=YARN, layers=MIXED), {}
     ids = ids_of(graph, 32)
     for bits in (16, 8):
@@ -487,7 +492,7 @@ def test_the_command_line_writes_checks_and_runs_them(tmp_path):
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16"])
 @given(low=st.floats(-1e3, 1e3, width=32), span=st.floats(0, 1e3, width=32))
 def test_a_grid_holds_its_range_and_zero(dtype, low, span):
-    grid = Grid.over(low, low + span, dtype)
+    grid = ActivationGrid.over(low, low + span, dtype)
     ends = np.array([low, low + span, 0.0], np.float32)
     assert np.abs(grid.round(ends) - ends).max() <= grid.scale * 1.01 and grid.round(ends)[2] == 0
 
@@ -528,7 +533,7 @@ def test_saturation_and_bad_ranges_are_refused():
     with pytest.raises(InputError, match="activation y: found no values"):
         grids({"y": Observer()}, "int8")
     with pytest.raises(InputError, match="activation type: found 'int4'"):
-        Grid.over(0, 1, "int4")
+        ActivationGrid.over(0, 1, "int4")
     with pytest.raises(InputError, match="activation ranges: found 'max'"):
         choose("x", seen, "int8", "max")
 
@@ -605,7 +610,8 @@ def test_lpbq_in_the_spec():
         snap_scales(torch.ones(2, 16), torch.ones(2, 3), 4)
 
 
-# Real runtimes: `make runtime NAME=qnn`, `make runtime NAME=rknn` -------------------------------------------------------
+# Real runtimes: `make runtime NAME=qnn`, `make runtime NAME=rknn`
+# -------------------------------------------------------
 
 
 def in_runtime(graph: Graph, folder, profile: str, runtime: str) -> dict:
