@@ -38,7 +38,7 @@ def write(
     extra=(),
     ffn=None,
 ):
-    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: as its dtype says)."""
+    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: by its dtype)."""
     config = graph.config
     first = config.layers[0]
     writer = gguf.GGUFWriter(path, architecture)

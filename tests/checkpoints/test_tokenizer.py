@@ -9,11 +9,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from tinycompress.calibration import data
-from tinycompress.checkpoints.tokenizer import Tokenizer
+from tinycompress.checkpoints.tokenizer import Tokenizer, encoder_of
 from tinycompress.errors import InputError
 
 TEXT = data.text("pydoc")[:60_000]
-HARD = "  two  spaces\n\n\n3 newlines, 12345 digits,\ttabs, l'été, don't, ДА, 漢字かな, 👩‍🚀🏽, \u200bzero, <|im_end|> </s> <unk> "
+HARD = (
+    "  two  spaces\n\n\n3 newlines, 12345 digits,\ttabs"
+    ", l'été, don't, ДА, 漢字かな, 👩‍🚀🏽, \u200bzero, <|im_end|> </s> <unk> "
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +216,38 @@ def test_smollm2_as_transformers_imports_it(smollm2, shared):
         smollm2.tokenizer.encode(whole)[: 16 * 2048]
         == theirs(whole, add_special_tokens=False)["input_ids"][: 16 * 2048]
     )
+
+
+def transformers_tokenizer(byte_level):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend.from_str(byte_level.backend.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template="{{ messages }}")
+
+
+def test_a_fast_tokenizer_of_transformers_is_copied(byte_level):
+    theirs = transformers_tokenizer(byte_level)
+    theirs.backend_tokenizer.enable_truncation(4)
+    ours = Tokenizer.of(theirs)
+    assert ours.encode(HARD + TEXT) == byte_level.encode(HARD + TEXT)
+    assert ours.config["eos_token"] == "<|end|>" and ours.config["chat_template"] == "{{ messages }}"
+    assert theirs.backend_tokenizer.truncation["max_length"] == 4  # the caller's is left as it was
+
+
+def test_tokenizers_of_other_kinds(byte_level):
+    assert Tokenizer.of(byte_level) is byte_level
+    assert Tokenizer.of(byte_level.backend).encode(HARD) == byte_level.encode(HARD)
+
+    class Slow:
+        def encode(self, text, add_special_tokens=True):
+            return byte_level.encode(text) + [0] * add_special_tokens
+
+    with pytest.raises(InputError, match=r"a Slow, which has no backend_tokenizer.*AutoTokenizer"):
+        Tokenizer.of(Slow())
+    encoders = [byte_level, byte_level.backend, transformers_tokenizer(byte_level), Slow()]
+    encoders.append(lambda text: {"input_ids": byte_level.encode(text)})
+    for encoder in encoders:
+        assert encoder_of(encoder)(HARD) == byte_level.encode(HARD)
+    for nothing, names in ((None, "none"), (3, "a int")):
+        with pytest.raises(InputError, match=names):
+            encoder_of(nothing)
