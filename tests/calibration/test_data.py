@@ -28,7 +28,8 @@ def letters() -> Tokenizer:
 def test_pydoc_halves_share_no_paragraph():
     from pydoc_data.topics import topics
 
-    train, test = data.text("pydoc"), data.text("pydoc", "test")
+    train = data.text("pydoc")
+    test = data.text("pydoc", "test")
     assert data.text("pydoc", "validation") == test
     names = sorted(topics)
     assert train == "\n\n".join(topics[name] for name in names[::2])
@@ -94,9 +95,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_one_clear_error(name, tmp_path):
-    file, content, said = BAD[name]
+    file, content, message = BAD[name]
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         data.text(tmp_path / file)
 
 

@@ -14,6 +14,12 @@ from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
 IDS = torch.randint(0, 128, (1, 48), generator=torch.Generator().manual_seed(3))
 SMALL = Config(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=64)
+
+
+def longrope(factor, original, short, long):
+    return Rope(1e4, "longrope", factor, original, short_factor=tuple(short), long_factor=tuple(long))
+
+
 ROPES = {
     "default": (Rope(theta=5000.0), 64),
     "linear": (Rope(type="linear", factor=2.0), 64),
@@ -24,26 +30,8 @@ ROPES = {
         64,
     ),
     "llama3": (Rope(type="llama3", factor=4.0, original_max_position=16), 64),
-    "longrope": (
-        Rope(
-            type="longrope",
-            factor=4.0,
-            original_max_position=16,
-            short_factor=tuple([1.0] * 8),
-            long_factor=tuple(1.0 + i for i in range(8)),
-        ),
-        64,
-    ),
-    "longrope short": (
-        Rope(
-            type="longrope",
-            factor=3.0,
-            original_max_position=60,
-            short_factor=tuple([1.5] * 8),
-            long_factor=tuple([2.0] * 8),
-        ),
-        64,
-    ),
+    "longrope": (longrope(4.0, 16, [1.0] * 8, [1.0 + i for i in range(8)]), 64),
+    "longrope short": (longrope(3.0, 60, [1.5] * 8, [2.0] * 8), 64),
 }
 
 

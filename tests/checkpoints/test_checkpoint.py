@@ -34,9 +34,9 @@ def test_dtypes(dtype, tiny, tmp_path):
     graph = tiny.replace(weights={n: w.to(dtype) for n, w in tiny.weights.items()})
     save(graph, tmp_path / "out")
     assert load(tmp_path / "out").fingerprint() == graph.fingerprint()
-    wide = load(tmp_path / "out", dtype=torch.float32)
-    assert isinstance(wide.weights.entries["model.norm.weight"], LazyTensor)
-    assert torch.equal(wide.weights["model.norm.weight"], graph.weights["model.norm.weight"].float())
+    widened = load(tmp_path / "out", dtype=torch.float32)
+    assert isinstance(widened.weights.entries["model.norm.weight"], LazyTensor)
+    assert torch.equal(widened.weights["model.norm.weight"], graph.weights["model.norm.weight"].float())
 
 
 @pytest.mark.parametrize("spec", ["w4g16", "w3g16-asym", "w8"])
@@ -85,7 +85,8 @@ def test_saved_files_are_plain_safetensors_aligned_and_in_hf_names(tiny, tmp_pat
 
 
 def test_saving_reads_one_weight_at_a_time(tiny, tmp_path):
-    alive, peak = 0, 0
+    alive = 0
+    peak = 0
 
     class Counted(torch.Tensor):
         def __del__(self):
@@ -167,9 +168,9 @@ def test_stories260k_as_transformers_reads_it(shared, tmp_path):
     expected = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, pad_token_id=0
     )[0, prompt.shape[1] :]
-    found = graph.module().generate(prompt, 64)
-    assert len(found) == 64 and torch.equal(found, expected)
-    assert "named Lily. She loved to play outside in the park." in graph.tokenizer.decode(found.tolist())
+    generated = graph.module().generate(prompt, 64)
+    assert len(generated) == 64 and torch.equal(generated, expected)
+    assert "named Lily. She loved to play outside in the park." in graph.tokenizer.decode(generated.tolist())
 
 
 @pytest.mark.slow
@@ -191,7 +192,8 @@ def test_smollm2_as_transformers_reads_it(smollm2, tmp_path):
 def test_a_tinyllama_opens_in_a_second_without_its_memory(tmp_path):
     """A sparse 2.2 GB bfloat16 file: opened, converted lazily, one row read."""
     config = TINYLLAMA_1_1B
-    header, offset = {}, 0
+    header = {}
+    offset = 0
     for name, shape in shapes(config).items():
         size = 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}

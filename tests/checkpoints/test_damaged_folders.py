@@ -41,17 +41,17 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_folder_is_one_clear_error(name, tiny, tmp_path):
-    damage, said = DAMAGE[name]
+    damage, message = DAMAGE[name]
     folder = as_hf(tiny, tmp_path / "out")
     load(folder)
     damage(folder)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         load(folder)
     assert str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "weight_map, said",
+    "weight_map, message",
     [
         ({"model.norm.weight": "../secret.safetensors"}, "inside"),
         ({"model.norm.weight": "/etc/passwd"}, "inside"),
@@ -62,11 +62,11 @@ def test_a_damaged_folder_is_one_clear_error(name, tiny, tmp_path):
         (["x"], "weight_map"),
     ],
 )
-def test_a_bad_index_is_one_clear_error(weight_map, said, tiny, tmp_path):
+def test_a_bad_index_is_one_clear_error(weight_map, message, tiny, tmp_path):
     folder = as_hf(tiny, tmp_path / "out")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load(folder)
 
 
@@ -102,11 +102,11 @@ ABOUT = [
 ]
 
 
-@pytest.mark.parametrize("fields, said", ABOUT, ids=[str(f)[:60] for f, _ in ABOUT])
-def test_a_bad_tinycompress_json_is_one_clear_error(fields, said, tiny, tmp_path):
+@pytest.mark.parametrize("fields, message", ABOUT, ids=[str(f)[:60] for f, _ in ABOUT])
+def test_a_bad_tinycompress_json_is_one_clear_error(fields, message, tiny, tmp_path):
     folder = save(tiny, tmp_path / "out")
     edit(folder, "tinycompress.json", **fields)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         load(folder)
     assert str(folder) in str(error.value)
 

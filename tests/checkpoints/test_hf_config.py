@@ -98,11 +98,11 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("fields, said", HOSTILE, ids=[str(f)[:60] for f, _ in HOSTILE])
-def test_a_bad_config_is_one_clear_error(fields, said, tiny, tmp_path):
+@pytest.mark.parametrize("fields, message", HOSTILE, ids=[str(f)[:60] for f, _ in HOSTILE])
+def test_a_bad_config_is_one_clear_error(fields, message, tiny, tmp_path):
     folder = as_hf(tiny, tmp_path / "out")
     edit(folder, **fields)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         load(folder)
     assert (
         str(tmp_path) in str(error.value)

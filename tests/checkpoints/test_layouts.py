@@ -29,7 +29,8 @@ def field(words, start, bits):
 def gptq_dense(t, base, bits, v2=False):
     """AutoGPTQ's documentation, value by value: [N, K]."""
     qweight, qzeros, scales, index = (t[f"{base}.{k}"] for k in ("qweight", "qzeros", "scales", "g_idx"))
-    K, N = len(index), scales.shape[1]
+    K = len(index)
+    N = scales.shape[1]
     columns = [qweight[:, n].tolist() for n in range(N)]
     rows = [qzeros[g].tolist() for g in range(len(scales))]
     out = torch.empty(N, K)
@@ -44,7 +45,9 @@ def gptq_dense(t, base, bits, v2=False):
 def awq_dense(t, base, bits):
     """AutoAWQ's gemm: eight outputs a word, in the order 0 2 4 6 1 3 5 7."""
     qweight, qzeros, scales = (t[f"{base}.{k}"].tolist() for k in ("qweight", "qzeros", "scales"))
-    K, N, G = len(qweight), len(scales[0]), len(scales)
+    K = len(qweight)
+    N = len(scales[0])
+    G = len(scales)
     out = torch.empty(N, K)
     for word in range(N // 8):
         for nibble, offset in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
@@ -58,9 +61,12 @@ def awq_dense(t, base, bits):
 
 def ct_dense(t, base, bits):
     """compressed-tensors' pack_to_int32: ⌊32/bits⌋ signed values a word, shifted to start from 0."""
-    words, scales = t[f"{base}.weight_packed"].tolist(), t[f"{base}.weight_scale"].tolist()
+    words = t[f"{base}.weight_packed"].tolist()
+    scales = t[f"{base}.weight_scale"].tolist()
     N, K = t[f"{base}.weight_shape"].tolist()
-    zeros, per, G = t.get(f"{base}.weight_zero_point"), 32 // bits, len(scales[0])
+    zeros = t.get(f"{base}.weight_zero_point")
+    per = 32 // bits
+    G = len(scales[0])
     out = torch.empty(N, K)
     for n in range(N):
         for k in range(K):
@@ -136,7 +142,8 @@ def test_negative_scales_biases_and_tied_heads_survive(format, tmp_path):
 
 def test_compressed_tensors_is_not_copied_when_it_loads(tmp_path):
     save(quantized("w4g32"), tmp_path / "m", format="compressed-tensors")
-    graph, name = load(tmp_path / "m"), "model.layers.0.mlp.up_proj"
+    graph = load(tmp_path / "m")
+    name = "model.layers.0.mlp.up_proj"
     from safetensors import safe_open
 
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
@@ -149,15 +156,15 @@ def test_compressed_tensors_is_not_copied_when_it_loads(tmp_path):
 
 def test_compressed_tensors_carries_several_grids_and_dense_linears(tmp_path):
     graph = random_graph(CONFIG)
-    some = {
+    packed = {
         n: rtn_quantize(graph.tensor(n), QuantSpec(4, 32))
         for n in graph.weights
         if "mlp" in n and n.endswith("proj.weight")
     }
-    some |= {
+    packed |= {
         n: rtn_quantize(graph.tensor(n), QuantSpec(8, None)) for n in graph.weights if "v_proj" in n or "lm_head" in n
     }
-    graph = graph.replace(weights=some)
+    graph = graph.replace(weights=packed)
     save(graph, tmp_path / "m", format="compressed-tensors")
     about = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
     assert {g["weights"]["num_bits"] for g in about["config_groups"].values()} == {4, 8}
@@ -219,7 +226,8 @@ def test_words_round_trip(bits, rows, n, seed):
 
 
 def test_activation_order_is_undone_where_columns_stay_together():
-    scales, zeros = torch.tensor([[1.0, 2.0]]), torch.tensor([[7, 9]])
+    scales = torch.tensor([[1.0, 2.0]])
+    zeros = torch.tensor([[7, 9]])
     whole = torch.arange(2).repeat_interleave(16)
     assert regular_groups("w", whole, scales, zeros)[0].tolist() == [[1, 2]]
     blocks = torch.tensor([1, 0, 0, 1]).repeat_interleave(8)
@@ -234,7 +242,8 @@ def test_activation_order_is_undone_where_columns_stay_together():
 
 
 def test_a_group_order_in_the_file_is_undone(tmp_path):
-    graph, base = quantized("w4g32"), "model.layers.0.mlp.down_proj"
+    graph = quantized("w4g32")
+    base = "model.layers.0.mlp.down_proj"
     save(graph, tmp_path / "m", format="gptq")
 
     def reorder(t):

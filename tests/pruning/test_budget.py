@@ -20,7 +20,8 @@ from tinycompress.recipe import prune_pass
 @given(st.data())
 def test_the_knapsack_finds_the_best_combination(data):
     n = data.draw(st.integers(1, 4))
-    choices, losses = [], []
+    choices = []
+    losses = []
     for i in range(n):
         k = data.draw(st.integers(1, 4))
         prices = sorted(data.draw(st.lists(st.integers(0, 30), min_size=k, max_size=k, unique=True)))

@@ -13,7 +13,8 @@ from tinycompress.pruning.drop import Drop, remove, units_of
 @pytest.mark.parametrize("parts", ["layers", "attention", "ffn", "sublayers"])
 def test_each_step_removes_the_unit_that_is_missed_least(parts):
     """The oracle cuts the graph and measures its perplexity, candidate by candidate."""
-    graph, tokens = small(), ids(3)
+    graph = small()
+    tokens = ids(3)
     out = Drop(tokens, 2, parts)(graph)
     gone = []
     for _ in range(2):
@@ -25,7 +26,8 @@ def test_each_step_removes_the_unit_that_is_missed_least(parts):
 
 
 def test_removed_sublayers_add_nothing():
-    graph, tokens = small(biases=frozenset({"o_proj", "down_proj"})), ids(2)
+    graph = small(biases=frozenset({"o_proj", "down_proj"}))
+    tokens = ids(2)
     silent = {
         n: torch.zeros_like(w)
         for n, w in graph.weights.items()

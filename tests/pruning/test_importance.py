@@ -14,7 +14,8 @@ from tinycompress.pruning.sensitivity import sensitivities
 
 @pytest.fixture(scope="module")
 def measured():
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     sensitivity = sensitivities(graph, tokens, gradients=True)
     names = [a for a in axes(graph.config) if a.endswith((".ffn", "heads"))]
     return graph, tokens, sensitivity, collect(graph, tokens, names, sensitivity)
@@ -23,10 +24,12 @@ def measured():
 @pytest.mark.parametrize("name", ["layers.0.ffn", "layers.1.heads", "layers.1.kv_heads"])
 def test_criteria_are_their_formulas(measured, name):
     graph, tokens, _, stats = measured
-    s, axis = stats[name], axes(graph.config)[name]
+    s = stats[name]
+    axis = axes(graph.config)[name]
     i = name.split(".")[1]
     reader = f"model.layers.{i}.mlp.down_proj" if name.endswith("ffn") else f"model.layers.{i}.self_attn.o_proj"
-    x, W = seen_by(graph, tokens, reader), graph.weights[f"{reader}.weight"].double()
+    x = seen_by(graph, tokens, reader)
+    W = graph.weights[f"{reader}.weight"].double()
     u = W.shape[1] // axis.size
     by_unit = lambda v: v.view(axis.size, u).sum(1)  # noqa: E731
     expected = {
@@ -85,7 +88,8 @@ def test_the_root_of_a_matrix():
 
 
 def test_block_influence_is_one_minus_the_cosine():
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     module = graph.module()
     states = []
     for layer in module.model.layers:
@@ -101,7 +105,8 @@ def test_block_influence_is_one_minus_the_cosine():
 
 
 def test_hidden_importance_sums_over_norms():
-    graph, tokens = small(layers=(Layer(4, 2, 96),)), ids()
+    graph = small(layers=(Layer(4, 2, 96),))
+    tokens = ids()
     names = {"model.layers.0.self_attn.q_proj": 0, "model.layers.0.mlp.up_proj": 0, "lm_head": 0}
     expected = sum(seen_by(graph, tokens, n).abs().mean(1).square().sum(0).sqrt() for n in names)
     assert torch.allclose(hidden_importance(graph, tokens), expected, rtol=1e-4)

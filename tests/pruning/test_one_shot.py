@@ -14,11 +14,13 @@ from tinycompress.pruning.refit import refit_columns
 
 
 def test_one_shot_scores_and_refits_on_what_the_whole_graph_gives():
-    graph, tokens = small(layers=(Layer(4, 2, 96),) * 2), ids()
+    graph = small(layers=(Layer(4, 2, 96),) * 2)
+    tokens = ids()
     out = Prune(tokens, keep={"ffn": 48}, criterion="wanda_sp", refit=True, one_shot=True, multiple_of=16)(graph)
     for i in range(2):
         name = f"model.layers.{i}.mlp.down_proj"
-        x, W = seen_by(graph, tokens, name).flatten(0, 1), graph.weights[f"{name}.weight"]
+        x = seen_by(graph, tokens, name).flatten(0, 1)
+        W = graph.weights[f"{name}.weight"]
         kept = (W.double().abs().mean(0) * x.square().sum(0).sqrt()).topk(48).indices.sort().values
         assert torch.equal(
             out.weights[f"model.layers.{i}.mlp.up_proj.weight"],
@@ -41,15 +43,17 @@ def test_one_shot_scores_and_refits_on_what_the_whole_graph_gives():
     ],
 )
 def test_one_collection_serves_every_budget(how):
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     step = Prune(tokens, "params=0.8", axes=BOTH, multiple_of=16, one_shot=True, probe=6, **how)
     measured = step.collect(graph)
     for target in ("params=0.8", "params=0.6"):
         again = dataclasses.replace(step, target=target)
-        ours, theirs = again.from_statistics(graph, measured), again(graph)
-        assert ours.config == theirs.config and ours.history == theirs.history
-        assert all(torch.equal(w, theirs.weights[n]) for n, w in ours.weights.items())
-        assert ours.config.n_body_params <= float(target[7:]) * graph.config.n_body_params
+        shared = again.from_statistics(graph, measured)
+        whole = again(graph)
+        assert shared.config == whole.config and shared.history == whole.history
+        assert all(torch.equal(w, whole.weights[n]) for n, w in shared.weights.items())
+        assert shared.config.n_body_params <= float(target[7:]) * graph.config.n_body_params
 
 
 def test_statistics_of_another_graph_are_refused():

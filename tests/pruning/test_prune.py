@@ -40,7 +40,8 @@ def output_error(graph, out, tokens):
 
 
 def test_compensation_and_the_reference_come_closer():
-    graph, tokens = small(), ids(12)
+    graph = small()
+    tokens = ids(12)
     error = {
         r: output_error(
             graph, Prune(tokens, "params=0.7", refit=r, multiple_of=16, allocation="uniform")(graph), tokens
@@ -53,7 +54,8 @@ def test_compensation_and_the_reference_come_closer():
 @pytest.mark.parametrize("refit", [False, True, "reference"])
 def test_a_pruned_graph_is_a_masked_graph(refit):
     """float64: the model with the same weights at full width, zero where the cut was, computes the same logits."""
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     graph = graph.dense(torch.float64)
     step = Prune(tokens, "params=0.6", multiple_of=16, sublayers=True, refit=refit)
     chosen = step.choose(graph)
@@ -138,7 +140,8 @@ def test_anybodys_criterion():
 
 
 def test_the_bias_keeps_the_mean_output():
-    graph, tokens = small(layers=(Layer(4, 2, 96),)), ids()
+    graph = small(layers=(Layer(4, 2, 96),))
+    tokens = ids()
     out = Prune(tokens, keep={"ffn": 48}, criterion="flap", refit="bias", multiple_of=16)(graph)
     outputs = [g.module().model.layers[0].mlp for g in (graph, out)]
     x = torch.cat(list(seen_by(graph, tokens, "model.layers.0.mlp.up_proj"))).float()
@@ -173,7 +176,8 @@ def test_uneven_kv_heads_are_warned_of():
 
 
 def test_other_graphs_and_packed_ones_are_refused():
-    graph, step = small(), Prune(ids(), "params=0.8", multiple_of=16)
+    graph = small()
+    step = Prune(ids(), "params=0.8", multiple_of=16)
     other = small(layers=MIXED[:2])
     with pytest.raises(InputError, match="another graph"):
         step.cut_to(other, step.choose(graph))
@@ -205,7 +209,8 @@ def test_plans_are_what_the_pass_leaves_where_nothing_is_shared_out():
 
 
 def test_the_seed_draws_the_labels_of_the_fisher_matrices():
-    graph, tokens = small(layers=(Layer(4, 2, 96),) * 2), ids()
+    graph = small(layers=(Layer(4, 2, 96),) * 2)
+    tokens = ids()
     losses = [Prune(tokens, "params=0.7", seed=seed, multiple_of=16).choose(graph).losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 

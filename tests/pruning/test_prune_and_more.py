@@ -12,7 +12,8 @@ from tinycompress.quantization.gptq import GPTQ
 
 
 def test_prune_scale_quantize_save_load(tmp_path):
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     out = GPTQ(tokens, QuantSpec(4, 16))(ScaleRope(128)(Prune(tokens, "params=0.75", multiple_of=16)(graph)))
     save(out, tmp_path / "m")
     again = load(tmp_path / "m")
@@ -23,7 +24,8 @@ def test_prune_scale_quantize_save_load(tmp_path):
 def test_prune_quantize_export_verify(tmp_path):
     from tinycompress.export import export, verify
 
-    graph, tokens = small(bos_token_id=1, eos_token_id=2), ids()
+    graph = small(bos_token_id=1, eos_token_id=2)
+    tokens = ids()
     out = GPTQ(tokens, QuantSpec(4, 16))(Prune(tokens, "params=0.75", multiple_of=16, sublayers=True)(graph))
     assert not out.config.uniform
     export(out, tmp_path / "onnx", tokens=tokens[:2], limits={"kl": 1.0, "flips": 1.0, "perplexity": 1.0})

@@ -57,10 +57,12 @@ def test_obs_takes_heads_from_every_group_in_turn():
 @pytest.mark.parametrize("width", [1, 3])
 def test_curves_hold_every_loss_of_an_order(width):
     W, x = problem()
-    n, H = 24 // width, x.T @ x
+    n = 24 // width
+    H = x.T @ x
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
     units = torch.arange(24).view(n, width)
-    with_refit, without = refit_curve(W, H, order, width, damping=1e-14), plain_curve(W, H, order, width)
+    with_refit = refit_curve(W, H, order, width, damping=1e-14)
+    without = plain_curve(W, H, order, width)
     for k in range(n + 1):
         gone, kept = (units[part].flatten() for part in (order[:k], order[k:]))
         assert torch.allclose(
@@ -83,7 +85,8 @@ def test_refit_reaches_for_the_float_models_stream():
     g = torch.Generator().manual_seed(2)
     seen = x + 0.3 * torch.randn(x.shape, generator=g, dtype=torch.float64)
     gap = torch.randn(len(x), 6, generator=g, dtype=torch.float64)  # h - ĥ
-    H, keep = seen.T @ seen, torch.arange(0, 24, 2)
+    H = seen.T @ seen
+    keep = torch.arange(0, 24, 2)
     for share in (0.0, 0.5, 1.0):
         target = (1 - share) * seen @ W.T + share * (x @ W.T + gap)
         ours = refit_columns(W, H, keep, 1e-14, wanted_output(W, H, (x @ W.T + gap).T @ seen, share))
@@ -95,9 +98,11 @@ def test_refit_reaches_for_the_float_models_stream():
 
 
 def test_the_walk_shows_how_the_streams_differ():
-    graph, tokens = small(), ids(3)
+    graph = small()
+    tokens = ids(3)
     halved = {n: w / 2 for n, w in graph.weights.items() if n.endswith("v_proj.weight")}
-    module, other = graph.module(), graph.replace(weights=halved).module()
+    module = graph.module()
+    other = graph.replace(weights=halved).module()
     streams = []
     for m in (module, other):
         m.get_submodule("model.layers.1.post_attention_layernorm").register_forward_pre_hook(

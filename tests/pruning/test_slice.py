@@ -13,7 +13,8 @@ from tinycompress.quantization.gptq import GPTQ
 
 
 def test_slicing_nothing_off_is_exact():
-    graph, tokens = small(tie_embeddings=True).dense(torch.float64), ids()
+    graph = small(tie_embeddings=True).dense(torch.float64)
+    tokens = ids()
     out = Slice(tokens, 64)(graph)
     assert (out.module()(tokens) - graph.module()(tokens)).abs().max() < 1e-8
     assert not out.config.tie_embeddings and out.history == ("Slice(hidden=64)",)
@@ -21,8 +22,10 @@ def test_slicing_nothing_off_is_exact():
 
 def test_a_slice_is_the_projection_of_the_stream():
     """float64: the sliced graph computes what the folded one computes with the stream projected after every write."""
-    graph, tokens = small().dense(torch.float64), ids()
-    folded, hidden = fold_norms(graph), 48
+    graph = small().dense(torch.float64)
+    tokens = ids()
+    folded = fold_norms(graph)
+    hidden = 48
     states = []
     module = folded.module()
     norms = [m for name, m in module.named_modules() if name.endswith("norm")]
@@ -43,7 +46,8 @@ def test_a_slice_is_the_projection_of_the_stream():
 
 
 def test_a_low_rank_stream_is_sliced_without_loss():
-    graph, tokens = small().dense(torch.float64), ids()
+    graph = small().dense(torch.float64)
+    tokens = ids()
     basis = torch.linalg.qr(torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     flat = {n: torch.ones_like(w) for n, w in graph.weights.items() if w.dim() == 1}
     for name, weight in graph.weights.items():
@@ -56,7 +60,8 @@ def test_a_low_rank_stream_is_sliced_without_loss():
 
 
 def test_sliced_graphs_save_load_and_quantize(tmp_path):
-    graph, tokens = small(), ids()
+    graph = small()
+    tokens = ids()
     out = GPTQ(tokens, QuantSpec(4, 16))(Slice(tokens, 48)(graph))
     save(out, tmp_path / "m")
     assert torch.equal(load(tmp_path / "m").module()(tokens), out.module()(tokens))
@@ -70,6 +75,7 @@ def test_impossible_slices_are_refused():
 
 
 def test_the_plan_of_a_slice_is_its_config():
-    graph, tokens = small(tie_embeddings=True), ids()
+    graph = small(tie_embeddings=True)
+    tokens = ids()
     step = Slice(tokens, 48)
     assert step.plan(graph.config) == step(graph).config

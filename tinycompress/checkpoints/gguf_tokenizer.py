@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..graph.config import Config
 from .tokenizer import BYTE, CONTROL, GGUF_IDS, SPLITS, UNKNOWN, USER_DEFINED, Tokenizer
 
-NORMAL, UNUSED = 1, 5
+NORMAL = 1  # tokenizer.ggml.token_type, beside those of tokenizer.py
+UNUSED = 5
 LOWEST = -1e9  # the score of a piece that no merge makes
 PROBE = "Once upon a time, there were 1234 cats; they'd seen it  all.\n\tNaïve café, 漢字 & 👩‍🚀! x_y=f(3.14)"
 

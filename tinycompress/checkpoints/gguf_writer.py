@@ -228,16 +228,20 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, config: Config, items: list[_I
 
     layer = config.layers[0]
     rope = config.rope
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(layer.ffn_dim)
-    writer.add_head_count(layer.n_heads)
-    writer.add_head_count_kv(layer.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    numbers = {
+        writer.add_vocab_size: config.vocab_size,
+        writer.add_context_length: config.max_position,
+        writer.add_embedding_length: config.hidden_size,
+        writer.add_block_count: config.n_layers,
+        writer.add_feed_forward_length: layer.ffn_dim,
+        writer.add_head_count: layer.n_heads,
+        writer.add_head_count_kv: layer.n_kv_heads,
+        writer.add_key_length: config.head_dim,
+        writer.add_value_length: config.head_dim,
+        writer.add_rope_dimension_count: config.head_dim,
+    }
+    for add, number in numbers.items():
+        add(number)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(rope.theta)
     if rope.type in ("linear", "yarn"):

@@ -103,7 +103,8 @@ def _original(values: Mapping[str, Any], kind: str, length: int, beside: int, at
 
 def rope_to_hf(config: Config) -> dict[str, Any]:
     """The config.json fields that say what positions mean, in the 4.x spelling."""
-    rope, length = config.rope, config.max_position
+    rope = config.rope
+    length = config.max_position
     out: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None, "max_position_embeddings": length}
     if rope.type == "default":
         return out

@@ -81,7 +81,8 @@ def _parts(name: str, weight: Entry, dense: bool, layout: Layout | None) -> Iter
                 name + suffix, tuple(tensor.shape), tensor.dtype, weight, lambda w, suffix=suffix: w.tensors()[suffix]
             )  # type: ignore[misc]
     else:
-        base, blank = name.removesuffix(".weight"), weight.to("meta")  # shapes and dtypes without the work
+        base = name.removesuffix(".weight")
+        blank = weight.to("meta")  # shapes and dtypes without the work
         for suffix, make in layout.parts(base, weight).items():
             tensor = make(blank)
             yield Part(base + suffix, tuple(tensor.shape), tensor.dtype, weight, make)

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 GGUF_IDS = dict(zip(SPECIALS, ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")))
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+UNKNOWN = 2  # tokenizer.ggml.token_type
+CONTROL = 3
+USER_DEFINED = 4
+BYTE = 6
 SPLITS = {  # tokenizer.ggml.pre: None splits as GPT-2 does
     "default": None,
     "gpt-2": None,
@@ -209,8 +212,8 @@ def _sentencepiece(tokens: list[str], types: list[int], values: Mapping[str, Any
     ranked = []
     for piece, i in pieces.items():
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
-        ranked += [(-scores[i], a, b) for _, _, a, b in known]
+        pairs = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
+        ranked += [(-scores[i], a, b) for _, _, a, b in pairs]
     ranked.sort(key=lambda merge: merge[0])  # stable: equal scores keep the vocabulary's order
     unknown = values.get("unknown_token_id")
     backend = tokenizers.Tokenizer(
