@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.tokenizer import Tokenizer
+from ..checkpoints.tokenizer import encoder_of
 from ..errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -32,19 +32,27 @@ WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 def tokens(
-    source: str | Path, tokenizer: Tokenizer | None, n: int, seq_len: int, seed: int | None = None, split: str = "train"
+    source: str | Path, tokenizer: Any, n: int, seq_len: int, seed: int | None = None, split: str = "train"
 ) -> Tensor:
     """Token ids [n, seq_len], int64: the first n windows in a row, or with a `seed` n windows drawn from all of them.
 
-    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is for `decode.check_ids`.
+    Fields:
+        source: where the text is: "pydoc", "wikitext2", a file, or a hub data set (see above).
+        tokenizer: a graph's, one of transformers or of `tokenizers`, or a function from text to a mapping with
+            `input_ids`. Special tokens are left out.
+        n: how many windows.
+        seq_len: how many tokens each has.
+        seed: of the draw; None takes the first windows.
+        split: "train" | "validation" | "test", for sources that have them.
+
+    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is checked where they are used.
     """
-    if tokenizer is None:
-        raise InputError("tokenizer", "none", "a model folder with a tokenizer.json")
+    encode = encoder_of(tokenizer)
     for name, value in (("number of windows", n), ("window length", seq_len)):
         if value < 1:
             raise InputError(name, value, "a positive integer")
     # a hub data set can be endless: a tenth of what is read is plenty to draw from, at some four characters a token
-    ids = tokenizer.encode(text(source, split, max_chars=40 * n * seq_len))
+    ids = encode(text(source, split, max_chars=40 * n * seq_len))
     fits = len(ids) // seq_len
     if n > fits:
         needed = f"at least {n} × {seq_len} = {n * seq_len}, or at most {fits} windows of {seq_len}"

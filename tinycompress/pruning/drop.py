@@ -28,7 +28,7 @@ from ..graph.config import Config, Layer
 from ..graph.edit import cut, resized
 from ..graph.graph import Graph
 from ..graph.topology import axis_name
-from ..model.transformer import RotaryTables, Transformer
+from ..model.transformer import Block, RotaryTables, Transformer
 
 KINDS_OF_UNITS = {  # what the field `parts` accepts
     "layers": ("layers",),
@@ -152,6 +152,7 @@ def _run(
     for i, block in enumerate(model.blocks):
         if i < first or (stop is not None and i >= stop) or (i, "layers") in removed:
             continue
+        assert isinstance(block, Block)
         if (i, "attention") not in removed:
             x = torch.cat([block.attention(window, tables) for window in x.split(1)])
         if (i, "ffn") not in removed:

@@ -19,7 +19,7 @@ from ..calibration.walk import check_calibration, working_dtype
 from ..graph.config import layer_of
 from ..graph.graph import Graph
 from ..graph.topology import feeds
-from ..model.transformer import Transformer
+from ..model.transformer import Block, Transformer
 
 GRADIENT_WINDOW = 512  # positions a backward pass keeps the activations of
 
@@ -84,6 +84,7 @@ def _add_fisher(
         tables = model.tables(0, ids.shape[1])
         x = model.model.embed_tokens(ids).detach().requires_grad_()
         for i, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
             if name := writers.get((i, "attention_out")):
                 x = block.attention(x, tables)
                 x.register_hook(add_to(name))
