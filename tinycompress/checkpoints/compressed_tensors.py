@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..graph.graph import LazyTensor
 from ..graph.quant_tensor import BITS, Grid, QuantTensor, pack
-from .bit_words import FLOATS, expect, quant_tensor, regular_groups, row_words, take
+from .bit_words import FLOATS, expect, quant_tensor, regular_groups, row_words, stored_zeros, take
 
 MARKER = ".weight_packed"
 
@@ -41,7 +41,7 @@ def parts(name: str, weight: QuantTensor) -> dict[str, Callable[[QuantTensor], T
         ".weight_shape": lambda w: torch.tensor(w.shape, device=w.device),
     }
     if weight.zeros is not None:
-        out[".weight_zero_point"] = lambda w: to_padded_words(w.zeros.T, bits).T.contiguous()  # type: ignore[union-attr]
+        out[".weight_zero_point"] = lambda w: to_padded_words(stored_zeros(w).T, bits).T.contiguous()
     return out
 
 
