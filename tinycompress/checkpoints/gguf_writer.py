@@ -55,7 +55,7 @@ class _Item:
 def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None, overwrite: bool = False) -> Path:
     """Writes the file, one weight in memory at a time; it appears complete or not at all.
 
-    Fields:
+    Args:
         path: the file, whose name ends in .gguf. Returned.
         requantize: the type, one of `REQUANTIZE`, that packed weights are rounded to where no block of llama.cpp holds
             them as they are; None: such a weight is an `InputError`.

@@ -42,7 +42,9 @@ class Part:
     """A tensor of a safetensors file to come.
 
     Fields:
-        name, shape, dtype: of the tensor.
+        name: the tensor's name in the file.
+        shape: its shape.
+        dtype: its dtype.
         weight: the graph's entry that it is read from.
         make: what makes the tensor of a quantized weight; by default it is dequantized.
     """

@@ -48,7 +48,7 @@ def search(
 
     The full retraining starts from `pruned` or `healed` of the first trial.
 
-    Fields:
+    Args:
         candidates: passes that prune, at least one.
         heal: the pass that retrains for a while.
         held_out: ids [windows, seq_len] that the perplexity is measured on.
