@@ -67,7 +67,8 @@ def names() -> str:
         if not isinstance(statement, ast.ImportFrom) or statement.module is None:
             continue
         room = statement.module.split(".")[0]
-        places = [f"tinycompress.{statement.module}", *(modules(room) if room in ROOMS else ())]
+        places = [f"tinycompress.{statement.module}"] if "." in statement.module or room not in ROOMS else []
+        places += modules(room) if room in ROOMS else []
         for alias in statement.names:
             rooms.setdefault(room, []).append(row(alias.name, places))
     tables = [f"## {room.capitalize()}\n\n| name | |\n|---|---|\n" + "\n".join(rows) for room, rows in rooms.items()]
