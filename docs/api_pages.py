@@ -47,17 +47,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 NAMES = "<!-- names -->"
 
 
-def row(name: str, places: list[str]) -> str:
-    """A table row for a name that is defined in the first of the modules that has it."""
+def definition(name: str, places: list[str]) -> tuple[str, str] | None:
+    """The first of the modules that defines a name, and what its docstring says there."""
     for module in places:
-        source = ROOT / (module.replace(".", "/") + ".py")
-        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        source = ROOT / (module.removeprefix("tinycompress.").replace(".", "/") + ".py")
+        if not module.startswith("tinycompress.export"):
+            source = ROOT / (module.replace(".", "/") + ".py")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body if source.exists() else ():
             about = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
             if about and getattr(node, "name", "") == name:
-                paragraph = " ".join(about.split("\n\n")[0].split())
-                sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
-                return f"| [`{name}`][{module}.{name}] | {sentence} |"
-    return f"| `{name}` | in `{places[0]}` |"
+                return module, about
+    return None
+
+
+def found_again(match: re.Match[str]) -> str:
+    """A reference to a name of a room, wherever in the room it is defined now."""
+    places = [match["module"], *(modules(match["room"]) if match["room"] in ROOMS else ())]
+    place = definition(match["name"], places)
+    return match[0].replace(match["module"], place[0]) if place else match[0]
+
+
+def row(name: str, places: list[str]) -> str:
+    """A table row for a name that is defined in the first of the modules that has it."""
+    place = definition(name, places)
+    if place is None:
+        return f"| `{name}` | in `{places[0]}` |"
+    paragraph = " ".join(place[1].split("\n\n")[0].split())
+    sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
+    return f"| [`{name}`][{place[0]}.{name}] | {sentence} |"
 
 
 def names() -> str:
@@ -75,6 +92,7 @@ def names() -> str:
     return "\n\n".join(tables)
 
 
+REFERENCE = re.compile(r"\b(?P<module>tinycompress\.(?P<room>\w+)(?:\.\w+)*)\.(?P<name>\w+)(?=\]| -->)")
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 OF_A_PASS = """::: {}
     options:
@@ -90,4 +108,5 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
     `<!-- names -->` becomes the tables of `names`."""
     if NAMES in markdown:
         markdown = markdown.replace(NAMES, names())
+    markdown = REFERENCE.sub(found_again, markdown)
     return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)
