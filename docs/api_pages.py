@@ -31,7 +31,8 @@ def modules(room: str) -> list[str]:
     if room == "pipeline":
         return [f"tinycompress.{name}" for name in TOP if (ROOT / "tinycompress" / f"{name}.py").exists()]
     folder = ROOT / "export" if room == "export" else ROOT / "tinycompress" / room
-    paths = [path for path in sorted(folder.rglob("*.py")) if "runtimes" not in path.parts]
+    paths = [path for path in folder.rglob("*.py") if "runtimes" not in path.parts]
+    paths.sort(key=lambda path: (len(path.parts), path))  # the files of a room before those of its folders
     names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
     return [f"tinycompress.{room}.{name}" for name in names if not name.endswith("__init__") and name != "support"]
 
