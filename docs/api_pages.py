@@ -111,3 +111,14 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
         markdown = markdown.replace(NAMES, names())
     markdown = REFERENCE.sub(found_again, markdown)
     return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)
+
+
+INLINE_CODE = re.compile(r"(?<!</span>)(?<!<pre>)<code>([^<]*)</code>")
+OPTION = re.compile(r"(?<![\w-])(--[a-z][\w-]*)")
+
+
+def on_page_content(html: str, **kwargs: object) -> str:
+    """Options in running text, `--quantize`, never break behind their dashes."""
+    return INLINE_CODE.sub(
+        lambda match: "<code>" + OPTION.sub(r'<span class="option">\1</span>', match[1]) + "</code>", html
+    )
