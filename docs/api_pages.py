@@ -31,7 +31,8 @@ def modules(room: str) -> list[str]:
     if room == "pipeline":
         return [f"tinycompress.{name}" for name in TOP if (ROOT / "tinycompress" / f"{name}.py").exists()]
     folder = ROOT / "export" if room == "export" else ROOT / "tinycompress" / room
-    paths = [path for path in sorted(folder.rglob("*.py")) if "runtimes" not in path.parts]
+    paths = [path for path in folder.rglob("*.py") if "runtimes" not in path.parts]
+    paths.sort(key=lambda path: (len(path.parts), path))  # the files of a room before those of its folders
     names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
     return [f"tinycompress.{room}.{name}" for name in names if not name.endswith("__init__") and name != "support"]
 
@@ -47,17 +48,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 NAMES = "<!-- names -->"
 
 
-def row(name: str, places: list[str]) -> str:
-    """A table row for a name that is defined in the first of the modules that has it."""
+def definition(name: str, places: list[str]) -> tuple[str, str] | None:
+    """The first of the modules that defines a name, and what its docstring says there."""
     for module in places:
-        source = ROOT / (module.replace(".", "/") + ".py")
-        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        source = ROOT / (module.removeprefix("tinycompress.").replace(".", "/") + ".py")
+        if not module.startswith("tinycompress.export"):
+            source = ROOT / (module.replace(".", "/") + ".py")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body if source.exists() else ():
             about = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
             if about and getattr(node, "name", "") == name:
-                paragraph = " ".join(about.split("\n\n")[0].split())
-                sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
-                return f"| [`{name}`][{module}.{name}] | {sentence} |"
-    return f"| `{name}` | in `{places[0]}` |"
+                return module, about
+    return None
+
+
+def found_again(match: re.Match[str]) -> str:
+    """A reference to a name of a room, wherever in the room it is defined now."""
+    places = [match["module"], *(modules(match["room"]) if match["room"] in ROOMS else ())]
+    place = definition(match["name"], places)
+    return match[0].replace(match["module"], place[0]) if place else match[0]
+
+
+def row(name: str, places: list[str]) -> str:
+    """A table row for a name that is defined in the first of the modules that has it."""
+    place = definition(name, places)
+    if place is None:
+        return f"| `{name}` | in `{places[0]}` |"
+    paragraph = " ".join(place[1].split("\n\n")[0].split())
+    sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
+    return f"| [`{name}`][{place[0]}.{name}] | {sentence} |"
 
 
 def names() -> str:
@@ -67,13 +85,15 @@ def names() -> str:
         if not isinstance(statement, ast.ImportFrom) or statement.module is None:
             continue
         room = statement.module.split(".")[0]
-        places = [f"tinycompress.{statement.module}", *(modules(room) if room in ROOMS else ())]
+        places = [f"tinycompress.{statement.module}"] if "." in statement.module or room not in ROOMS else []
+        places += modules(room) if room in ROOMS else []
         for alias in statement.names:
             rooms.setdefault(room, []).append(row(alias.name, places))
     tables = [f"## {room.capitalize()}\n\n| name | |\n|---|---|\n" + "\n".join(rows) for room, rows in rooms.items()]
     return "\n\n".join(tables)
 
 
+REFERENCE = re.compile(r"\b(?P<module>tinycompress\.(?P<room>\w+)(?:\.\w+)*)\.(?P<name>\w+)(?=\]| -->)")
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
 OF_A_PASS = """::: {}
     options:
@@ -89,4 +109,16 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
     `<!-- names -->` becomes the tables of `names`."""
     if NAMES in markdown:
         markdown = markdown.replace(NAMES, names())
+    markdown = REFERENCE.sub(found_again, markdown)
     return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)
+
+
+INLINE_CODE = re.compile(r"(?<!</span>)(?<!<pre>)<code>([^<]*)</code>")
+OPTION = re.compile(r"(?<![\w-])(--[a-z][\w-]*)")
+
+
+def on_page_content(html: str, **kwargs: object) -> str:
+    """Options in running text, `--quantize`, never break behind their dashes."""
+    return INLINE_CODE.sub(
+        lambda match: "<code>" + OPTION.sub(r'<span class="option">\1</span>', match[1]) + "</code>", html
+    )

@@ -1,8 +1,8 @@
 """Reads the house's docstrings for the API reference.
 
 Docstrings are written for the source: fields of a pass stand under `Fields:`, equations and legends are indented by two
-or more columns. For the site, `Fields:` becomes the section `Attributes:` and indented lines become literal blocks. The
-folder `export/` joins the package as `tinycompress.export`, which is where its users import it from.
+or more columns. For the site, `Fields:` becomes a section that the parser knows and indented lines become literal
+blocks. The folder `export/` joins the package as `tinycompress.export`, which is where its users import it from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SECTION = re.compile(
 )
 
 
-def readable(text: str) -> str:
+def readable(text: str, section: str = "Attributes") -> str:
     """The docstring with its sections named as the parser knows them and indented lines as literal blocks."""
     out: list[str] = []
     literal: list[str] = []
@@ -42,7 +42,7 @@ def readable(text: str) -> str:
         if in_section or in_fence or list_item or not (indented or (literal and not line.strip())):
             close()
             if line == "Fields:":
-                line = "Attributes:"
+                line = f"{section}: Fields"
             out.append(line if in_fence else without_references(line))
         else:
             literal.append(line)
@@ -61,7 +61,8 @@ class Docstrings(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = readable(obj.docstring.value.replace("\b\n", ""))
+            section = "Args" if obj.is_function else "Attributes"
+            obj.docstring.value = readable(obj.docstring.value.replace("\b\n", ""), section)
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         if pkg.name == "tinycompress" and "export" not in pkg.members:

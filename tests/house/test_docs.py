@@ -215,3 +215,19 @@ def test_blocks_that_are_not_run_say_why() -> None:
         text = page.read_text(encoding="utf-8")
         for comment in re.findall(r"<!-- not run:?(.*?)-->", text):
             assert len(comment.strip()) > 2, name_of(page)
+
+
+def test_the_layout_in_the_readme_is_the_listing() -> None:
+    """Every entry of the README's layout exists, and every folder of the library is in it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("## Layout")[1].split("```text\n")[1].split("```")[0]
+    entries: set[str] = set()
+    above = ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        above = above if line.startswith(" ") else name
+        entries.add(above + name if line.startswith(" ") else name)
+    assert not [name for name in entries if not (ROOT / name).exists()]
+    folders = [path for top in ("tinycompress", "export") for path in (ROOT / top).iterdir() if path.is_dir()]
+    rooms = {f"{path.relative_to(ROOT)}/" for path in folders if not path.name.startswith("__")}
+    assert rooms <= entries
