@@ -1,4 +1,5 @@
-"""The comparison with other libraries in benchmarks/quantize.py, each in a venv of its own (tests/runtimes/README.md)."""
+"""The comparison with other libraries in benchmarks/quantize.py, each in a venv of its own
+(tests/runtimes/README.md)."""
 
 import os
 import subprocess
@@ -26,8 +27,8 @@ def test_a_peer_needs_its_python():
     "peer, venv", [("gptqmodel", "transformers"), ("llm-compressor", "llm-compressor"), ("auto-round", "auto-round")]
 )
 def test_a_peer_is_measured_on_the_same_weights_and_tokens(peer, venv, shared):
-    """8 bits cost the embedded model nearly nothing, whoever rounds. A smaller model on a text that it cannot read says nothing:
-    stories260K gains as much as it loses by any rounding there."""
+    """8 bits cost the embedded model nearly nothing, whoever rounds. A smaller model on a text that it cannot read says
+    nothing: stories260K gains as much as it loses by any rounding there."""
     python = Path(os.environ.get("TINYCOMPRESS_RUNTIMES", "")).expanduser() / venv / "bin" / "python"
     if not python.is_absolute() or not python.exists():
         pytest.skip(f"no venv {venv!r} (tests/runtimes/README.md, benchmarks/peers)")

@@ -1,4 +1,5 @@
-"""The form of experiments: a killed run keeps what it found, and a rerun under the same protocol takes up from there."""
+"""The form of experiments: a killed run keeps what it found, and a rerun under the same protocol takes up from
+there."""
 
 import contextlib
 import dataclasses
@@ -30,7 +31,8 @@ class Killed(Exception):
 
 @pytest.fixture
 def measure(shared, tmp_path, monkeypatch):
-    """Runs an experiment of three settings, that dies before the one at index `dies`; returns the settings it measured."""
+    """Runs an experiment of three settings, that dies before the one at index `dies`; returns the settings it
+    measured."""
     monkeypatch.setattr(form, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
 

@@ -1,4 +1,5 @@
-"""Passes in order, and a work folder from which a rerun takes up: only what changed, and what follows it, runs again."""
+"""Passes in order, and a work folder from which a rerun takes up: only what changed, and what follows it, runs
+again."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import check_ids, decode, decode_room, end_tokens
+from tinycompress.model.generation import Sampling, check_ids, generate
 
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
@@ -141,26 +141,14 @@ class OrtModel:
         return logits
 
     @torch.inference_mode()
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: tuple[int, ...] | None = None,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """As `Transformer.generate`: continues ids [1, T] (or [T]) and returns the new ids [n]."""
-        ids = torch.as_tensor(ids).reshape(1, -1)
-        room = decode_room(self.config, ids, max_new_tokens)
-        cache = self.new_cache(1, ids.shape[1] + max(room - 1, 0))
-        stop = end_tokens(self.config) if stop is None else stop
-        return decode(
-            lambda new: self.step(new, cache)[0, -1], ids, room, temperature, top_k, top_p, seed, stop, on_token
-        )
+    def generate(self, ids: Tensor, max_new_tokens: int = 64, **options: Unpack[Sampling]) -> Tensor:
+        """Continues ids [1, T] (or [T]) by at most `max_new_tokens`: the new ids [n]. Options as in `Sampling`."""
+
+        def begin(length: int) -> Callable[[Tensor], Tensor]:
+            cache = self.new_cache(1, length)
+            return lambda new: self.step(new, cache)[0, -1]
+
+        return generate(self.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
 
     def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
         """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not

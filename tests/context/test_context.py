@@ -65,7 +65,7 @@ def test_attention_in_pieces_is_the_masked_softmax(T, past, kv, group):
         ~torch.ones(T, past + T, dtype=torch.bool).tril(past), -torch.inf
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinycompress.model.transformer.MASK_ROWS", 4)
+        patch.setattr("tinycompress.model.attention.MASK_ROWS", 4)
         torch.testing.assert_close(attend(q, k, v), scores.softmax(-1) @ values)
 
 

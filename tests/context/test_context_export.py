@@ -34,7 +34,8 @@ def stretched(method: str, times: int, head_dim: int = 16) -> Graph:
 @pytest.mark.parametrize("times", [2, 4, 8])
 @pytest.mark.parametrize("method", [*METHODS, "longrope"])
 def test_every_method_survives_export(method, times, tmp_path):
-    """Prefill, and decoding over the trained length to the last position, in ONNX Runtime against torch; the gate too."""
+    """Prefill, and decoding over the trained length to the last position, in ONNX Runtime against torch; the gate
+    too."""
     pytest.importorskip("onnxruntime")
     from tinycompress.export import OrtModel, export
 

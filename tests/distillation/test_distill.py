@@ -381,7 +381,8 @@ def test_the_hidden_loss_alone_pulls_the_states_together(tiny):
 
 @pytest.mark.parametrize("heads", [None, 4])
 def test_the_attention_loss_is_that_of_the_models_attention(tiny, tmp_path, heads):
-    """Its value against transformers' own attention matrices (where relation heads are the model's heads) and values."""
+    """Its value against transformers' own attention matrices (where relation heads are the model's heads) and
+    values."""
     student, tokens = perturbed(tiny), windows(tiny, 4)
     loss = HiddenLoss("attention", 0.7, ((0, 1),), heads=heads)
     Distill(tokens, tiny, Training(steps=1, batch=4), losses=(Loss("kl", 0.0),), hidden=(loss,), log=tmp_path)(student)
@@ -415,7 +416,8 @@ def test_the_attention_loss_is_that_of_the_models_attention(tiny, tmp_path, head
 
 @pytest.mark.parametrize("kind", ["relation", "attention"])
 def test_relations_come_nearer_whatever_the_heads(nonuniform, kind, tmp_path):
-    """A teacher of other widths and heads; the loss falls, and only what lies before the tapped layer's scores learns."""
+    """A teacher of other widths and heads; the loss falls, and only what lies before the tapped layer's scores
+    learns."""
     teacher = Graph.random(
         Config(vocab_size=128, hidden_size=48, head_dim=16, layers=(Layer(6, 2, 64),) * 6, max_position=64), 3, std=0.1
     )
@@ -527,7 +529,8 @@ def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
 
 
 def distance(a: Graph, b: Graph) -> float:
-    """Of all weights: AdamW moves a weight whose gradient is all rounding as far as any other, so single ones may differ."""
+    """Of all weights: AdamW moves a weight whose gradient is all rounding as far as any other, so single ones may
+    differ."""
     return sum((w - b.weights[name]).double().square().sum().item() for name, w in a.weights.items()) ** 0.5
 
 
@@ -573,7 +576,8 @@ def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):
 
 
 def test_the_teacher_reads_long_windows_in_pieces(tiny, tmp_path):
-    """The KL of the first step is that of the pieces, put together; a student that is its teacher has none at T = piece."""
+    """The KL of the first step is that of the pieces, put together; a student that is its teacher has none at T =
+    piece."""
     tokens, student = windows(tiny, 4, 32), perturbed(tiny)
 
     def first_loss(**how):

@@ -328,7 +328,8 @@ def test_backward_twice_says_so():
 
 def test_random_samples_point_where_the_full_teacher_does_and_top_k_does_not():
     """arXiv:2503.16870, on a teacher with a heavy tail: the angle to the full gradient, over tokens, with an average of
-    many draws near zero (the estimate is unbiased), and larger for the k most probable ids, with a tail bucket or without."""
+    many draws near zero (the estimate is unbiased), and larger for the k most probable ids, with a tail bucket or
+    without."""
     g = rng(1)
     n, V, D = 1500, 300, 12
     hidden, head = (

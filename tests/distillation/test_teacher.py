@@ -1,4 +1,5 @@
-"""Teachers: online and streamed agree; a cache holds what the teacher said, survives a kill, and refuses what it is not."""
+"""Teachers: online and streamed agree; a cache holds what the teacher said, survives a kill, and refuses what it is
+not."""
 
 import shutil
 from collections import namedtuple
@@ -59,7 +60,8 @@ def test_a_streamed_teacher_reads_a_saved_graph_block_by_block(nonuniform, token
 
 @pytest.mark.slow
 def test_a_streamed_teacher_holds_one_block(tmp_path, monkeypatch):
-    """Memory of this process's own (files that are mapped can be given back): of 6 blocks, 29 MB each in float32, one."""
+    """Memory of this process's own (files that are mapped can be given back): of 6 blocks, 29 MB each in float32,
+    one."""
     layers, name = (Layer(8, 8, 4096),) * 6, "model.layers.0.mlp.up_proj.weight"
     save(Graph.random(Config(256, 512, 64, layers), dtype=torch.bfloat16), tmp_path / "teacher")
     graph = load(tmp_path / "teacher")

@@ -134,7 +134,8 @@ def test_scaling_is_a_pass(tiny):
     theta=st.sampled_from([1e4, 1e5]),
 )
 def test_a_scaled_config_means_the_same_in_transformers(method, head_dim, times, theta):
-    """From ScaleRope through config.json to transformers' own module, at a length within and one beyond the trained one."""
+    """From ScaleRope through config.json to transformers' own module, at a length within and one beyond the trained
+    one."""
     pytest.importorskip("transformers")
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -1,11 +1,11 @@
 """Measuring a longer context: perplexity against length with intervals, memory and speed against length.
 
-  full windows     non-overlapping windows of each length, every token counted: what a user of that length gets on average
+  full windows     non-overlapping windows of each length, every token counted: what a user of that length gets
   sliding windows  the same target tokens at every length, each after (at least) length - stride tokens of context
                    (Train Short, Test Long, arXiv:2108.12409): does more context help, or break the model?
 
-Both return the NLL by window, so that methods are compared pairwise (`evaluate.paired_difference`). Letters: N tokens of
-the text, T length, V vocabulary.
+Both return the NLL by window, so that methods are compared pairwise (`evaluate.paired_difference`). Letters: N tokens
+of the text, T length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .statistics import Interval, bootstrap
 def full_windows(
     model: Transformer, stream: Tensor, length: int, windows: int | None = None, progress: bool = True
 ) -> Tensor:
-    """NLL float64 [windows] of the first `windows` (by default all) non-overlapping windows of `length` of `stream` [N]."""
+    """NLL float64 [windows] of the first `windows` (by default all) non-overlapping windows of `length` of `stream`
+    [N]."""
     fits = len(stream) // length
     windows = fits if windows is None else windows
     if windows < 1 or windows > fits:
@@ -70,7 +71,8 @@ def tail_nll(model: Transformer, ids: Tensor, n: int) -> Tensor:
 
 @torch.inference_mode()
 def cached_nll(model: Transformer, ids: Tensor, int8: bool = False) -> Tensor:
-    """ids [T] to the NLL of tokens 1 … T-1, float32 [T-1], through the cache in chunks of `CHUNK`: what its dtype costs."""
+    """ids [T] to the NLL of tokens 1 … T-1, float32 [T-1], through the cache in chunks of `CHUNK`: what its dtype
+    costs."""
     check_ids(ids, model.config.vocab_size)
     check_length(model, len(ids))
     cache, out = model.new_cache(1, len(ids), int8), []

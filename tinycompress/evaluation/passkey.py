@@ -1,9 +1,9 @@
 """Passkey retrieval: can the model read a number back from anywhere in a long prompt?
 
-Landmark Attention (arXiv:2305.16300), appendix: an instruction, filler, "The pass key is 12345. Remember it. …", filler,
-and the question; the key stands at a chosen share (depth) of the filler. An answer counts when every token of the key
-is the likeliest one, which is what greedy decoding would write. A model that cannot do it at its trained length says
-nothing about a longer one: measure there first.
+Landmark Attention (arXiv:2305.16300), appendix: an instruction, filler, "The pass key is 12345. Remember it. …",
+filler, and the question; the key stands at a chosen share (depth) of the filler. An answer counts when every token of
+the key is the likeliest one, which is what greedy decoding would write. A model that cannot do it at its trained length
+says nothing about a longer one: measure there first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from .long_context import check_length
 class Passkey:
     """The texts of the task; `{key}` stands for a number of `digits` digits."""
 
-    intro: str = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about it."
+    intro: str = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+        "I will quiz you about it."
+    )
     filler: str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     statement: str = "The pass key is {key}. Remember it. {key} is the pass key."
     question: str = "What is the pass key? The pass key is"
@@ -38,8 +41,8 @@ class Passkey:
     def prompt(
         self, tokenizer: Tokenizer, length: int, depth: float, key: str, bos: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Prompt and answer ids, together exactly `length`: filler is cut to fit, and a share `depth` (0 … 1) of it stands
-        before the statement."""
+        """Prompt and answer ids, together exactly `length`: filler is cut to fit, and a share `depth` (0 … 1) of it
+        stands before the statement."""
         intro, filler, statement, question = (tokenizer.encode(t.replace("{key}", key)) for t in self.texts)
         whole = tokenizer.encode(f"{self.question} {key}")
         answer = whole[_common(question, whole) :]  # as the tokenizer writes it behind the question
@@ -81,7 +84,8 @@ class Retrieval:
 
 @torch.inference_mode()
 def retrieves(model: Transformer, prompt: Tensor, answer: Tensor) -> bool:
-    """Whether greedy decoding behind prompt [T] would write answer [n]: one forward, by the argmax at each of its tokens."""
+    """Whether greedy decoding behind prompt [T] would write answer [n]: one forward, by the argmax at each of its
+    tokens."""
     ids = torch.cat((prompt, answer))[None].to(model.device)
     hidden = model.hidden(ids)[0, len(prompt) - 1 : -1]
     return torch.equal(model.lm_head(hidden).argmax(-1).cpu(), answer)

@@ -45,7 +45,8 @@ class Perplexity:
 
     @property
     def protocol(self) -> str:
-        return f"{len(self.nll)} non-overlapping windows of {self.seq_len} tokens, tokenized once, no BOS, exp of the mean token NLL"
+        windows = f"{len(self.nll)} non-overlapping windows of {self.seq_len} tokens"
+        return f"{windows}, tokenized once, no BOS, exp of the mean token NLL"
 
 
 @torch.inference_mode()
@@ -67,7 +68,8 @@ def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexit
 
 
 def window_nll(model: Model, ids: Tensor) -> Tensor:
-    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist only `CHUNK` at a time."""
+    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist only `CHUNK` at a
+    time."""
     targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # nothing follows a window's last token: it counts as 0
     parts: Iterable[tuple[Tensor, Tensor]]
     if isinstance(model, Transformer):
@@ -122,9 +124,10 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    processor = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.system()} {processor}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
     }

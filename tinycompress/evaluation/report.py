@@ -1,4 +1,5 @@
-"""A graph in tables, for people: layers, parameters and feeds with runs of equal layers folded, and before against after."""
+"""A graph in tables, for people: layers, parameters and feeds with runs of equal layers folded, and before against
+after."""
 
 from __future__ import annotations
 
@@ -92,14 +93,14 @@ def print_graph(graph: Graph, name: str, all_feeds: bool = False) -> None:
     """What `inspect` prints."""
     console, config = Console(highlight=False), graph.config
     head = "tied head" if config.tie_embeddings else "own head"
-    widths = f"{config.n_layers} layers, hidden {config.hidden_size}, head_dim {config.head_dim}, vocabulary {config.vocab_size}"
-    console.print(f"[bold]{escape(name)}[/]: {widths}, {head}")
+    widths = f"{config.n_layers} layers, hidden {config.hidden_size}, head_dim {config.head_dim}"
+    vocabulary = f"vocabulary {config.vocab_size}"
+    console.print(f"[bold]{escape(name)}[/]: {widths}, {vocabulary}, {head}")
     console.print(f"parameters {config.n_params:,}, non-embedding {config.n_body_params:,}, {human(graph.nbytes)}")
     rope = config.rope
     scaled = "" if rope.type == "default" else f", factor {rope.factor:g} over {rope.original_max_position}"
-    console.print(
-        f"context {config.max_position}, RoPE {rope.type}, theta {rope.theta:g}{scaled}, {'with' if graph.tokenizer else 'no'} tokenizer"
-    )
+    tokenizer = "with tokenizer" if graph.tokenizer else "no tokenizer"
+    console.print(f"context {config.max_position}, RoPE {rope.type}, theta {rope.theta:g}{scaled}, {tokenizer}")
     console.print(_layers(config.layers))
     console.print(_parameters(graph))
     console.print(_feeds(graph, all_feeds))

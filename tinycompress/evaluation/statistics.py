@@ -44,7 +44,8 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> Interval:
 
 
 def closure(baseline: Tensor, method: Tensor, reference: Tensor, seed: int = 0) -> Interval:
-    """The share of the baseline's loss that a method wins back, (ln RTN - ln M) / (ln RTN - ln FP), from NLLs [windows]."""
+    """The share of the baseline's loss that a method wins back, (ln RTN - ln M) / (ln RTN - ln FP), from NLLs
+    [windows]."""
 
     def statistic(index: Tensor) -> Tensor:
         base = baseline[index].mean(-1)

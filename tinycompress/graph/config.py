@@ -225,21 +225,17 @@ class LayerNames:
 
 
 def layer_names(index: int) -> LayerNames:
+    """The names of the parts of layer `index`."""
     at = layer_prefix(index)
     attention = f"{at}.self_attn"
     ffn = f"{at}.mlp"
+    linears = {kind: f"{ffn if role.startswith('ffn') else attention}.{name}" for name, (kind, role) in KINDS.items()}
     return LayerNames(
-        attention=attention,
-        ffn=ffn,
-        attention_norm=f"{at}.input_layernorm",
-        ffn_norm=f"{at}.post_attention_layernorm",
-        query=f"{attention}.q_proj",
-        key=f"{attention}.k_proj",
-        value=f"{attention}.v_proj",
-        output=f"{attention}.o_proj",
-        gate=f"{ffn}.gate_proj",
-        up=f"{ffn}.up_proj",
-        down=f"{ffn}.down_proj",
+        attention,
+        ffn,
+        f"{at}.input_layernorm",
+        f"{at}.post_attention_layernorm",
+        **linears,
         qkv=f"{attention}.qkv_proj",
         gate_up=f"{ffn}.gate_up_proj",
     )

@@ -4,8 +4,8 @@
   fold     a scale moved across a feed, which changes nothing
   turn     the whole residual stream in other coordinates, behind fold_norms
 
-RMSNorm commutes with an orthogonal matrix once its weight is folded into its readers: norm(xR) = norm(x)R. With the norms
-at one, the embedding and every writer ·R and every reader Rᵀ· compute the same function in turned coordinates.
+RMSNorm commutes with an orthogonal matrix once its weight is folded into its readers: norm(xR) = norm(x)R. With the
+norms at one, the embedding and every writer ·R and every reader Rᵀ· compute the same function in turned coordinates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
 
 
 def fold_norms(graph: Graph) -> Graph:
-    """The same function with every norm at one; a tied head is untied, for it reads the last norm and the embedding does not."""
+    """The same function with every norm at one; a tied head is untied, for it reads the last norm and the embedding
+    does not."""
     graph = untie(graph)
     for feed in feeds(graph.config):
         if feed.behind_norm:

@@ -1,8 +1,8 @@
 """The graph: a value that every pass takes and returns.
 
-A graph is config and weights, with the history of passes and the tokenizer; it is never changed in place. What reads what,
-and what is cut together, say `feeds` and `axes` (topology.py); edits are in edit.py. Weights carry Hugging Face names and
-the half-split RoPE layout. Letters: D hidden_size, H heads, K KV heads, d head_dim, F ffn_dim, V vocabulary.
+A graph is config and weights, with the history of passes and the tokenizer; it is never changed in place. What reads
+what, and what is cut together, say `feeds` and `axes` (topology.py); edits are in edit.py. Weights carry Hugging Face
+names and the half-split RoPE layout. Letters: D hidden_size, H heads, K KV heads, d head_dim, F ffn_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class LazyTensor:
 
 
 class Weights(Mapping[str, "Weight"]):
-    """Parameters by Hugging Face name. Memory-mapped tensors cost nothing until touched; lazy ones are read each time."""
+    """Parameters by Hugging Face name. Memory-mapped tensors cost nothing until touched; lazy ones are read each
+    time."""
 
     def __init__(self, entries: Mapping[str, Weight | LazyTensor]) -> None:
         known: Mapping[str, Weight | LazyTensor] = entries.entries if isinstance(entries, Weights) else entries
@@ -81,7 +82,8 @@ class Graph:
 
     def __repr__(self) -> str:
         c = self.config
-        return f"Graph({c.n_layers} layers, hidden {c.hidden_size}, {c.n_params:,} parameters, history {list(self.history)})"
+        size = f"{c.n_layers} layers, hidden {c.hidden_size}, {c.n_params:,} parameters"
+        return f"Graph({size}, history {list(self.history)})"
 
     def replace(
         self,
@@ -124,7 +126,8 @@ class Graph:
         return total
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and weights (names, dtypes, bytes): equal graphs, equal fingerprints. Reads everything."""
+        """SHA-256 over config and weights (names, dtypes, bytes): equal graphs, equal fingerprints. Reads
+        everything."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for name in shapes(self.config):
             weight = self.weights[name]
@@ -135,7 +138,8 @@ class Graph:
         return digest.hexdigest()
 
     def dense(self, dtype: torch.dtype | None = None) -> Graph:
-        """The same function with packed weights unpacked (and, given a dtype, all weights converted) when they are read."""
+        """The same function with packed weights unpacked (and, given a dtype, all weights converted) when they are
+        read."""
         changed: dict[str, Weight | LazyTensor] = {}
         for name, entry in self.weights.entries.items():
             packed = not isinstance(entry, Tensor | LazyTensor)
@@ -157,8 +161,9 @@ class Graph:
     ) -> Transformer:
         """The graph as an nn.Module: called on token ids [B, T] it returns logits [B, T, V].
 
-        It shares the graph's tensors and learns nothing, but for the parameters that `trainable` names: these are copies
-        with gradients. A name is a parameter's or a module's, and may have wildcards: "model.layers.3", "*.mlp.*", "*norm*".
+        It shares the graph's tensors and learns nothing, but for the parameters that `trainable` names: these are
+        copies with gradients. A name is a parameter's or a module's, and may have wildcards: "model.layers.3",
+        "*.mlp.*", "*norm*".
         """
         from ..model.transformer import Transformer
 

@@ -4,10 +4,9 @@ A weight [N, K] is cut along K into groups of g; each group has a scale s and (a
 
     w ≈ (q - z) · s,   q in 0 … 2^bits - 1,   z = 2^(bits-1) when symmetric
 
-Symmetric scales may be negative: the grid reaches one step further on one side, and the sign chooses which. With `float_zero`
-z is a float: at 2 bits, where a step is a third of the range, rounding z costs more than the four bytes it takes (NeUQI,
-arXiv:2505.17595).
-Letters: N out_features, K in_features, g group_size, G = K / g groups.
+Symmetric scales may be negative: the grid reaches one step further on one side, and the sign chooses which. With
+`float_zero` z is a float: at 2 bits, where a step is a third of the range, rounding z costs more than the four bytes it
+takes (NeUQI, arXiv:2505.17595). Letters: N out_features, K in_features, g group_size, G = K / g groups.
 """
 
 from __future__ import annotations
@@ -90,7 +89,8 @@ class Grid:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Grid:
-        """The inverse of dataclasses.asdict. Files before 0.1.0 also name the search (`scale`), which is not stored any more."""
+        """The inverse of dataclasses.asdict. Files before 0.1.0 also name the search (`scale`), which is not stored any
+        more."""
         fields = dict(data)
         fields.pop("scale", None)
         return Grid(**fields)
@@ -101,9 +101,9 @@ class QuantSpec(Grid):
     """A grid, and how its scales are searched.
 
     Fields, beside those of `Grid`:
-        search: "minmax" covers the range of each group. "mse" minimises the squared error. "weighted" minimises the squared
-            error weighted by E[x²] of each input channel. "auto" is "weighted" where activation statistics are at hand and
-            "minmax" otherwise. "lpbq" searches positive scales of the form that Qualcomm's HTP stores (lpbq.py).
+        search: "minmax" covers the range of each group. "mse" minimises the squared error. "weighted" minimises the
+            squared error weighted by E[x²] of each input channel. "auto" is "weighted" where activation statistics are
+            at hand and "minmax" otherwise. "lpbq" searches positive scales of the form that Qualcomm's HTP stores (lpbq.py).
     """
 
     search: str = "auto"
@@ -151,7 +151,8 @@ class QuantSpec(Grid):
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A packed weight [N, K]: `packed` uint8 [N, G, ⌈g·bits/8⌉] (low bits first along K; for 2, 4 and 8 bits this is
-    MatMulNBits' layout), `scales` float [N, G], `zeros` [N, G], uint8 or (float_zero) of the scales' dtype, or None (symmetric)."""
+    MatMulNBits' layout), `scales` float [N, G], `zeros` [N, G], uint8 or (float_zero) of the scales' dtype, or None
+    (symmetric)."""
 
     packed: Tensor
     scales: Tensor
@@ -275,7 +276,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
         return sum(q[..., j] << (bits * j) for j in range(8 // bits)).to(torch.uint8)  # type: ignore[union-attr]
     eight = q.unflatten(-1, (-1, 8)).to(torch.int32)  # 8 values fill `bits` bytes
     word = sum(eight[..., j] << (bits * j) for j in range(8))
-    return torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).flatten(-2).to(torch.uint8)  # type: ignore[operator]
+    # type: ignore[operator]
+    return torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).flatten(-2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -288,5 +290,6 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     else:
         parts = packed.unflatten(-1, (-1, bits)).to(torch.int32)
         word = sum(parts[..., j] << (8 * j) for j in range(bits))
-        out = torch.stack([(word >> (bits * j)) & mask for j in range(8)], -1).flatten(-2).to(torch.uint8)  # type: ignore[operator]
+        # type: ignore[operator]
+        out = torch.stack([(word >> (bits * j)) & mask for j in range(8)], -1).flatten(-2).to(torch.uint8)
     return out[..., :n]

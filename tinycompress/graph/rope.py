@@ -152,7 +152,8 @@ class Rope:
     def tables(
         self, head_dim: int, length: int, start: int = 0, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions start … length - 1, float32 [length - start, head_dim / 2], attention factor included."""
+        """cos and sin for positions start … length - 1, float32 [length - start, head_dim / 2], attention factor
+        included."""
         positions = torch.arange(start, length, dtype=torch.float32, device=device)
         angles = positions[:, None] * self.inv_freq(head_dim, length).to(device)[None, :]  # (T, d/2)
         scale = self.attention_scale()

@@ -1,9 +1,9 @@
 """Memory that a loop on the CPU fills again and again stays with the process.
 
-What a C library returns to the system must be asked for again page by page, which takes longer than writing it several times
-(in a virtual machine, whose host takes free pages back, longer still). glibc returns blocks above a threshold (32 MB at
-most) when they are freed, and smaller ones when they are the top of its heap. Elsewhere (GPU, other C libraries) none of this
-does anything: torch's own allocators are used.
+What a C library returns to the system must be asked for again page by page, which takes longer than writing it several
+times (in a virtual machine, whose host takes free pages back, longer still). glibc returns blocks above a threshold (32
+MB at most) when they are freed, and smaller ones when they are the top of its heap. Elsewhere (GPU, other C libraries)
+none of this does anything: torch's own allocators are used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _free: dict[int, list[Any]] | None = None  # blocks by their bytes, while `held`
 
 
 def keep_heap() -> None:
-    """Makes activations reuse the heap: the threshold follows the largest mapped block freed so far, so one such is freed."""
+    """Makes activations reuse the heap: the threshold follows the largest mapped block freed so far, so one such is
+    freed."""
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Until it is left, the heap does not shrink, and the large blocks of `empty` and `zeros` are kept for the next of their size."""
+    """Until it is left, the heap does not shrink, and the large blocks of `empty` and `zeros` are kept for the next of
+    their size."""
     global _free
     if _free is not None:  # entered already
         yield
@@ -53,7 +55,8 @@ def held() -> Iterator[None]:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty. Within `held`, a large one on the CPU gets the memory of one of its size that is no longer in use."""
+    """As torch.empty. Within `held`, a large one on the CPU gets the memory of one of its size that is no longer in
+    use."""
     size = math.prod(shape) * dtype.itemsize
     if _free is None or device.type != "cpu" or size < MAPPED:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """What a model computes beside its matrix products: rows of the embedding, rotation, RMSNorm and SwiGLU.
 
-Where gradients are wanted, each is one step of autograd with its gradient written out. Left to autograd, a step of training on
-the CPU reads and writes its activations about twice as often, and keeps more of them. Without gradients they work in place.
-Letters: B batch, V vocabulary, H heads, T positions, d head_dim, D hidden, F ffn.
+Where gradients are wanted, each is one step of autograd with its gradient written out. Left to autograd, a step of
+training on the CPU reads and writes its activations about twice as often, and keeps more of them. Without gradients
+they work in place. Letters: B batch, V vocabulary, H heads, T positions, d head_dim, D hidden, F ffn.
 """
 
 from __future__ import annotations

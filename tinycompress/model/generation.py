@@ -7,6 +7,7 @@ else is here, so the three write the same text. Letters: T tokens of the prompt,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,22 +16,49 @@ from ..errors import InputError
 from ..graph.config import Config
 
 
-def decode(
-    step: Callable[[Tensor], Tensor],
+class Sampling(TypedDict, total=False):
+    """The options of every engine's `generate`.
+
+    Fields:
+        temperature: 0 (the default) takes the likeliest token each time.
+        top_k: draw among that many of the likeliest tokens; None is all.
+        top_p: draw among the smallest set of tokens with that much of the probability; None is all.
+        seed: of the draws; None draws differently each time.
+        stop: token ids that end the text and are not returned; by default the config's end-of-text tokens.
+        on_token: called with every new id.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    stop: tuple[int, ...] | None
+    on_token: Callable[[int], None] | None
+
+
+def generate(
+    config: Config,
     ids: Tensor,
-    room: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    stop: tuple[int, ...],
-    on_token: Callable[[int], None] | None,
+    max_new_tokens: int,
+    begin: Callable[[int], Callable[[Tensor], Tensor]],
+    options: Sampling,
 ) -> Tensor:
-    """The loop of every engine's `generate`: `step` maps new ids [1, t] to the last position's logits [V]."""
+    """The loop of every engine's `generate`: continues ids [1, T]; returns the new ids [n].
+
+    `begin(length)` opens a cache of so many positions and gives the step: new ids [1, t] to the last position's logits
+    [V]."""
+    room = decode_room(config, ids, max_new_tokens)
+    step = begin(ids.shape[1] + max(room - 1, 0))
+    seed = options.get("seed")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    stop = options.get("stop")
+    if stop is None:
+        stop = end_tokens(config)
+    on_token = options.get("on_token")
+    temperature = options.get("temperature", 0.0)
     out: list[int] = []
     for _ in range(room):
-        token = sample(step(ids), temperature, top_k, top_p, generator)
+        token = sample(step(ids), temperature, options.get("top_k"), options.get("top_p"), generator)
         if token in stop:
             break
         out.append(token)
@@ -65,8 +93,11 @@ def decode_room(config: Config, ids: Tensor, max_new_tokens: int) -> int:
 
 
 def end_tokens(config: Config) -> tuple[int, ...]:
+    """The ids that end a text."""
     eos = config.eos_token_id
-    return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    if isinstance(eos, tuple):
+        return eos
+    return () if eos is None else (eos,)
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:

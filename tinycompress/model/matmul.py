@@ -1,8 +1,8 @@
 """Matrix products on the CPU, by whichever library uses the processor's widest vectors.
 
-torch multiplies float32 matrices with MKL, which on AMD processors with AVX-512 computes with vectors of half that width;
-oneDNN, which torch carries as well, uses the whole. On such a processor products of many rows go there (about twice the
-speed, benchmarks/forward.py); everywhere else, for other dtypes and for few rows, torch's own are used.
+torch multiplies float32 matrices with MKL, which on AMD processors with AVX-512 computes with vectors of half that
+width; oneDNN, which torch carries as well, uses the whole. On such a processor products of many rows go there (about
+twice the speed, benchmarks/forward.py); everywhere else, for other dtypes and for few rows, torch's own are used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PREFER_ONEDNN = _prefer_onednn()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, min_rows: int = MIN_ROWS) -> Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias [N], as torch.nn.functional.linear; oneDNN from `min_rows` rows of x on, or from
-    MIN_TRAINED where gradients are wanted."""
+    """x [..., K] · weight [N, K]ᵀ + bias [N], as torch.nn.functional.linear; oneDNN from `min_rows` rows of x on, or
+    from MIN_TRAINED where gradients are wanted."""
     if not (
         PREFER_ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     ) or torch.is_autocast_enabled("cpu"):

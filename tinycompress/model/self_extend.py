@@ -6,8 +6,9 @@ their positions; farther ones share a position by groups of G, so that no distan
   distance(i, j) = i - j                                    if i - j < w
                    (⌊i / G⌋ + w - ⌊w / G⌋) - ⌊j / G⌋         otherwise
 
-With L trained positions the reach is (L - w)·G + w. Within the window, and for G = 1, it is ordinary attention. It is an
-option of the forward, not of the weights: `graph.module().extend(SelfExtend(group=4, window=256))`. No export has it.
+With L trained positions the reach is (L - w)·G + w. Within the window, and for G = 1, it is ordinary attention. It is
+an option of the forward, not of the weights: `graph.module().extend(SelfExtend(group=4, window=256))`. No export has
+it.
 
 Letters: B batch, T new positions, S all positions, H heads, K KV heads, G group, w window, d head_dim.
 """

@@ -13,57 +13,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Unpack
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..graph.config import EMBEDDING, HEAD, LINEARS, layer_prefix, name_in_layer
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
-from ..graph.rope import Rope
 from ..graph.topology import Feed
+from .attention import Attention, RotaryTables
 from .cpu_memory import keep_heap
-from .fused_ops import embed, rms_norm, rotate, swiglu
-from .generation import decode, decode_room, end_tokens
+from .fused_ops import embed, rms_norm, swiglu
+from .generation import Sampling, generate
 from .kv_cache import KVCache
 from .linear import QuantLinear, linear
 from .self_extend import SelfExtend
 
 ROWS = 2048  # positions an FFN takes at a time without gradients
-MASK_ROWS = 512  # queries behind a cache that are masked at a time
-
-
-class RotaryTables:
-    """cos and sin [S, d/2] for one forward: new positions start at `start`."""
-
-    def __init__(
-        self,
-        rope: Rope,
-        head_dim: int,
-        start: int,
-        stop: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        extend: SelfExtend | None = None,
-    ) -> None:
-        self.start, self.extend = start, extend
-        self.all_keys = rope.varies_with_length or extend is not None
-        first = 0 if self.all_keys else start
-        # Self-Extend's shifted positions reach beyond those of a short text; there they are masked, but must be there
-        last = max(stop, extend.window + 1) if extend else stop
-        self.cos, self.sin = (t.to(dtype) for t in rope.tables(head_dim, last, first, device))
-
-    def new(self, x: Tensor) -> Tensor:
-        """Turns the new positions of x [B, H, T, d]."""
-        T = x.shape[2]
-        return rotate(x, self.cos[-T:], self.sin[-T:])
-
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turns x [B, H, T, d] to `positions` [T], where the tables begin at 0."""
-        return rotate(x, self.cos[positions], self.sin[positions])
 
 
 class Norm(nn.Module):
@@ -75,53 +43,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention; `heads` is everything before o_proj."""
-
-    def __init__(self, linears: Mapping[str, nn.Module], head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            linears[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-
-    def heads(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """x [B, T, D] (normalised) to the heads' outputs [B, T, H·d]."""
-        q, k, v = (
-            rearrange(p(x), "b t (h d) -> b h t d", d=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if tables.extend:
-            k, v = cache.append(layer, k, v) if cache else (k, v)
-            return rearrange(tables.extend.attend(q, k, v, tables.turn), "b h t d -> b t (h d)")
-        q = tables.new(q)
-        if not (tables.all_keys and cache):
-            k = tables.new(k)
-        if cache:
-            k, v = cache.append(layer, k, v)  # (B, K, S, d)
-            if tables.all_keys:
-                k = rotate(k, tables.cos, tables.sin)
-        return rearrange(attend(q, k, v), "b h t d -> b t (h d)")
-
-    def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        return self.o_proj(self.heads(x, tables, cache, layer))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [B, H, T, d] on k, v [B, K, S, d], query t at position S - T + t; never [T, S] at once."""
-    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    if T == S or T == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
-    out = []  # a chunk behind a cache: the kernels' own causal mask is not aligned to the end
-    for first in range(0, T, MASK_ROWS):
-        rows = q[:, :, first : first + MASK_ROWS]
-        stop = S - T + first + rows.shape[2]
-        mask = torch.ones(rows.shape[2], stop, dtype=torch.bool, device=q.device).tril(stop - rows.shape[2])
-        out.append(
-            F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], attn_mask=mask, enable_gqa=grouped)
-        )
-    return torch.cat(out, 2)
 
 
 class MLP(nn.Module):
@@ -176,7 +97,8 @@ class Block(nn.Module):
         return _added(self.self_attn(self.input_layernorm(x), tables, cache, self.index), x)
 
     def ffn(self, x: Tensor) -> Tensor:
-        """x [B, T, D] plus what the FFN adds to it; x itself where the layer has none. Without gradients x is written to."""
+        """x [B, T, D] plus what the FFN adds to it; x itself where the layer has none. Without gradients x is written
+        to."""
         if self.mlp is None:
             return x
         if torch.is_grad_enabled():
@@ -191,8 +113,8 @@ class Block(nn.Module):
         return norm
 
     def between(self, feed: Feed, x: Tensor, tables: RotaryTables) -> Tensor:
-        """What the readers of a feed behind a norm, given its activation x [B, T, D], hand to the sublayer's last linear:
-        the heads' outputs [B, T, H·d], or silu(gate) · up [B, T, F]."""
+        """What the readers of a feed behind a norm, given its activation x [B, T, D], hand to the sublayer's last
+        linear: the heads' outputs [B, T, H·d], or silu(gate) · up [B, T, F]."""
         if feed.role == "attention_in":
             assert self.self_attn is not None
             return self.self_attn.heads(x, tables)
@@ -217,7 +139,8 @@ class Block(nn.Module):
         setattr(self.get_submodule(owner), leaf, module)
 
     def replace_parameter(self, name: str, value: Tensor) -> None:
-        """Puts a dense value where the parameter of that name in the graph was: into a new module, if it is a linear's weight."""
+        """Puts a dense value where the parameter of that name in the graph was: into a new module, if it is a linear's
+        weight."""
         owner, part = name_in_layer(name).rsplit(".", 1)
         module: nn.Module = self.get_submodule(owner)
         if part == "weight" and not isinstance(module, Norm):
@@ -227,7 +150,8 @@ class Block(nn.Module):
 
 
 def _added(branch: Tensor, x: Tensor) -> Tensor:
-    """x + branch, in the branch's place: no gradient needs what a projection gave. Under autocast x is the wider and stays so."""
+    """x + branch, in the branch's place: no gradient needs what a projection gave. Under autocast x is the wider and
+    stays so."""
     return branch.add_(x) if branch.dtype == x.dtype else x + branch
 
 
@@ -244,7 +168,8 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids [B, T] to logits [B, T, V]. Parameters are the graph's own tensors; training code turns on gradients."""
+    """Token ids [B, T] to logits [B, T, V]. Parameters are the graph's own tensors; training code turns on
+    gradients."""
 
     def __init__(
         self, graph: Graph, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -286,7 +211,8 @@ class Transformer(nn.Module):
 
     def linears(self) -> dict[str, nn.Module]:
         """The modules of all linears of the layers by their names in the graph, in model order; without the head."""
-        return {name: module for block in self.blocks for name, module in block.linears().items()}  # type: ignore[operator]
+        # type: ignore[operator]
+        return {name: module for block in self.blocks for name, module in block.linears().items()}
 
     def replace_linear(self, name: str, module: nn.Module) -> None:
         """Puts `module` where the linear of that name was, the head included."""
@@ -339,29 +265,15 @@ class Transformer(nn.Module):
         return self.lm_head(self.hidden(ids, cache))
 
     @torch.inference_mode()
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: tuple[int, ...] | None = None,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Continues ids [1, T] (or [T]); returns the new ids [n]. temperature 0 is greedy. Ends after max_new_tokens or
-        at a token of `stop` (the config's end-of-text tokens by default), which is not returned."""
+    def generate(self, ids: Tensor, max_new_tokens: int = 64, **options: Unpack[Sampling]) -> Tensor:
+        """Continues ids [1, T] (or [T]) by at most `max_new_tokens`: the new ids [n]. Options as in `Sampling`."""
         ids = torch.as_tensor(ids, device=self.device).reshape(1, -1)
-        room = decode_room(self.config, ids, max_new_tokens)
-        cache = self.new_cache(1, ids.shape[1] + room)
 
-        def step(new: Tensor) -> Tensor:
-            return self.lm_head(self.hidden(new, cache)[0, -1])
+        def begin(length: int) -> Callable[[Tensor], Tensor]:
+            cache = self.new_cache(1, length)
+            return lambda new: self.lm_head(self.hidden(new, cache)[0, -1])
 
-        stop = end_tokens(self.config) if stop is None else stop
-        return decode(step, ids, room, temperature, top_k, top_p, seed, stop, on_token)
+        return generate(self.config, ids, max_new_tokens, begin, options)
 
 
 class Embedding(nn.Module):

@@ -1,4 +1,5 @@
-"""The gradients written out in elementwise.py equal those that autograd finds, and training and inference compute the same."""
+"""The gradients written out in elementwise.py equal those that autograd finds, and training and inference compute the
+same."""
 
 from collections.abc import Callable
 
