@@ -2,9 +2,9 @@
 
     x̂ = clamp(round(x / s), -(2^(b-1) - 1), 2^(b-1) - 1) · s
 
-`s` is max|x| / (2^(b-1) - 1), where the largest magnitude is that of each position ("per token", taken at run time) or of
-a calibration text ("static", one number per feed, which is what a fixed NPU graph has). With 4-bit weights this is W4A8.
-It measures what a model loses; nothing gets faster. The head's input stays float.
+`s` is max|x| / (2^(b-1) - 1), where the largest magnitude is that of each position ("per token", taken at run time) or
+of a calibration text ("static", one number per feed, which is what a fixed NPU graph has). With 4-bit weights this is
+W4A8. It measures what a model loses; nothing gets faster. The head's input stays float.
 
 Letters: b bits, T positions, K width of a feed.
 """

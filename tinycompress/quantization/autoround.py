@@ -2,8 +2,8 @@
 
 Block after block is tuned (block_tuning.py) towards the float graph that it came from, each on what the tuned blocks
 before it give. A quantizer that already makes each block good for what the blocks before it have lost
-(`GPTQ(propagate=…)`) should be tuned while it walks instead (`GPTQ(tuning=…)`): tuning afterwards changes the prefix that
-the later blocks were made for.
+(`GPTQ(propagate=…)`) should be tuned while it walks instead (`GPTQ(tuning=…)`): tuning afterwards changes the prefix
+that the later blocks were made for.
 """
 
 from __future__ import annotations

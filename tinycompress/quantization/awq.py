@@ -47,19 +47,19 @@ class AWQ:
 
     Fields:
         tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader. Their device does the work.
-        spec: the grid of every linear of the layers, as text ("w4g64") or a QuantSpec; or a mapping from names of linears
-            to such, where linears that are not named stay float and their feeds are not scaled. Default w4g64.
+        spec: the grid of every linear of the layers, as text ("w4g64") or a QuantSpec; or a mapping from names of
+            linears to such, where linears that are not named stay float and their feeds are not scaled. Default w4g64.
         quantize: whether the readers are rounded. False leaves a float graph that computes what it did, for GPTQ or
             another quantizer. Default True.
         gqa: whether values are folded into the output projection where several query heads read one KV head. Other
             implementations do not. Default True.
-        clip: whether the paper's grids and its clip search are taken, to compare; only for specs whose search is "auto" or
-            "minmax". Default False.
+        clip: whether the paper's grids and its clip search are taken, to compare; only for specs whose search is "auto"
+            or "minmax". Default False.
         device: where the work is done, such as "cuda". Default None: the device of `tokens`.
         progress: whether a bar over the layers is shown once it takes longer than two seconds. Default True.
 
-    Errors: an `InputError` for tokens that are not of the model, groups that do not divide a linear's inputs, weights that
-    are packed already, and weights or activations that are not finite.
+    Errors: an `InputError` for tokens that are not of the model, groups that do not divide a linear's inputs, weights
+    that are packed already, and weights or activations that are not finite.
     """
 
     tokens: Tensor | Iterable[Any] = field(repr=False, compare=False)

@@ -11,11 +11,11 @@ the way. At 1, as in the paper, a block is to make good all that the blocks befo
 
 Of scales in HTP's form (lpbq.py) only the row's float moves, so they keep that form.
 
-u starts where the float weight lies within the step of the given integer, so those that were rounded farthest move first,
-as in the paper. (Started in the middle of their steps, all would be as ready as each other, and the block's error rises
-instead of falling.) An integer that GPTQ put elsewhere, to make good for others, starts at the edge of its step and falls
-back at once: after GPTQ, let scales and norms move alone (`rate=0`). The norms' weights of the block, which stay float in
-every export, may move along (`norms`).
+u starts where the float weight lies within the step of the given integer, so those that were rounded farthest move
+first, as in the paper. (Started in the middle of their steps, all would be as ready as each other, and the block's
+error rises instead of falling.) An integer that GPTQ put elsewhere, to make good for others, starts at the edge of its
+step and falls back at once: after GPTQ, let scales and norms move alone (`rate=0`). The norms' weights of the block,
+which stay float in every export, may move along (`norms`).
 
 The loss of a token is its squared error over its squared norm: the next norm divides by the latter, so the few tokens
 with massive activations do not drown the others. The block as given is kept where tuning does not lower the loss of the
@@ -50,11 +50,12 @@ class BlockTuning:
     Fields:
         steps: of signed gradient descent for each block, at least 1. Default 200.
         batch: windows of calibration text in each step, at least 1. Default 2.
-        rate: the first step of the integers' latents, in steps of the grid, from 0 (no integer moves) to 1. Default 0.005.
+        rate: the first step of the integers' latents, in steps of the grid, from 0 (no integer moves) to 1. Default
+            0.005.
         scale_rate: the first step of scales and norms, relative to their size, from 0 to below 0.1. Default 0.002.
         norms: whether the norms of the block move along. Default True.
-        propagate: the share, from 0 (none) to 1 (all), of what the blocks before it have lost that a block is to make good.
-            Default 0.5.
+        propagate: the share, from 0 (none) to 1 (all), of what the blocks before it have lost that a block is to make
+            good. Default 0.5.
         seed: of the order in which windows are drawn. Default 0.
 
     Errors: an `InputError` for values out of these ranges.
@@ -185,8 +186,8 @@ class TunableBlock(nn.Module):
         like: a tensor on the device and in the dtype of the stream.
         norms: whether the norms may move.
 
-    Attributes: `rounded`, its packed linears by the name of their weight, and `norms`, the norms that may move, by their
-    name in the block.
+    Attributes: `rounded`, its packed linears by the name of their weight, and `norms`, the norms that may move, by
+    their name in the block.
     """
 
     def __init__(self, graph: Graph, reference: Graph, layer: int, like: Tensor, norms: bool) -> None:
@@ -236,7 +237,8 @@ def tune(
     scale_rate: float,
     generator: torch.Generator,
 ) -> None:
-    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]; rates as in `BlockTuning`."""
+    """`steps` of signed gradient descent on windows drawn from inputs and targets [W, T, D]; rates as in
+    `BlockTuning`."""
     picks = draws(len(inputs), batch, generator)
     latents = [linear.u for linear in block.rounded.values()] if rate else []
     deltas = [linear.delta for linear in block.rounded.values()]

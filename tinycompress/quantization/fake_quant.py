@@ -6,11 +6,11 @@
 
 The grid is found again for every forward ("refind", what RTN finds for the weight at hand) or starts from the best grid
 of the given weight, s₀, and learns s = s₀ (1 + δ) ("learn": a step of δ is a relative change, as AdamW's learning rate
-is meant). torchao's fake-quantizers are not used: their symmetric scale is max / (2^bits - 1) · 2 and they multiply by the
-reciprocal, which is not this grid, so that what was trained would not be what is packed.
+is meant). torchao's fake-quantizers are not used: their symmetric scale is max / (2^bits - 1) · 2 and they multiply by
+the reciprocal, which is not this grid, so that what was trained would not be what is packed.
 
-A weight that is packed already keeps its integers, and only its scales learn, s = s₀ (1 + δ) (`PackedLinear`; the second,
-end-to-end phase of EfficientQAT, arXiv:2407.11062): ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z).
+A weight that is packed already keeps its integers, and only its scales learn, s = s₀ (1 + δ) (`PackedLinear`; the
+second, end-to-end phase of EfficientQAT, arXiv:2407.11062): ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z).
 
 Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
@@ -103,7 +103,8 @@ class FakeQuantLinear(nn.Module):
 
 
 class _Unpack(torch.autograd.Function):
-    """packed and scales [N, G] to the weight [N, K]. Keeps the packed integers for the backward pass, not unpacked ones."""
+    """packed and scales [N, G] to the weight [N, K]. Keeps the packed integers for the backward pass, not unpacked
+    ones."""
 
     @staticmethod
     def forward(
@@ -151,8 +152,8 @@ def learned_scales(start: Tensor, delta: Tensor) -> Tensor:
 
 
 def no_change(weight: QuantTensor, scales: Tensor) -> Tensor:
-    """Zeros for δ in s₀ (1 + δ): one per scale of a packed weight, [N, G]. Where its scales have HTP's form one per row,
-    [N, 1]: the integers between the scales of a row are what the runtime stores, so all of them move alike."""
+    """Zeros for δ in s₀ (1 + δ): one per scale of a packed weight, [N, G]. Where its scales have HTP's form one per
+    row, [N, 1]: the integers between the scales of a row are what the runtime stores, so all of them move alike."""
     return torch.zeros_like(scales[:, :1] if is_lpbq(weight) else scales)
 
 

@@ -49,8 +49,8 @@ CORRECTIONS = ("qep", "qronos", "gptaq")
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Quantizes linears on calibration text, true-sequentially: each sees the inputs that the linears before it, already
-    quantized, produce.
+    """Quantizes linears on calibration text, true-sequentially: each sees the inputs that the linears before it,
+    already quantized, produce.
 
     Fields:
         tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader. At least as many positions as the
@@ -59,25 +59,25 @@ class GPTQ:
             where linears that are not named stay float. Default w4g64.
         order: in which columns are rounded: "act" by falling E[x²], "gar" by it within groups and then by groups,
             "natural" as they stand. Default "act".
-        damping: λ as a fraction of the mean of diag(H), between 0 and 1; ten times as much is tried where the Hessian is
-            not positive definite. Default 0.01.
+        damping: λ as a fraction of the mean of diag(H), between 0 and 1; ten times as much is tried where the Hessian
+            is not positive definite. Default 0.01.
         propagate: the share, from 0 (none) to 1 (all), of what the linears before it have lost that a linear is to make
             good. Above 0 a second, float stream is walked along. Default 0.
         correction: how it does so: "qep", "qronos" or "gptaq", as above. Default "qep".
         stream: whether linears that write the residual stream also make good what the stream itself has lost; with
             `propagate` and "qep" or "qronos" only. Default False.
         refine: rounds of refining scales and integers after rounding, at least 0. Default 0.
-        balance: whether the positions of linears that write the residual stream are weighed by 1 / the stream's root mean
-            square (`Inputs.balanced`). Default False.
-        tuning: a BlockTuning that moves scales and norms of each block by gradients once it is quantized, before the next
-            block is; its `rate` should be 0 here (block_tuning.py). Default None.
+        balance: whether the positions of linears that write the residual stream are weighed by 1 / the stream's root
+            mean square (`Inputs.balanced`). Default False.
+        tuning: a BlockTuning that moves scales and norms of each block by gradients once it is quantized, before the
+            next block is; its `rate` should be 0 here (block_tuning.py). Default None.
         head: whether one spec for all is also for the head; an untied one only. Default False.
         device: where the work is done, such as "cuda". Default None: the device of `tokens`.
         progress: whether a bar over the layers is shown once it takes longer than two seconds. Default True.
 
     Errors: an `InputError` for values out of these ranges, for tokens that are too few or not of the model, for groups
-    that do not divide a linear's inputs, for weights that are packed already, and for weights or activations that are not
-    finite.
+    that do not divide a linear's inputs, for weights that are packed already, and for weights or activations that are
+    not finite.
     """
 
     tokens: Tensor | Iterable[Any] = field(repr=False, compare=False)

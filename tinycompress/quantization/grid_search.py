@@ -25,7 +25,8 @@ FITS = 3  # steps of the search for float zero points from each of those ranges
 
 
 def round_to_nearest(name: str, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QuantTensor:
-    """weight float [N, K] to the nearest points of the grid that is found for it; `name` and `importance` as in `find_grid`."""
+    """weight float [N, K] to the nearest points of the grid that is found for it; `name` and `importance` as in
+    `find_grid`."""
     scales, zeros = find_grid(name, weight, spec, importance)
     return pack_on_grid(weight, scales, zeros, spec)
 
@@ -62,8 +63,8 @@ def find_grid(
         name: of the weight, for errors.
         importance: E[x²] of the inputs, [K], for the "weighted" search.
 
-    Errors: an `InputError` for weights that are not finite, groups that do not divide K, and a "weighted" search without
-    `importance`.
+    Errors: an `InputError` for weights that are not finite, groups that do not divide K, and a "weighted" search
+    without `importance`.
     """
     g = spec.group(name, weight.shape[1])
     if not torch.isfinite(weight).all():
@@ -151,8 +152,8 @@ def _asymmetric(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[T
 
 
 def _float_zero(w: Tensor, h: Tensor | None, bits: int, search: bool) -> tuple[Tensor, Tensor]:
-    """Every candidate range (shrunk from either end) and its `FITS` Lloyd steps, integers to the nearest and then a line
-    through (q, w), is scored by the error of that line: each step lowers it."""
+    """Every candidate range (shrunk from either end) and its `FITS` Lloyd steps, integers to the nearest and then a
+    line through (q, w), is scored by the error of that line: each step lowers it."""
     top = 2**bits - 1
     low = w.amin(-1)
     span = (w.amax(-1) - low).clamp_min(1e-10)

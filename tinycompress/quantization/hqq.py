@@ -6,8 +6,8 @@ p < 1, by alternating a shrinkage of the error and a new zero point while β gro
     e = sign(d)·max(|d| - |d|^(p-1) / β, 0),   d = W - s·(Q - z)
     z = mean(Q - (W - e) / s)
 
-An integer zero point rarely moves in that scheme (a float one does), and a symmetric one never, so the scale is fitted in
-the same sweep: s = Σ(W - e)·(Q - z) / Σ(Q - z)².
+An integer zero point rarely moves in that scheme (a float one does), and a symmetric one never, so the scale is fitted
+in the same sweep: s = Σ(W - e)·(Q - z) / Σ(Q - z)².
 
 Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
@@ -40,8 +40,8 @@ class HQQ:
     """Quantizes linears by half-quadratic splitting, one linear after the other, without data.
 
     Fields:
-        spec: the grid of every linear, as text ("w4g64-asym") or a QuantSpec; or a mapping from names of linears to such,
-            where linears that are not named stay float. Its search is not used. Default w4g64-asym.
+        spec: the grid of every linear, as text ("w4g64-asym") or a QuantSpec; or a mapping from names of linears to
+            such, where linears that are not named stay float. Its search is not used. Default w4g64-asym.
         head: whether one spec for all is also for the head; an untied one only. Default False.
         device: where weights are quantized, such as "cuda"; the results return to where the weights were. Default None:
             where the weights are.
@@ -69,7 +69,8 @@ class HQQ:
 
 
 def hqq_quantize(weight: Tensor, spec: Spec, name: str = "weight") -> QuantTensor:
-    """weight float [N, K] to a QuantTensor; of the sweeps the one with the smallest ‖error‖_p is kept, group by group."""
+    """weight float [N, K] to a QuantTensor; of the sweeps the one with the smallest ‖error‖_p is kept, group by
+    group."""
     spec = QuantSpec.of(spec)
     rows = max(1, (ROWS if weight.device.type == "cpu" else GPU_ROWS) // weight.shape[1])
     return stacked([_half_quadratic(part.float(), spec, name) for part in weight.split(rows)])
@@ -111,7 +112,8 @@ def _half_quadratic(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
 
 
 def _rounded(w: Tensor, s: Tensor, z: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers, error and |error|^(p-1) of groups w [N, G, g] on grids s, z [N, G, 1]; the last is |error|^p over |error|."""
+    """Integers, error and |error|^(p-1) of groups w [N, G, g] on grids s, z [N, G, 1]; the last is |error|^p over
+    |error|."""
     q = (w / s).add_(z).round_().clamp_(0, top)
     error = (q - z).mul_(s)
     error = torch.sub(w, error, out=error)

@@ -22,7 +22,8 @@ def quantize_linears(
     device: str | None = None,
     progress: str | None = None,
 ) -> dict[str, QuantTensor]:
-    """The packed weights, by parameter, of the linears that `specs` names. Large ones are kept on disk (mapped_memory.py).
+    """The packed weights, by parameter, of the linears that `specs` names. Large ones are kept on disk
+    (mapped_memory.py).
 
     device: where a weight is quantized before the result returns to where the weight was; None: where it is.
     progress: the name of a bar over the linears; None shows none.

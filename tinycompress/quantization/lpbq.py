@@ -35,8 +35,8 @@ CHUNK = 1 << 16  # weights a chunk of rows holds, so that the search stays in th
 def snap_scales(weight: Tensor, scales: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """Symmetric scales [N, G] for a weight [N, K] brought to f_n · (1 … 16), in the scales' dtype.
 
-    They are positive (a negative scale is taken by its size), with 16 in every row. `importance` [K] weights the squared
-    error. With one block per row only its scale is searched.
+    They are positive (a negative scale is taken by its size), with 16 in every row. `importance` [K] weights the
+    squared error. With one block per row only its scale is searched.
     """
     N, G = scales.shape
     if weight.shape[0] != N or weight.shape[1] % G:

@@ -21,7 +21,8 @@ IN_MEMORY = 1 << 30  # bytes of packed weights that are not worth a file
 
 
 def keeper(sizes: Iterable[tuple[int, int]]) -> Callable[[QuantTensor], QuantTensor]:
-    """What to do with each of the packed weights of sizes (numel, bits): nothing, or `spilled` if they are large together."""
+    """What to do with each of the packed weights of sizes (numel, bits): nothing, or `spilled` if they are large
+    together."""
     return spilled if sum(numel * bits // 8 for numel, bits in sizes) > IN_MEMORY else lambda weight: weight
 
 

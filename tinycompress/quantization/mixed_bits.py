@@ -8,11 +8,11 @@ x_t is the linear's input at position t and g_t the gradient at its output of -�
 model's own p: the outer products of such gradients are the Fisher matrix, which is the Hessian of that KL divergence
 (arXiv:1412.1193), while the labels of the text would give the empirical Fisher, which is not (arXiv:1905.12558).
 Positions count as independent, as in K-FAC (arXiv:1503.05671); within a linear nothing is assumed, where the diagonal
-Fisher of SqueezeLLM (arXiv:2306.07629) takes weights, and the traces of HAWQ-V2 (arXiv:1911.03852) directions, as alike.
-Costs of different linears are added up.
+Fisher of SqueezeLLM (arXiv:2306.07629) takes weights, and the traces of HAWQ-V2 (arXiv:1911.03852) directions, as
+alike. Costs of different linears are added up.
 
-One sweep: a forward that keeps only what enters each block, and a backward block by block that computes the block again.
-The choice is a multiple-choice knapsack, solved exactly (knapsack.py).
+One sweep: a forward that keeps only what enters each block, and a backward block by block that computes the block
+again. The choice is a multiple-choice knapsack, solved exactly (knapsack.py).
 
 Letters: N out_features, K in_features, G groups of g = K / G inputs, T positions, D hidden_size, b windows of a batch.
 """
@@ -50,7 +50,8 @@ HEAD_ROWS = 512  # positions whose logits exist at one time
 
 
 def weighted_rounding(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> QuantTensor:
-    """weight [N, K] at the nearest points of its grid, searched with the error weighted by E[x²] ∝ diag(hessian) [K, K]."""
+    """weight [N, K] at the nearest points of its grid, searched with the error weighted by E[x²] ∝ diag(hessian) [K,
+    K]."""
     return round_to_nearest("weight", weight, spec, hessian.diagonal().float())
 
 
@@ -59,8 +60,8 @@ class MixedBits:
     """Chooses a grid for every linear of the layers (not the head) under a budget, and has a quantizer round to them.
 
     Fields:
-        tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader; 8 windows of 512 will do. Their device
-            does the work.
+        tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader; 8 windows of 512 will do. Their
+            device does the work.
         quantizer: makes the pass that rounds, from a mapping of linears' names to their QuantSpecs: `RTN`, or
             `lambda specs: GPTQ(tokens, specs)`.
         bytes: the budget as all that the packed linears may take, scales and zero points included.
@@ -68,16 +69,16 @@ class MixedBits:
             `bytes` and `bits` is given.
         choices: the grids to choose from, each as text ("w4g64") or a QuantSpec. Default w2g64, w3g64, w4g64 and w8g64.
         rounding: what is measured: a function from weight [N, K], hessian [K, K] and spec to a QuantTensor, such as
-            `gptq_quantize` for a measurement that is slower and closer to that quantizer. Default: to the nearest points
-            of a grid weighted by E[x²].
+            `gptq_quantize` for a measurement that is slower and closer to that quantizer. Default: to the nearest
+            points of a grid weighted by E[x²].
         seed: of the labels that are drawn from the model. Default 0.
         device: where the costs are measured, such as "cuda"; the quantizer has a device of its own. Default None: the
             device of `tokens`.
         progress: whether bars over the layers are shown once they take longer than two seconds. Default True.
 
-    Errors: an `InputError` for both budgets or none, for a budget below what the smallest choices take, for no choices or
-    groups that do not divide a linear's inputs, for tokens that are not of the model, for weights that are packed already,
-    and for activations that are not finite.
+    Errors: an `InputError` for both budgets or none, for a budget below what the smallest choices take, for no choices
+    or groups that do not divide a linear's inputs, for tokens that are not of the model, for weights that are packed
+    already, and for activations that are not finite.
     """
 
     tokens: Tensor | Iterable[Any] = field(repr=False, compare=False)
@@ -116,7 +117,8 @@ class MixedBits:
         return self.quantizer(choose(costs, sizes, specs, limit))(graph).replace(by=self)
 
     def limit(self, sizes: Mapping[str, tuple[int, int]], specs: Sequence[QuantSpec]) -> int:
-        """The budget in bytes; an InputError naming the nearest that can be met if even the smallest grids take more."""
+        """The budget in bytes; an InputError naming the nearest that can be met if even the smallest grids take
+        more."""
         count = sum(N * K for N, K in sizes.values())
         least = sum(min(packed_bytes(shape, spec) for spec in specs) for shape in sizes.values())
         if self.bytes is not None:
@@ -142,7 +144,8 @@ def choose(
 
 
 def linear_shapes(graph: Graph, specs: Sequence[QuantSpec]) -> dict[str, tuple[int, int]]:
-    """[N, K] of every linear of the layers, after checking that each is dense and that every spec divides its inputs."""
+    """[N, K] of every linear of the layers, after checking that each is dense and that every spec divides its
+    inputs."""
     names = {name for spec in specs for name in targets(graph, spec)}
     return {linear.name: linear.shape for linear in graph.config.linears() if linear.name in names}
 

@@ -64,8 +64,8 @@ def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros:
 
 
 def refit_lpbq(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Scales f_n · (1 … 16), 16 in every row, to such scales with a lower E, by coordinate descent; the block that has 16
-    keeps it. A row's f stays positive."""
+    """Scales f_n · (1 … 16), 16 in every row, to such scales with a lower E, by coordinate descent; the block that has
+    16 keeps it. A row's f stays positive."""
     A, b = scale_equations(ints, H, target, scales.shape[1], zeros)
     f = scales.double().amax(1, keepdim=True) / STEPS
     i = (scales.double() / f).round()

@@ -1,9 +1,9 @@
 """Rotation: QuaRot (arXiv:2404.00456) and SpinQuant's R1 and R2 (arXiv:2405.16406), folded into the weights.
 
 RMSNorm commutes with an orthogonal matrix once its weight is folded into its readers: norm(xR) = norm(x)R. So with
-the norms folded, the residual stream can be turned by R1 (embedding and writers ·R1, readers R1ᵀ·) and each head's values
-by R2 (rows of the value projection R2ᵀ·, columns of the output projection ·R2; the same matrix for all heads), and
-outliers spread over all channels. Nothing is left to do at run time, and nothing changes in float.
+the norms folded, the residual stream can be turned by R1 (embedding and writers ·R1, readers R1ᵀ·) and each head's
+values by R2 (rows of the value projection R2ᵀ·, columns of the output projection ·R2; the same matrix for all heads),
+and outliers spread over all channels. Nothing is left to do at run time, and nothing changes in float.
 
 The head reads the rotated stream through the folded last norm and the embedding does not, so a tied head is untied.
 Hadamard matrices exist for many orders that are not powers of two: H_{mn} = H_m ⊗ H_n, and Paley's constructions
@@ -29,13 +29,14 @@ MATRICES = ("hadamard", "random")
 
 @dataclass(frozen=True)
 class Rotate:
-    """Turns the residual stream and the heads' values by orthogonal matrices, so that outliers spread over all channels.
+    """Turns the residual stream and the heads' values by orthogonal matrices, so that outliers spread over all
+    channels.
 
     Fields:
-        kind: of the matrices: "hadamard" (with random signs; random where none of that order is known) or "random" (Haar).
-            Default "hadamard".
-        residual: whether the residual stream is turned. Norms end as ones, and a tied head gets a table of its own; without
-            it norms stay and a tied head stays tied, which costs nothing at all. Default True.
+        kind: of the matrices: "hadamard" (with random signs; random where none of that order is known) or "random"
+            (Haar). Default "hadamard".
+        residual: whether the residual stream is turned. Norms end as ones, and a tied head gets a table of its own;
+            without it norms stay and a tied head stays tied, which costs nothing at all. Default True.
         heads: whether the values of each head are turned. Default True.
         seed: of the signs or the random matrices. Default 0.
         progress: whether a bar over the weights is shown once it takes longer than two seconds. Default True.

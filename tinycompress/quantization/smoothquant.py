@@ -7,9 +7,9 @@ j by s_j and multiplying column j of the readers by it changes nothing in float,
 
 α = 1 makes all channels of the activation alike, α = 0 all columns of the weights; the paper takes 0.5, and 0.8 or more
 for models whose activations are harder. Divided are norms (read by query, key and value, and by gate and up), as in the
-paper, and with `writers` also the value projection (read by output) and the up projection (read by down). One KV channel
-is read by `repeat` query heads under grouped-query attention: it has one s, from the largest activation and weight of
-them all.
+paper, and with `writers` also the value projection (read by output) and the up projection (read by down). One KV
+channel is read by `repeat` query heads under grouped-query attention: it has one s, from the largest activation and
+weight of them all.
 
 It leaves a float graph: a quantizer follows.
 
@@ -35,18 +35,19 @@ from ..graph.topology import Feed
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """Folds scales of the activations into norms and weights. The head's inputs stay as they are: heads keep float inputs.
+    """Folds scales of the activations into norms and weights. The head's inputs stay as they are: heads keep float
+    inputs.
 
     Fields:
         tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader. Their device does the work.
-        alpha: how much of the difficulty moves into the weights, from 0 (all their columns alike) to 1 (all channels of the
-            activation alike). Default 0.5.
+        alpha: how much of the difficulty moves into the weights, from 0 (all their columns alike) to 1 (all channels of
+            the activation alike). Default 0.5.
         writers: whether the inputs of the output and the down projection are scaled too. Default True.
         device: where the work is done, such as "cuda". Default None: the device of `tokens`.
         progress: whether a bar over the layers is shown once it takes longer than two seconds. Default True.
 
-    Errors: an `InputError` for an alpha out of range, tokens that are not of the model, weights that are packed already,
-    and activations that are not finite.
+    Errors: an `InputError` for an alpha out of range, tokens that are not of the model, weights that are packed
+    already, and activations that are not finite.
     """
 
     tokens: Tensor | Iterable[Any] = field(repr=False, compare=False)
@@ -88,8 +89,8 @@ def peaks(inputs: Inputs) -> Tensor:
 
 
 def smooth_scale(peak: Tensor, weights: Sequence[Tensor], alpha: float, repeat: int = 1, head_dim: int = 1) -> Tensor:
-    """s float64 [K] from max|x_j| [K] and the readers' weights [N, K]; 1 for channels that are never active or never read.
-    The `repeat` query heads of one KV head (repeat > 1) get the same s."""
+    """s float64 [K] from max|x_j| [K] and the readers' weights [N, K]; 1 for channels that are never active or never
+    read. The `repeat` query heads of one KV head (repeat > 1) get the same s."""
     x = peak.double()
     w = torch.cat([weight.double().abs().amax(0, keepdim=True) for weight in weights]).amax(0)
     if repeat > 1:  # query head h reads KV head h // repeat

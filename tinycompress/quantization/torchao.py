@@ -1,12 +1,13 @@
 """torchao both ways: packed weights as its tensor subclasses and back, and its fake-quantizers as a view to train.
 
-torchao's IntxUnpackedToInt8Tensor holds signed integers of 1 to 8 bits, one per byte, in groups along a row, with a scale
-and a zero point each; it runs on any device and exports with torch.export. A QuantTensor's q in 0 … 2^b - 1 is q - 2^(b-1)
-there, and its zero point likewise, so both name the same weight: w = (q - z) · s.
+torchao's IntxUnpackedToInt8Tensor holds signed integers of 1 to 8 bits, one per byte, in groups along a row, with a
+scale and a zero point each; it runs on any device and exports with torch.export. A QuantTensor's q in 0 … 2^b - 1 is q
+- 2^(b-1) there, and its zero point likewise, so both name the same weight: w = (q - z) · s.
 
 `fake_quant_module` trains through torchao's IntxFakeQuantizer. Its symmetric grid is not find_grid's: s is
-max|w| / (2^(b-1) - ½) of each group, found again in every forward. `packed_graph` packs on that very grid, so the packed
-graph computes what the training's forward did. (The distillation pass trains on this library's grids: fake_quant.py.)
+max|w| / (2^(b-1) - ½) of each group, found again in every forward. `packed_graph` packs on that very grid, so the
+packed graph computes what the training's forward did. (The distillation pass trains on this library's grids:
+fake_quant.py.)
 
 Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
@@ -61,7 +62,8 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
 
 
 def from_torchao(tensor: Any, name: str = "weight") -> QuantTensor:
-    """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same integers."""
+    """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same
+    integers."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     if not isinstance(tensor, IntxUnpackedToInt8Tensor):
@@ -84,8 +86,8 @@ def from_torchao(tensor: Any, name: str = "weight") -> QuantTensor:
 def torchao_module(
     graph: Graph, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The graph as a module whose packed linears are plain nn.Linear with torchao's tensors as weights. A packed embedding
-    (and a head tied to it) stays as it is: torchao's tensor has no row look-up."""
+    """The graph as a module whose packed linears are plain nn.Linear with torchao's tensors as weights. A packed
+    embedding (and a head tied to it) stays as it is: torchao's tensor has no row look-up."""
     module = graph.module(device, dtype)
     for linear in graph.config.linears():
         packed = module.get_submodule(linear.name)
@@ -101,8 +103,8 @@ def torchao_module(
 
 
 def fake_quant_module(graph: Graph, spec: Spec) -> Transformer:
-    """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's fake-quantizer;
-    gradients pass straight through the rounding. `spec` is symmetric."""
+    """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's
+    fake-quantizer; gradients pass straight through the rounding. `spec` is symmetric."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     spec = QuantSpec.of(spec)
@@ -124,7 +126,8 @@ def fake_quant_module(graph: Graph, spec: Spec) -> Transformer:
 
 
 def packed_graph(graph: Graph, module: Transformer, spec: Spec) -> Graph:
-    """`graph` with the weights that `module` (of `fake_quant_module`) was trained to: its linears packed on torchao's grid."""
+    """`graph` with the weights that `module` (of `fake_quant_module`) was trained to: its linears packed on torchao's
+    grid."""
     spec = QuantSpec.of(spec)
     packed = set(targets(graph, spec))
     changed: dict[str, Weight] = {}
