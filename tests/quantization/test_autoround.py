@@ -90,7 +90,8 @@ def test_a_reference_of_other_widths_will_do(nonuniform, tokens):
 
 
 def test_a_stream_in_bfloat16_is_tuned_in_float32(nonuniform, tokens):
-    """As on a GPU, where the stream has the graph's dtype: a start near the edge of a step would round to the next integer."""
+    """As on a GPU, where the stream has the graph's dtype: a start near the edge of a step would round to the next
+    integer."""
     graph = RTN(QuantSpec(3, 16))(nonuniform)
     block = TunableBlock(graph, nonuniform, 1, torch.zeros(1, dtype=torch.bfloat16), True)
     name = "model.layers.1.mlp.up_proj.weight"

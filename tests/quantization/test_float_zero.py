@@ -1,4 +1,5 @@
-"""Float zero points: the search against brute force, packing, quantizers, ONNX Runtime's own arithmetic, and who refuses them."""
+"""Float zero points: the search against brute force, packing, quantizers, ONNX Runtime's own arithmetic, and who
+refuses them."""
 
 import dataclasses
 

@@ -157,7 +157,8 @@ def test_a_gap_of_the_stream_moves_the_target():
 
 
 def test_balance_and_stream_on_a_nonuniform_graph(nonuniform, tokens):
-    """Weighing positions and correcting the stream work where attention or FFN is missing, and differ from plain GPTQ."""
+    """Weighing positions and correcting the stream work where attention or FFN is missing, and differ from plain
+    GPTQ."""
     spec = QuantSpec(3, 16)
     plain = GPTQ(tokens, spec, propagate=1.0)(nonuniform)
     for options in ({"balance": True}, {"stream": True}):

@@ -1,4 +1,5 @@
-"""Bits by sensitivity: the knapsack against brute force, the sweep against autograd over the whole model, budgets, specs by linear."""
+"""Bits by sensitivity: the knapsack against brute force, the sweep against autograd over the whole model, budgets,
+specs by linear."""
 
 import itertools
 
@@ -239,7 +240,8 @@ def test_the_sweep_equals_autograd_over_the_whole_model(tied):
 
 
 def test_costs_are_about_the_divergence_that_each_linear_causes(nonuniform, tokens):
-    """8 bits are a small change, where the second order is all there is: within a factor of two on the whole, and in order."""
+    """8 bits are a small change, where the second order is all there is: within a factor of two on the whole, and in
+    order."""
     spec = QuantSpec(8, 16)
     costs = sensitivity(nonuniform, tokens, [spec])
     hessians = {}
@@ -250,7 +252,9 @@ def test_costs_are_about_the_divergence_that_each_linear_causes(nonuniform, toke
     caused = []
     for name in costs:
         one = nonuniform.replace(
-            weights={f"{name}.weight": weighted_rounding(nonuniform.linear(name).float(), hessians[name], spec).dequantize()}
+            weights={
+                f"{name}.weight": weighted_rounding(nonuniform.linear(name).float(), hessians[name], spec).dequantize()
+            }
         )
         caused.append(divergence(nonuniform, one, tokens))
     ours, caused = torch.tensor([c[0] for c in costs.values()]).log(), torch.tensor(caused).log()

@@ -1,4 +1,5 @@
-"""SmoothQuant's fold is exact and makes channels alike; int8 activations are rounded where linears read, and nowhere else."""
+"""SmoothQuant's fold is exact and makes channels alike; int8 activations are rounded where linears read, and nowhere
+else."""
 
 import pytest
 import torch
