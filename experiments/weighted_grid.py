@@ -24,7 +24,7 @@ from tinycompress.evaluation.statistics import closure
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.quantization.linear_specs import targets
-from tinycompress.quantization.mixed_bits import nearest
+from tinycompress.quantization.mixed_bits import weighted_rounding
 from tinycompress.quantization.rtn import RTN
 
 SETTINGS = {"w4g64": "0.15", "w3g64": "–"}  # spec: closure in the paper
@@ -38,7 +38,7 @@ def weighted_rtn(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
         names = [name for name in feed.readers if name in todo]
         hessian = gram(feed, inputs) if names else None
         packed.update(
-            {f"{name}.weight": nearest(graph.tensor(f"{name}.weight").float(), hessian, spec) for name in names}
+            {f"{name}.weight": weighted_rounding(graph.tensor(f"{name}.weight").float(), hessian, spec) for name in names}
         )
 
     walk(graph, tokens, visit, progress=f"weighted {spec}")

@@ -1,4 +1,16 @@
-"""The multiple-choice knapsack, by dynamic programming over the budget: one option of each item, the least total loss."""
+"""The multiple-choice knapsack: one option of each item, the least total loss within a budget.
+
+    minimise Σ_i loss[i, o_i]   subject to   Σ_i price[i, o_i] ≤ limit,   one option o_i of each item i
+
+by dynamic programming over the budget: with best_i(b) the least loss of the first i items for a budget of b,
+
+    best_i(b) = min over the options o of item i:   best_{i-1}(b - price[i, o]) + loss[i, o]
+
+and best_0 = 0. Only what is spent above the cheapest option of every item is counted, in steps of the prices' common
+divisor. Time is items · options · steps of the budget.
+
+Letters: i an item, o one of its options, b a budget in steps.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +25,41 @@ STEPS = 100_000  # the finest division of a budget that the knapsack works in
 
 
 def knapsack(prices: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int) -> list[int]:
-    """One option of each item, such that the sum of `losses` is least with the sum of `prices` within the limit: exact when
-    the prices' common divisor divides the limit into at most STEPS; otherwise prices are rounded up to that, never over
-    the limit."""
-    base = sum(min(row) for row in prices)
-    room = limit - base
-    if room < 0:
-        raise InputError("limit", limit, f"at least {base}")
-    extras = [[p - min(row) for p in row] for row in prices]
-    step = max(math.gcd(*(p for extra in extras for p in extra)) or 1, -(-room // STEPS), 1)
-    slots = room // step
-    best = np.zeros(slots + 1)  # best[b]: the least loss of the items so far with b steps to spend
-    taken = np.zeros((len(prices), slots + 1), dtype=np.int16)
-    for i, (extra, loss) in enumerate(zip(extras, losses)):
-        new = np.full(slots + 1, np.inf)
+    """The option of each item with which the sum of losses is least and the sum of prices is at most the limit.
+
+    It is exact when the prices' common divisor divides the budget into at most `STEPS` steps. Otherwise prices are
+    rounded up to the next step, so that the limit still holds.
+
+    Arguments:
+        prices: of each item the price of each option, at least 0.
+        losses: of each item the loss of each option, in the same order.
+        limit: what all chosen options may cost together; an `InputError` if even the cheapest ones cost more.
+    """
+    cheapest = sum(min(row) for row in prices)
+    budget = limit - cheapest
+    if budget < 0:
+        raise InputError("limit", limit, f"at least {cheapest}")
+    extras = [[price - min(row) for price in row] for row in prices]
+    divisor = math.gcd(*(price for extra in extras for price in extra))
+    step = max(divisor or 1, -(-budget // STEPS), 1)
+    steps = budget // step
+    best = np.zeros(steps + 1)  # best[b]: the least loss of the items so far with b steps to spend
+    taken = np.zeros((len(prices), steps + 1), dtype=np.int16)
+    for item, (extra, loss) in enumerate(zip(extras, losses)):
+        new = np.full(steps + 1, np.inf)
         for option, (price, value) in enumerate(zip(extra, loss)):
             cost = -(-price // step)
-            if cost > slots:
+            if cost > steps:
                 continue
-            total = best[: slots + 1 - cost] + float(value)
+            total = best[: steps + 1 - cost] + float(value)
             better = total < new[cost:]
             new[cost:][better] = total[better]
-            taken[i, cost:][better] = option
+            taken[item, cost:][better] = option
         best = new
-    out, left = [], slots
-    for i in reversed(range(len(prices))):
-        option = int(taken[i, left])
-        left -= -(-extras[i][option] // step)
-        out.append(option)
-    return out[::-1]
+    chosen: list[int] = []
+    left = steps
+    for item in reversed(range(len(prices))):
+        option = int(taken[item, left])
+        left -= -(-extras[item][option] // step)
+        chosen.append(option)
+    return chosen[::-1]

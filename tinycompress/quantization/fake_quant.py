@@ -1,18 +1,18 @@
 """Fake quantization: the forward sees the weight that the packed model will have, the backward passes through.
 
-    ŵ = (clamp(round(w / s) + z, 0, 2^bits - 1) - z) · s        the numbers of quantize.QuantTensor, in the same operations
+    ŵ = (clamp(round(w / s) + z, 0, 2^bits - 1) - z) · s        the numbers of QuantTensor, in the same operations
     ∂L/∂w = ∂L/∂ŵ inside the range, 0 where the clamp holds      (straight-through, arXiv:1308.3432)
     ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z - [inside] · w / s)           (learned step size, LSQ, arXiv:1902.08153)
 
 The grid is found again for every forward ("refind", what RTN finds for the weight at hand) or starts from the best grid
 of the given weight, s₀, and learns s = s₀ (1 + δ) ("learn": a step of δ is a relative change, as AdamW's learning rate
-is meant). torchao's fake-quantizers are not used: their symmetric scale is
-max / (2^bits - 1) · 2 and they multiply by the reciprocal, which is not this grid, so that what was trained would not be
-what is packed.
+is meant). torchao's fake-quantizers are not used: their symmetric scale is max / (2^bits - 1) · 2 and they multiply by
+the reciprocal, which is not this grid, so that what was trained would not be what is packed.
 
-A weight that is packed already keeps its integers, and only its scales learn, s = s₀ (1 + δ) (`PackedLinear`; the second,
-end-to-end phase of EfficientQAT, arXiv:2407.11062): ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z).
-Letters: N out_features, K in_features, G groups.
+A weight that is packed already keeps its integers, and only its scales learn, s = s₀ (1 + δ) (`PackedLinear`; the
+second, end-to-end phase of EfficientQAT, arXiv:2407.11062): ∂L/∂s = Σ_group ∂L/∂ŵ · (q - z).
+
+Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.quant_tensor import QuantSpec, QuantTensor
+from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from ..model.matmul import product
-from .grid_search import find_grid, round_to_grid
+from .grid_search import find_grid, pack_on_grid, round_to_grid, round_to_nearest
 from .lpbq import is_lpbq
 
 GRIDS = ("refind", "learn")
@@ -33,45 +33,57 @@ GRIDS = ("refind", "learn")
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
         """weight [N, K] on its grid, scales and zeros [N, G]."""
         ctx.save_for_backward(weight, scales, *(() if zeros is None else (zeros,)))
-        ctx.spec = spec
-        q = round_to_grid(weight, scales, zeros, spec).reshape(*scales.shape, -1).to(weight.dtype)
-        zero: Any = spec.zero if zeros is None else zeros.to(weight.dtype)[..., None]
+        ctx.grid = grid
+        q = round_to_grid(weight, scales, zeros, grid).reshape(*scales.shape, -1).to(weight.dtype)  # (N, G, g)
+        zero: Any = grid.zero if zeros is None else zeros.to(weight.dtype)[..., None]
         return q.sub_(zero).mul_(scales[..., None]).reshape(weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        weight, scales, *rest = ctx.saved_tensors
-        spec, grad = ctx.spec, grads[0].reshape(*scales.shape, -1)
-        zero = rest[0].to(weight.dtype)[..., None] if rest else float(spec.zero)
+        weight, scales, *zeros = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        grad = grads[0].reshape(*scales.shape, -1)
+        zero: Any = zeros[0].to(weight.dtype)[..., None] if zeros else float(grid.zero)
         u = weight.reshape(grad.shape) / scales[..., None]
-        q = u.add(zero).round_() if spec.float_zero else u.round().add_(zero)
-        inside = (q >= 0) & (q <= 2**spec.bits - 1)
+        q = u.add(zero).round_() if grid.float_zero else u.round().add_(zero)
+        inside = (q >= 0) & (q <= 2**grid.bits - 1)
         to_scales = None
         if ctx.needs_input_grad[1]:
-            steps = q.clamp_(0, 2**spec.bits - 1).sub_(zero).sub_(u.mul_(inside))
+            steps = q.clamp_(0, 2**grid.bits - 1).sub_(zero).sub_(u.mul_(inside))
             to_scales = (grad * steps).sum(-1)
         return (grad * inside).reshape(weight.shape), to_scales, None, None
 
 
-def fake_quantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+def fake_quantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """weight float32 [N, K] at its grid's points, differentiable in weight and scales [N, G]."""
-    return _FakeQuantize.apply(weight, scales, zeros, spec)
+    return _FakeQuantize.apply(weight, scales, zeros, grid)
 
 
 class FakeQuantLinear(nn.Module):
-    """x [..., K] → [..., N] with the weight that `packed` will hold. `scales_delta` [N, G] is a parameter if the grid learns."""
+    """x [..., K] → [..., N] with the weight that `packed` will hold.
+
+    Arguments:
+        name: of the linear, for errors.
+        base: the linear whose weight and bias it trains.
+        spec: the grid, and how it is found for the weight at hand.
+        learn: whether the grid stays the one found for the given weight and its scales learn, by the parameter
+            `scales_delta` [N, G]; otherwise it is found again for every forward.
+    """
 
     def __init__(self, name: str, base: nn.Linear, spec: QuantSpec, learn: bool) -> None:
         super().__init__()
-        self.name, self.spec, self.learn = name, spec, learn
-        self.weight, self.bias = base.weight, base.bias
+        self.name = name
+        self.spec = spec
+        self.learn = learn
+        self.weight = base.weight
+        self.bias = base.bias
         zeros: Tensor | None = None
         if learn:
-            start = dataclasses.replace(spec, search="mse") if spec.search in ("auto", "weighted") else spec
-            scales, zeros = find_grid(name, base.weight.detach(), start)
+            best = dataclasses.replace(spec, search="mse") if spec.search in ("auto", "weighted") else spec
+            scales, zeros = find_grid(name, base.weight.detach(), best)
             self.start: Tensor
             self.register_buffer("start", scales)
             self.scales_delta = nn.Parameter(torch.zeros_like(scales))
@@ -79,6 +91,7 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("zeros", zeros)
 
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points [N, G] of this forward."""
         if self.learn:
             return learned_scales(self.start, self.scales_delta), self.zeros
         with torch.no_grad():
@@ -90,43 +103,47 @@ class FakeQuantLinear(nn.Module):
 
 
 class _Unpack(torch.autograd.Function):
-    """packed and scales [N, G] to the weight [N, K]. Keeps the packed integers for the backward pass, not unpacked ones."""
+    """packed and scales [N, G] to the weight [N, K]. Keeps the packed integers for the backward pass, not unpacked
+    ones."""
 
     @staticmethod
     def forward(
-        ctx: Any, packed: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, shape: tuple[int, int]
+        ctx: Any, packed: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, shape: tuple[int, int]
     ) -> Tensor:
-        ctx.weight = QuantTensor(packed, scales.detach(), zeros, spec, shape)
+        ctx.weight = QuantTensor(packed, scales.detach(), zeros, grid, shape)
         return ctx.weight.dequantize()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
         weight: QuantTensor = ctx.weight
-        q = weight.ints().view(*weight.scales.shape, -1).to(grads[0].dtype)
+        q = weight.ints().view(*weight.scales.shape, -1).to(grads[0].dtype)  # (N, G, g)
         zero: Any = weight.grid.zero if weight.zeros is None else weight.zeros.to(q.dtype)[..., None]
         return None, q.sub_(zero).mul_(grads[0].view(q.shape)).sum(-1), None, None, None
 
 
 class PackedLinear(nn.Module):
-    """x [..., K] → [..., N] with the integers of `weight`; `scales_delta` [N, G] learns, or [N, 1] where the scales of a row have
-    HTP's form (lpbq.py), which keeps it."""
+    """x [..., K] → [..., N] with the integers of `weight`; `scales_delta` [N, G] learns, or [N, 1] where the scales of
+    every row have HTP's form (lpbq.py), which keeps it."""
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec, self.shape, self.bias = weight.grid, weight.shape, bias
+        self.grid = weight.grid
+        self.shape = weight.shape
+        self.bias = bias
         self.integers: Tensor
         self.start: Tensor
         self.zeros: Tensor | None
+        zeros = weight.zeros
+        if zeros is not None and weight.grid.float_zero:
+            zeros = zeros.to(dtype)
         self.register_buffer("integers", weight.packed)
         self.register_buffer("start", weight.scales.to(dtype))
-        self.register_buffer(
-            "zeros", weight.zeros.to(dtype) if weight.zeros is not None and weight.grid.float_zero else weight.zeros
-        )
-        self.scales_delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if is_lpbq(weight) else self.start))
+        self.register_buffer("zeros", zeros)
+        self.scales_delta = nn.Parameter(no_change(weight, self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         scales = learned_scales(self.start, self.scales_delta)
-        return product(x, _Unpack.apply(self.integers, scales, self.zeros, self.spec, self.shape), self.bias)
+        return product(x, _Unpack.apply(self.integers, scales, self.zeros, self.grid, self.shape), self.bias)
 
 
 def learned_scales(start: Tensor, delta: Tensor) -> Tensor:
@@ -134,8 +151,14 @@ def learned_scales(start: Tensor, delta: Tensor) -> Tensor:
     return start * (1 + delta)
 
 
+def no_change(weight: QuantTensor, scales: Tensor) -> Tensor:
+    """Zeros for δ in s₀ (1 + δ): one per scale of a packed weight, [N, G]. Where its scales have HTP's form one per
+    row, [N, 1]: the integers between the scales of a row are what the runtime stores, so all of them move alike."""
+    return torch.zeros_like(scales[:, :1] if is_lpbq(weight) else scales)
+
+
 def packed(name: str, weight: Tensor, spec: QuantSpec, scales: Tensor | None, zeros: Tensor | None) -> QuantTensor:
     """The weight that the forward saw, packed: on the learned grid, or on the one found again for it."""
     if scales is None:
-        scales, zeros = find_grid(name, weight, spec)
-    return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)
+        return round_to_nearest(name, weight, spec)
+    return pack_on_grid(weight, scales, zeros, spec)

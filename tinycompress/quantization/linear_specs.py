@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 from ..errors import InputError
+from ..graph.config import HEAD
 from ..graph.graph import Graph
-from ..graph.quant_tensor import QuantSpec, QuantTensor
-from ..graph.topology import feeds
+from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
+
+Spec: TypeAlias = str | Grid  # one grid as passes take it: text such as "w4g64", or a QuantSpec
+Specs: TypeAlias = Spec | Mapping[str, Spec]  # one for all linears, or one for each linear that is named
 
 
 class LinearSpecs(Mapping[str, QuantSpec]):
@@ -31,37 +35,48 @@ class LinearSpecs(Mapping[str, QuantSpec]):
         return f"{{{', '.join(f'{count} × {spec}' for spec, count in sorted(counts.items()))}}}"
 
 
-def named_specs(spec: QuantSpec | Mapping[str, QuantSpec]) -> QuantSpec | LinearSpecs:
-    """`spec` as a pass keeps it: one grid for all linears, or one for each that is named."""
-    if isinstance(spec, QuantSpec | LinearSpecs):
+def named_specs(spec: Specs) -> QuantSpec | LinearSpecs:
+    """`spec` as a pass keeps it: one grid for all linears, or one for each that is named, text parsed."""
+    if isinstance(spec, LinearSpecs):
         return spec
-    if not isinstance(spec, Mapping) or not all(isinstance(value, QuantSpec) for value in spec.values()):
-        raise InputError("spec", repr(spec)[:80], "a QuantSpec, or QuantSpecs by the name of a linear")
-    return LinearSpecs(spec)
+    if isinstance(spec, Mapping):
+        return LinearSpecs({name: QuantSpec.of(value) for name, value in spec.items()})
+    return QuantSpec.of(spec)
 
 
-def targets(graph: Graph, spec: QuantSpec | Mapping[str, QuantSpec], head: bool = False) -> dict[str, QuantSpec]:
-    """The linears a quantization pass works on and their grids, in model order, after checking that each is still dense
-    and that the groups divide its inputs: before any work is done. One spec is for every linear (the head only if
-    `head`); a mapping is for those that it names, and the others stay float."""
-    names = [name for feed in feeds(graph.config) for name in feed.readers]
-    if isinstance(spec, QuantSpec):
-        specs = {name: spec for name in names if head or name != "lm_head"}
+def each_spec(spec: Specs) -> list[QuantSpec]:
+    """The grids of `spec`: the one for all linears, or all those of a mapping."""
+    named = named_specs(spec)
+    return [named] if isinstance(named, QuantSpec) else list(named.values())
+
+
+def targets(graph: Graph, spec: Specs, head: bool = False) -> dict[str, QuantSpec]:
+    """The linears that a quantization pass works on and their grids, in model order.
+
+    One spec is for every linear, the head only if `head`; a mapping is for those that it names, and the others stay
+    float. It is an `InputError`, before any work is done, if a name is no linear of the graph, a linear is packed
+    already, the groups do not divide its inputs, or the head is tied to the embedding.
+    """
+    linears = {linear.name: linear for linear in graph.config.linears()}
+    named = named_specs(spec)
+    if isinstance(named, QuantSpec):
+        specs = {name: named for name in linears if head or name != HEAD}
     else:
-        if unknown := [name for name in spec if name not in names]:
-            raise InputError("spec", f"{unknown[0]!r}, which is no linear of this graph", f"names such as {names[0]}")
-        if head and "lm_head" not in spec:
-            raise InputError("head", "True, with specs that do not name lm_head", "a spec for lm_head")
-        specs = {name: spec[name] for name in names if name in spec}
-    if "lm_head" in specs and graph.config.tie_embeddings:
-        raise InputError(
-            "head", "a head tied to the embedding", "head=False (a tied head is quantized with the embedding)"
-        )
+        for name in named:
+            if name not in linears:
+                example = next(iter(linears))
+                raise InputError("spec", f"{name!r}, which is no linear of this graph", f"names such as {example}")
+        if head and HEAD not in named:
+            raise InputError("head", f"True, with specs that do not name {HEAD}", f"a spec for {HEAD}")
+        specs = {name: named[name] for name in linears if name in named}
+    if HEAD in specs and graph.config.tie_embeddings:
+        remedy = "head=False (a tied head is quantized with the embedding)"
+        raise InputError("head", "a head tied to the embedding", remedy)
     for name, own in specs.items():
-        weight = graph.weights.entries[graph.config.weight_name(name)]
+        linear = linears[name]
+        weight = graph.weights.entries[linear.weight]
         if isinstance(weight, QuantTensor):
-            raise InputError(
-                name, f"a weight that is already {weight.grid}", "a dense weight (quantize once, from the float model)"
-            )
-        own.group(name, weight.shape[1])
+            remedy = "a dense weight (quantize once, from the float model)"
+            raise InputError(name, f"a weight that is already {weight.grid}", remedy)
+        own.group(name, linear.shape[1])
     return specs

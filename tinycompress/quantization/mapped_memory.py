@@ -1,8 +1,8 @@
 """Results that need not stay in memory: tensors mapped from a file without a name.
 
-The system reads a page when it is touched and drops it when memory is short, so a pass that goes through a large model layer
-by layer holds one layer. The file lies where temporary files do (TMPDIR, which should be a disk) and is gone with the last
-tensor mapped from it, or with the process, however it ends.
+The system reads a page when it is touched and drops it when memory is short, so a pass that goes through a large model
+layer by layer holds one layer. The file lies where temporary files do (TMPDIR, which should be a disk) and is gone with
+the last tensor mapped from it, or with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ..graph.quant_tensor import QuantTensor
 IN_MEMORY = 1 << 30  # bytes of packed weights that are not worth a file
 
 
-def keeper(specs: Iterable[tuple[int, int]]) -> Callable[[QuantTensor], QuantTensor]:
-    """What to do with each of the packed weights of (numel, bits): nothing, or `spilled` if they are large together."""
-    return spilled if sum(numel * bits // 8 for numel, bits in specs) > IN_MEMORY else lambda weight: weight
+def keeper(sizes: Iterable[tuple[int, int]]) -> Callable[[QuantTensor], QuantTensor]:
+    """What to do with each of the packed weights of sizes (numel, bits): nothing, or `spilled` if they are large
+    together."""
+    return spilled if sum(numel * bits // 8 for numel, bits in sizes) > IN_MEMORY else lambda weight: weight
 
 
 def spilled(weight: QuantTensor) -> QuantTensor:
-    """The same packed weight, on disk."""
+    """The same packed weight, on disk; one on a GPU stays there."""
     if weight.device.type != "cpu":
         return weight
-    return QuantTensor.from_tensors(
-        {suffix: mapped(tensor) for suffix, tensor in weight.tensors().items()}, weight.grid, weight.shape
-    )
+    tensors = {suffix: mapped(tensor) for suffix, tensor in weight.tensors().items()}
+    return QuantTensor.from_tensors(tensors, weight.grid, weight.shape)
 
 
 def mapped(tensor: Tensor) -> Tensor:
@@ -43,10 +43,8 @@ def mapped(tensor: Tensor) -> Tensor:
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             file.flush()
             return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
-        where = tempfile.gettempdir()
-        raise InputError(
-            "temporary folder", f"{where}, whose disk is full", "space for the packed weights, or TMPDIR elsewhere"
-        ) from e
+        found = f"{tempfile.gettempdir()}, whose disk is full"
+        raise InputError("temporary folder", found, "space for the packed weights, or TMPDIR elsewhere") from error

@@ -1,6 +1,6 @@
 """MixedBits: the grid of each linear from what its rounding costs the model, under one budget for all of them.
 
-What a change ΔW of one linear costs, to second order, in nats of KL(float ‖ quantized) a token:
+What a change ΔW of one linear costs, to second order, in nats of KL(float ‖ quantized) per token:
 
     L(ΔW) ≈ ½ · (1 / T) · Σ_t (g_tᵀ ΔW x_t)²
 
@@ -8,218 +8,259 @@ x_t is the linear's input at position t and g_t the gradient at its output of -�
 model's own p: the outer products of such gradients are the Fisher matrix, which is the Hessian of that KL divergence
 (arXiv:1412.1193), while the labels of the text would give the empirical Fisher, which is not (arXiv:1905.12558).
 Positions count as independent, as in K-FAC (arXiv:1503.05671); within a linear nothing is assumed, where the diagonal
-Fisher of SqueezeLLM (arXiv:2306.07629) takes weights, and the traces of HAWQ-V2 (arXiv:1911.03852) directions, as alike.
-Costs of different linears are added up.
+Fisher of SqueezeLLM (arXiv:2306.07629) takes weights, and the traces of HAWQ-V2 (arXiv:1911.03852) directions, as
+alike. Costs of different linears are added up.
 
-One sweep: a forward that keeps only what enters each block, and a backward block by block that computes the block again.
-The choice is a multiple-choice knapsack, solved exactly (`knapsack`).
-Letters: N out_features, K in_features, T positions, D hidden_size.
+One sweep: a forward that keeps only what enters each block, and a backward block by block that computes the block
+again. The choice is a multiple-choice knapsack, solved exactly (knapsack.py).
+
+Letters: N out_features, K in_features, G groups of g = K / G inputs, T positions, D hidden_size, b windows of a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..calibration.data import as_tokens
 from ..calibration.gram import gram
-from ..calibration.walk import BATCH_TOKENS, Inputs, check_calibration
+from ..calibration.walk import Inputs, Stream, blocks, check_calibration
 from ..errors import InputError
-from ..graph.config import layer_prefix, shapes
+from ..graph.config import FINAL_NORM, HEAD
 from ..graph.graph import Graph, Pass
-from ..graph.quant_tensor import QuantSpec, QuantTensor
+from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from ..graph.topology import Feed, feeds
 from ..knapsack import knapsack
 from ..model.cpu_memory import keep_heap
 from ..model.linear import linear
-from ..model.transformer import Block, Embedding, Norm, RotaryTables
-from .grid_search import find_grid, round_to_grid
-from .linear_specs import LinearSpecs, targets
+from ..model.transformer import Block, Norm, RotaryTables
+from .grid_search import round_to_nearest
+from .linear_specs import LinearSpecs, Spec, targets
 
 Rounding = Callable[[Tensor, Tensor, QuantSpec], QuantTensor]
+Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by linear: inputs [b, T, K] and gradients at outputs [b, T, N]
 HEAD_ROWS = 512  # positions whose logits exist at one time
 
 
-def nearest(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> QuantTensor:
-    """weight [N, K] at the nearest points of its grid, searched with the error weighted by E[x²] ∝ diag(hessian) [K, K]."""
-    scales, zeros = find_grid("weight", weight, spec, hessian.diagonal().float())
-    return QuantTensor.from_ints(round_to_grid(weight, scales, zeros, spec), scales, zeros, spec)
+def weighted_rounding(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> QuantTensor:
+    """weight [N, K] at the nearest points of its grid, searched with the error weighted by E[x²] ∝ diag(hessian) [K,
+    K]."""
+    return round_to_nearest("weight", weight, spec, hessian.diagonal().float())
 
 
 @dataclass(frozen=True)
 class MixedBits:
-    """Measures every linear of the layers (not the head) at every one of `choices` on calibration `tokens` [windows,
-    seq_len] (8 windows of 512 will do), chooses under a budget, and hands the choice to `quantizer`, such as
-    `lambda specs: GPTQ(tokens, specs)`.
+    """Chooses a grid for every linear of the layers (not the head) under a budget, and has a quantizer round to them.
 
-    The budget is one of `bytes`, all that the packed linears may take, scales and zero points included, and `bits`, the
-    same as an average a weight (w3g64 takes 3.5 with its float32 scales). `rounding` is what is measured: a function of
-    weight, hessian and spec, such as `gptq_quantize`, for a measurement that is slower and closer to that quantizer."""
+    Fields:
+        tokens: ids [windows, seq_len], or an iterable of them such as a DataLoader; 8 windows of 512 will do. Their
+            device does the work.
+        quantizer: makes the pass that rounds, from a mapping of linears' names to their QuantSpecs: `RTN`, or
+            `lambda specs: GPTQ(tokens, specs)`.
+        bytes: the budget as all that the packed linears may take, scales and zero points included.
+        bits: the budget as an average per weight, counted likewise (w3g64 takes 3.5 with its float32 scales). One of
+            `bytes` and `bits` is given.
+        choices: the grids to choose from, each as text ("w4g64") or a QuantSpec. Default w2g64, w3g64, w4g64 and w8g64.
+        rounding: what is measured: a function from weight [N, K], hessian [K, K] and spec to a QuantTensor, such as
+            `gptq_quantize` for a measurement that is slower and closer to that quantizer. Default: to the nearest
+            points of a grid weighted by E[x²].
+        seed: of the labels that are drawn from the model. Default 0.
+        device: where the costs are measured, such as "cuda"; the quantizer has a device of its own. Default None: the
+            device of `tokens`.
+        progress: whether bars over the layers are shown once they take longer than two seconds. Default True.
 
-    tokens: Tensor = field(repr=False, compare=False)
+    Errors: an `InputError` for both budgets or none, for a budget below what the smallest choices take, for no choices
+    or groups that do not divide a linear's inputs, for tokens that are not of the model, for weights that are packed
+    already, and for activations that are not finite.
+    """
+
+    tokens: Tensor | Iterable[Any] = field(repr=False, compare=False)
     quantizer: Callable[[Mapping[str, QuantSpec]], Pass] = field(repr=False, compare=False)
     bytes: int | None = None
     bits: float | None = None
-    choices: tuple[str, ...] = ("w2g64", "w3g64", "w4g64", "w8g64")
-    rounding: Rounding = field(default=nearest, repr=False, compare=False)
+    choices: Sequence[Spec] = ("w2g64", "w3g64", "w4g64", "w8g64")
+    rounding: Rounding = field(default=weighted_rounding, repr=False, compare=False)
     seed: int = 0
+    device: str | None = field(default=None, repr=False)
+    progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", as_tokens(self.tokens))
+        object.__setattr__(self, "choices", tuple(self.choices))
         if (self.bytes is None) == (self.bits is None):
             raise InputError("MixedBits", f"bytes={self.bytes} and bits={self.bits}", "one of the two")
-        if not self.choices:
+        if not self.specs:
             raise InputError("MixedBits.choices", "none", "at least one, such as w4g64")
-        for text in self.choices:
-            QuantSpec.parse(text)
-        for name, value in (("bytes", self.bytes), ("bits", self.bits)):
+        for name in ("bytes", "bits"):
+            value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"MixedBits.{name}", value, "a positive number")
 
+    @property
+    def specs(self) -> list[QuantSpec]:
+        """The choices, text parsed."""
+        return [QuantSpec.of(choice) for choice in self.choices]
+
     def __call__(self, graph: Graph) -> Graph:
-        specs = [QuantSpec.parse(text) for text in self.choices]
+        specs = self.specs
         sizes = linear_shapes(graph, specs)
         limit = self.limit(sizes, specs)
-        costs = sensitivity(graph, self.tokens, specs, self.rounding, self.seed)
+        tokens = as_tokens(self.tokens).to(self.device)
+        costs = sensitivity(graph, tokens, specs, self.rounding, self.seed, self.progress)
         return self.quantizer(choose(costs, sizes, specs, limit))(graph).replace(by=self)
 
     def limit(self, sizes: Mapping[str, tuple[int, int]], specs: Sequence[QuantSpec]) -> int:
-        """The budget in bytes; an InputError naming the nearest that can be met if even the smallest grids take more."""
+        """The budget in bytes; an InputError naming the nearest that can be met if even the smallest grids take
+        more."""
         count = sum(N * K for N, K in sizes.values())
-        limit = self.bytes if self.bytes is not None else math.floor((self.bits or 0) * count / 8 + 1e-6)
         least = sum(min(packed_bytes(shape, spec) for spec in specs) for shape in sizes.values())
+        if self.bytes is not None:
+            limit = self.bytes
+            found = f"bytes={self.bytes}"
+            possible = f"bytes={least}"
+        else:
+            limit = math.floor((self.bits or 0) * count / 8 + 1e-6)
+            found = f"bits={self.bits}"
+            possible = f"bits={least * 8 / count:g}"
         if least > limit:
-            found, nearest = (
-                (f"bytes={self.bytes}", f"bytes={least}")
-                if self.bytes is not None
-                else (f"bits={self.bits}", f"bits={least * 8 / count:g}")
-            )
-            raise InputError("MixedBits", found, f"{nearest} or more, by the choices {', '.join(self.choices)}")
+            raise InputError("MixedBits", found, f"{possible} or more, by the choices {', '.join(map(str, specs))}")
         return limit
 
 
 def choose(
     costs: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, int]], specs: Sequence[QuantSpec], limit: int
 ) -> LinearSpecs:
-    """The grid of each linear with the least sum of `costs` (one a spec) and at most `limit` packed bytes."""
+    """The grid of each linear with the least sum of `costs` (one for each spec) and at most `limit` packed bytes."""
     prices = [[packed_bytes(sizes[name], spec) for spec in specs] for name in costs]
-    picked = knapsack(prices, list(costs.values()), limit)
-    return LinearSpecs({name: specs[option] for name, option in zip(costs, picked)})
+    options = knapsack(prices, list(costs.values()), limit)
+    return LinearSpecs({name: specs[option] for name, option in zip(costs, options)})
 
 
 def linear_shapes(graph: Graph, specs: Sequence[QuantSpec]) -> dict[str, tuple[int, int]]:
-    """[N, K] of every linear of the layers, after checking that each is dense and that every spec divides its inputs."""
-    names = [name for spec in specs for name in targets(graph, spec)]
-    parameters = shapes(graph.config)
-    return {name: (parameters[f"{name}.weight"][0], parameters[f"{name}.weight"][1]) for name in names}
+    """[N, K] of every linear of the layers, after checking that each is dense and that every spec divides its
+    inputs."""
+    names = {name for spec in specs for name in targets(graph, spec)}
+    return {linear.name: linear.shape for linear in graph.config.linears() if linear.name in names}
 
 
-def packed_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
+def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
     """What a QuantTensor [N, K] takes: integers, float32 scales and, where there are any, zero points."""
     N, K = shape
-    g = spec.group("a packed weight", K)
-    return N * (K // g) * (-(-g // 8) * spec.bits + 4 + (0 if spec.symmetric else 4 if spec.float_zero else 1))
+    g = grid.group("a packed weight", K)
+    integers = -(-g // 8) * grid.bits
+    scale = 4
+    if grid.symmetric:
+        zero = 0
+    else:
+        zero = 4 if grid.float_zero else 1
+    return N * (K // g) * (integers + scale + zero)
 
 
 @torch.no_grad()
 def sensitivity(
-    graph: Graph, tokens: Tensor, specs: Sequence[QuantSpec], rounding: Rounding = nearest, seed: int = 0
+    graph: Graph,
+    tokens: Tensor,
+    specs: Sequence[QuantSpec],
+    rounding: Rounding = weighted_rounding,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, list[float]]:
-    """For every linear of the layers, what each spec costs, in nats of KL a token.
+    """For every linear of the layers, what each spec costs, in nats of KL per token.
 
-    tokens [windows, T] ids. Memory: what enters every block, [layers, windows, T, D], and one block's activations.
+    tokens [windows, T] ids; `rounding`, `seed` and `progress` as the fields of `MixedBits`. Memory: what enters every
+    block, [layers, windows, T, D], and one block's activations.
     """
     tokens = check_calibration(graph, tokens)
     linear_shapes(graph, specs)
     keep_heap()
-    device, T = tokens.device, tokens.shape[1]
-    dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
-    tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, device, dtype)
-    embed = Embedding(graph.weights["model.embed_tokens.weight"].to(device, dtype))
-    entering = [[embed(batch).to(dtype) for batch in tokens.split(max(1, BATCH_TOKENS // T))]]
-    for i in tqdm(range(graph.config.n_layers), desc="MixedBits forward", unit="layer", delay=2):
-        block = Block(graph, i, device, dtype)
-        entering.append([block(h.clone(), tables) for h in entering[-1]])
-        if not all(torch.isfinite(h).all() for h in entering[-1]):
-            raise InputError(
-                f"output of {layer_prefix(i)}",
-                "NaN or infinite values",
-                "finite activations (look at the weights before it)",
-            )
-    grads = [
-        _head_gradient(graph, h, torch.Generator(device).manual_seed(seed + i)) for i, h in enumerate(entering.pop())
-    ]
+    stream = Stream(graph, tokens)
+    entering: list[list[Tensor]] = []  # by layer: batches [b, T, D]
+    bar = "MixedBits forward" if progress else None
+    for layer, block in enumerate(blocks(graph, stream.device, stream.dtype, bar)):
+        entering.append([h.clone() for h in stream.hidden])  # the block works in place
+        stream.step(block)
+        stream.check_finite(layer)
+    gradients: list[Tensor] = []
+    for i, h in enumerate(stream.hidden):
+        gradients.append(_head_gradient(graph, h, torch.Generator(stream.device).manual_seed(seed + i)))
+    feeds_of: dict[int | None, list[Feed]] = {}
+    for feed in feeds(graph.config):
+        feeds_of.setdefault(feed.layer, []).append(feed)
     costs: dict[str, list[float]] = {}
-    for i in tqdm(
+    layers = tqdm(
         reversed(range(graph.config.n_layers)),
         total=graph.config.n_layers,
         desc="MixedBits backward",
         unit="layer",
         delay=2,
-    ):
-        readers = [feed for feed in feeds(graph.config) if feed.layer == i]
-        seen = _backward(Block(graph, i, device, dtype), layer_prefix(i), readers, entering.pop(), grads, tables)
-        for feed in readers:
+        disable=not progress,
+    )
+    for layer in layers:
+        block = Block(graph, layer, stream.device, stream.dtype)
+        seen = _backward(block, entering.pop(), gradients, stream.tables)
+        for feed in feeds_of.get(layer, ()):
             costs |= _costs(graph, feed, seen, specs, rounding, tokens.numel())
-    return {name: costs[name] for feed in feeds(graph.config) for name in feed.readers if name in costs}
+    return {linear.name: costs[linear.name] for linear in graph.config.linears() if linear.name in costs}
 
 
 def _head_gradient(graph: Graph, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient at hidden [b, T, D], the last block's output, of -Σ log p(y) with every y drawn from p."""
-    norm = Norm(graph.tensor("model.norm.weight").to(hidden.device, hidden.dtype), graph.config.norm_eps)
-    head = linear(graph.linear("lm_head").to(hidden.device, hidden.dtype), None)
-    out = torch.empty_like(hidden).flatten(0, 1)
-    for rows, into in zip(hidden.flatten(0, 1).split(HEAD_ROWS), out.split(HEAD_ROWS)):
+    norm = Norm(graph.tensor(f"{FINAL_NORM}.weight").to(hidden.device, hidden.dtype), graph.config.norm_eps)
+    head = linear(graph.linear(HEAD).to(hidden.device, hidden.dtype), None)
+    gradient = torch.empty_like(hidden).flatten(0, 1)
+    for rows, into in zip(hidden.flatten(0, 1).split(HEAD_ROWS), gradient.split(HEAD_ROWS)):
         with torch.enable_grad():
             rows = rows.detach().requires_grad_()
             logits = head(norm(rows)).float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            into.copy_(torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), rows)[0])
-    return out.view_as(hidden)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            into.copy_(torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), rows)[0])
+    return gradient.view_as(hidden)
 
 
-Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by linear: inputs [b, T, K] and gradients at outputs [b, T, N]
+def _backward(block: Block, entering: Sequence[Tensor], gradients: list[Tensor], tables: RotaryTables) -> Seen:
+    """Computes the block again and turns the gradients at its output, in place in the list, into those at its input.
 
+    Returns what its linears read and the gradients at what they give."""
+    now: dict[str, tuple[Tensor, Tensor]] = {}  # of the present batch: input and output of each linear
 
-def _backward(
-    block: Block,
-    at: str,
-    readers: Sequence[Feed],
-    entering: Sequence[Tensor],
-    grads: list[Tensor],
-    tables: RotaryTables,
-) -> Seen:
-    """Computes the block again and turns the gradients at its output, in place in the list, into those at its input."""
-    now: dict[str, tuple[Tensor, Tensor]] = {}
-    names = [name for feed in readers for name in feed.readers]
-    for name in names:
-        module = block.get_submodule(name.removeprefix(f"{at}."))
-        module.register_forward_hook(lambda _, args, out, name=name: now.__setitem__(name, (args[0], out)))  # type: ignore[misc]
+    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            now[name] = (args[0], output)
+
+        return note
+
+    for name, module in block.linears().items():
+        module.register_forward_hook(listen(name))
+    names = list(block.linears())
     seen: Seen = {name: [] for name in names}
     for i, h in enumerate(entering):
         with torch.enable_grad():
             h = h.detach().requires_grad_()
             out = block(h, tables)
-            grads[i], *inner = torch.autograd.grad(out, [h, *(now[name][1] for name in names)], grads[i])
-        for name, grad in zip(names, inner):
-            seen[name].append((now[name][0].detach(), grad))
+            gradients[i], *inner = torch.autograd.grad(out, [h, *(now[name][1] for name in names)], gradients[i])
+        for name, gradient in zip(names, inner):
+            seen[name].append((now[name][0].detach(), gradient))
     return seen
 
 
 def _costs(
     graph: Graph, feed: Feed, seen: Seen, specs: Sequence[QuantSpec], rounding: Rounding, positions: int
 ) -> dict[str, list[float]]:
+    """By reader of a feed, what each spec costs."""
     hessian = gram(feed, Inputs(lambda: (x for x, _ in seen[feed.readers[0]])))
-    out: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
     for name in feed.readers:
         weight = graph.tensor(graph.config.weight_name(name)).to(hessian.device).float()
         deltas = [rounding(weight, hessian, spec).dequantize() - weight for spec in specs]
-        out[name] = [sum(quadratic_cost(delta, x, g) for x, g in seen[name]) / positions for delta in deltas]
-    return out
+        costs[name] = [sum(quadratic_cost(delta, x, g) for x, g in seen[name]) / positions for delta in deltas]
+    return costs
 
 
 def quadratic_cost(delta: Tensor, inputs: Tensor, grads: Tensor) -> float:

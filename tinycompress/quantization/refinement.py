@@ -4,12 +4,15 @@ GPTQ rounds each column once and never looks back. With H = Σ x xᵀ and the fl
 
     E = tr((Q - W) H (Q - W)ᵀ)
 
-a quadratic in the scales of a row (q fixed): they are solved jointly over its groups, G equations in G unknowns; likewise
-in the offsets -z·s where zero points are floats; of scales in HTP's form, s = f·i (lpbq.py), every integer i moves to the
-best of 1 … 16 in turn, then the row's f; and in one integer (all else fixed): q_j moves to the grid point nearest
-to Q_j - ((Q - W) H)_j / H_jj (cyclic coordinate descent, as in QuantEase, arXiv:2309.01885). No step can raise E, so
-alternating them cannot either.
-Letters: N out_features, K in_features, g group_size, G = K / g.
+- in the scales of a row (q fixed) a quadratic: they are solved jointly over its groups, G equations in G unknowns;
+- likewise in the offsets -z·s, where zero points are floats;
+- in scales of HTP's form, s = f·i (lpbq.py): every integer i moves to the best of 1 … 16 in turn, then the row's f;
+- in one integer (all else fixed) a parabola: q_j moves to the grid point nearest to Q_j - ((Q - W) H)_j / H_jj
+  (cyclic coordinate descent, as in QuantEase, arXiv:2309.01885).
+
+No step can raise E, so alternating them cannot either.
+
+Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..graph.quant_tensor import QuantSpec
+from ..graph.quant_tensor import Grid, QuantSpec
 from .grid_search import nearest_ints
 from .lpbq import STEPS
 
@@ -30,13 +33,14 @@ def refine(
     """`rounds` times: scales (and float zero points) for the integers, then integers for those; ends with the former.
 
     weight float [N, K], hessian [K, K] positive definite, ints [N, K], scales [N, G], zeros [N, G] or None (symmetric).
-    Returns (ints uint8 [N, K], scales [N, G], zeros).
+    Scales that were searched in HTP's form keep it. Returns (ints uint8 [N, K], scales [N, G], zeros).
     """
     H = hessian.to(weight.dtype)
     target = weight @ H  # (N, K)
-    offsets = (
-        torch.full((1, 1), float(spec.zero), dtype=H.dtype, device=H.device) if zeros is None else zeros.to(H.dtype)
-    )
+    if zeros is None:
+        offsets = torch.full((1, 1), float(spec.zero), dtype=H.dtype, device=H.device)
+    else:
+        offsets = zeros.to(H.dtype)
     refit = refit_lpbq if spec.search == "lpbq" else refit_scales
     for done in range(rounds + 1):
         if rounds:
@@ -60,8 +64,8 @@ def refit_scales(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros:
 
 
 def refit_lpbq(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Scales f_n · (1 … 16), 16 in every row, to such scales with a lower E, by coordinate descent; the block that has 16
-    keeps it. A row's f stays positive."""
+    """Scales f_n · (1 … 16), 16 in every row, to such scales with a lower E, by coordinate descent; the block that has
+    16 keeps it. A row's f stays positive."""
     A, b = scale_equations(ints, H, target, scales.shape[1], zeros)
     f = scales.double().amax(1, keepdim=True) / STEPS
     i = (scales.double() / f).round()
@@ -95,7 +99,7 @@ def refit_zeros(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: 
     return zeros - (torch.linalg.solve(A, residual.T).T / scales).to(zeros.dtype)
 
 
-def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor, spec: QuantSpec) -> Tensor:
+def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
     """One sweep of coordinate descent over the columns; target = W·H [N, K]. Returns uint8 [N, K]."""
     N, G = scales.shape
     K = ints.shape[1]
@@ -107,12 +111,14 @@ def descend(ints: Tensor, H: Tensor, target: Tensor, scales: Tensor, zeros: Tens
     R = H @ Q - target.T  # (K, N): half the gradient
     for i in range(0, K, BLOCK):
         j = min(i + BLOCK, K)
-        h, r = H[i:j, i:j], R[i:j]
+        h = H[i:j, i:j]
+        r = R[i:j]
         moved = torch.zeros(j - i, N, dtype=H.dtype, device=H.device)
         for c in range(j - i):
-            s, z = S[group[i + c]], Z[group[i + c]]
+            s = S[group[i + c]]
+            z = Z[group[i + c]]
             value = Q[i + c] - r[c] / h[c, c]
-            new = nearest_ints(value / s, z, spec)
+            new = nearest_ints(value / s, z, grid)
             q[i + c] = new
             moved[c] = (new - z).mul_(s) - Q[i + c]
             if c + 1 < j - i:

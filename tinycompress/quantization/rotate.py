@@ -1,66 +1,93 @@
 """Rotation: QuaRot (arXiv:2404.00456) and SpinQuant's R1 and R2 (arXiv:2405.16406), folded into the weights.
 
 RMSNorm commutes with an orthogonal matrix once its weight is folded into its readers: norm(xR) = norm(x)R. So with
-the norms folded, the residual stream can be turned by R1 (embedding and writers ·R1, readers R1ᵀ·) and each head's values
-by R2 (v_proj rows R2ᵀ·, o_proj columns ·R2; the same matrix for all heads), and outliers spread over all channels.
-Nothing is left to do at run time, and nothing changes in float.
+the norms folded, the residual stream can be turned by R1 (embedding and writers ·R1, readers R1ᵀ·) and each head's
+values by R2 (rows of the value projection R2ᵀ·, columns of the output projection ·R2; the same matrix for all heads),
+and outliers spread over all channels. Nothing is left to do at run time, and nothing changes in float.
 
 The head reads the rotated stream through the folded last norm and the embedding does not, so a tied head is untied.
 Hadamard matrices exist for many orders that are not powers of two: H_{mn} = H_m ⊗ H_n, and Paley's constructions
 (J. Math. Phys. 12, 1933) give q + 1 for primes q ≡ 3 (mod 4) and 2(q + 1) for primes q ≡ 1 (mod 4):
-576 = 36·16, 1536 = 12·128, 5632 = 44·128. Where none is found, or on request, a random orthogonal matrix serves.
+576 = 36·16, 1536 = 12·128, 5632 = 44·128. For other orders, or on request, a random orthogonal matrix serves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import InputError
+from ..graph.config import Config
 from ..graph.edit import fold_norms, turn
 from ..graph.graph import Graph, Weight
 
-KINDS = ("hadamard", "random")
+MATRICES = ("hadamard", "random")
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Turns the residual stream (`residual`; norms end as ones) and the heads' values (`heads`). Without the first, norms stay
-    and a tied head stays tied: that costs nothing at all."""
+    """Turns the residual stream and the heads' values by orthogonal matrices, so that outliers spread over all
+    channels.
+
+    Fields:
+        kind: of the matrices: "hadamard" (with random signs; random where none of that order is known) or "random"
+            (Haar). Default "hadamard".
+        residual: whether the residual stream is turned. Norms end as ones, and a tied head gets a table of its own;
+            without it norms stay and a tied head stays tied, which costs nothing at all. Default True.
+        heads: whether the values of each head are turned. Default True.
+        seed: of the signs or the random matrices. Default 0.
+        progress: whether a bar over the weights is shown once it takes longer than two seconds. Default True.
+
+    Errors: an `InputError` for another kind, for weights that are packed already, and for weights that are not finite.
+    """
 
     kind: str = "hadamard"
     residual: bool = True
     heads: bool = True
     seed: int = 0
+    progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError("Rotate.kind", repr(self.kind), " | ".join(KINDS))
+        if self.kind not in MATRICES:
+            raise InputError("Rotate.kind", repr(self.kind), " | ".join(MATRICES))
+
+    def plan(self, config: Config) -> Config:
+        """The config that a graph of that config will have."""
+        return replace(config, tie_embeddings=False) if self.residual else config
 
     def __call__(self, graph: Graph) -> Graph:
         config = graph.config
-        for name in graph.weights:
+        for name in tqdm(graph.weights, desc="Rotate", unit="weight", delay=2, disable=not self.progress):
             if not torch.isfinite(graph.tensor(name)).all():
-                raise InputError(
-                    name, "NaN or infinite weights", "finite weights: a rotation would spread them over all channels"
-                )
+                remedy = "finite weights: a rotation would spread them over all channels"
+                raise InputError(name, "NaN or infinite weights", remedy)
         if self.residual:
             graph = turn(fold_norms(graph), orthogonal(config.hidden_size, self.kind, self.seed))
         if self.heads:
-            R, d = orthogonal(config.head_dim, self.kind, self.seed + 1), config.head_dim
-            changed: dict[str, Weight] = {}
-            for name in graph.weights:
-                weight = graph.tensor(name)
-                if name.endswith("v_proj.weight") or name.endswith("v_proj.bias"):
-                    rows = weight.double().reshape(-1, d, *weight.shape[1:])
-                    changed[name] = torch.einsum("de,hd...->he...", R, rows).reshape(weight.shape).to(weight.dtype)
-                elif name.endswith("o_proj.weight"):
-                    columns = weight.double().reshape(len(weight), -1, d)
-                    changed[name] = (columns @ R).reshape(weight.shape).to(weight.dtype)
-            graph = graph.replace(weights=changed)
+            graph = graph.replace(weights=turned_values(graph, orthogonal(config.head_dim, self.kind, self.seed + 1)))
         return graph.replace(by=self)
+
+
+def turned_values(graph: Graph, R: Tensor) -> dict[str, Weight]:
+    """The parameters with which every head's values are turned by R [d, d], d the head_dim, and turned back where they
+    are read: the function stays what it was."""
+    changed: dict[str, Weight] = {}
+    for linear in graph.config.linears():
+        if linear.kind == "value":
+            for name in (linear.weight, linear.bias):
+                if name in graph.weights:
+                    weight = graph.tensor(name)
+                    rows = weight.double().reshape(-1, len(R), *weight.shape[1:])  # (KV heads, d, ...)
+                    turned = torch.einsum("de,hd...->he...", R.to(weight.device), rows)
+                    changed[name] = turned.reshape(weight.shape).to(weight.dtype)
+        elif linear.kind == "output":
+            weight = graph.tensor(linear.weight)
+            columns = weight.double().reshape(len(weight), -1, len(R))  # (D, heads, d)
+            changed[linear.weight] = (columns @ R.to(weight.device)).reshape(weight.shape).to(weight.dtype)
+    return changed
 
 
 def orthogonal(n: int, kind: str = "hadamard", seed: int = 0) -> Tensor:
@@ -87,25 +114,27 @@ def hadamard(n: int) -> Tensor | None:
 
 
 def _paley(n: int) -> Tensor | None:
-    if n in (1, 2):
-        return (
-            torch.ones(1, 1, dtype=torch.float64)
-            if n == 1
-            else torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-        )
+    """Paley's Hadamard matrix of order n, or that of order 1 or 2; None where there is none."""
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n == 2:
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if n % 4:
         return None
     if _prime(q := n - 1) and q % 4 == 3:  # type I: I + S, S skew
         S = torch.zeros(n, n, dtype=torch.float64)
-        S[0, 1:], S[1:, 0] = 1, -1
+        S[0, 1:] = 1
+        S[1:, 0] = -1
         S[1:, 1:] = _residues(q)
         return S + torch.eye(n, dtype=torch.float64)
     if _prime(q := n // 2 - 1) and q % 4 == 1:  # type II: C symmetric, C ⊗ [[1,1],[1,-1]] + I ⊗ [[1,-1],[-1,-1]]
         C = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-        C[0, 1:] = C[1:, 0] = 1
+        C[0, 1:] = 1
+        C[1:, 0] = 1
         C[1:, 1:] = _residues(q)
-        a, b = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
-        return torch.kron(C, a) + torch.kron(torch.eye(q + 1, dtype=torch.float64), b)
+        off_diagonal = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+        diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
+        return torch.kron(C, off_diagonal) + torch.kron(torch.eye(q + 1, dtype=torch.float64), diagonal)
     return None
 
 

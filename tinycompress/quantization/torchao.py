@@ -1,13 +1,15 @@
 """torchao both ways: packed weights as its tensor subclasses and back, and its fake-quantizers as a view to train.
 
-torchao's IntxUnpackedToInt8Tensor holds signed integers, one a byte, of 1 to 8 bits in groups along a row, with a scale
-and a zero point each; it runs on any device and exports with torch.export. A QuantTensor's q in 0 … 2^b - 1 is q - 2^(b-1)
-there, and its zero point likewise, so both name the same weight: w = (q - z) · s.
+torchao's IntxUnpackedToInt8Tensor holds signed integers of 1 to 8 bits, one per byte, in groups along a row, with a
+scale and a zero point each; it runs on any device and exports with torch.export. A QuantTensor's q in 0 … 2^b - 1 is q
+- 2^(b-1) there, and its zero point likewise, so both name the same weight: w = (q - z) · s.
 
 `fake_quant_module` trains through torchao's IntxFakeQuantizer. Its symmetric grid is not find_grid's: s is
-max|w| / (2^(b-1) - ½) a group, found again in every forward. `packed_graph` packs on that very grid, so the packed
-graph computes what the training's forward did. (The distillation pass trains on this library's grids: fake_quant.py.)
-Letters: N out_features, K in_features, g group_size, G = K / g groups.
+max|w| / (2^(b-1) - ½) of each group, found again in every forward. `packed_graph` packs on that very grid, so the
+packed graph computes what the training's forward did. (The distillation pass trains on this library's grids:
+fake_quant.py.)
+
+Letters: N out_features, K in_features, G groups of g = K / G inputs.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..graph.graph import Graph, Weight
-from ..graph.quant_tensor import BITS, QuantSpec, QuantTensor
-from ..graph.topology import feeds
+from ..graph.quant_tensor import BITS, Grid, QuantSpec, QuantTensor
 from ..model.linear import QuantLinear
-from .linear_specs import targets
+from .linear_specs import Spec, targets
 
 if TYPE_CHECKING:
     from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -33,76 +34,80 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnpackedToInt8Tensor:
-    """A packed weight [N, K] as torchao's tensor of the same integers, in `dtype` (the scales' by default) when computed
-    with. Eight times the memory of 1 bit a byte: it is for computing and exporting, not for keeping."""
+    """A packed weight [N, K] as torchao's tensor of the same integers.
+
+    It takes a byte per integer whatever its bits: it is for computing and exporting, not for keeping.
+
+    Arguments:
+        dtype: what it computes in: float32, float16 or bfloat16. None: that of the scales.
+
+    Errors: an `InputError` for another dtype and for float zero points.
+    """
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    dtype, spec = dtype or weight.dtype, weight.grid
+    dtype = dtype or weight.dtype
+    grid = weight.grid
     if dtype not in FLOATS:
         raise InputError("dtype for torchao", dtype, " | ".join(map(str, FLOATS)))
-    if spec.float_zero:
-        raise InputError("a weight for torchao", str(spec), "integer zero points, or none")
-    q = (weight.ints().to(torch.int16) - spec.zero).to(torch.int8)
-    zeros = (
-        torch.zeros_like(weight.scales, dtype=torch.int8)
-        if weight.zeros is None
-        else (weight.zeros.to(torch.int16) - spec.zero).to(torch.int8)
-    )
+    if grid.float_zero:
+        raise InputError("a weight for torchao", str(grid), "integer zero points, or none")
+    q = (weight.ints().to(torch.int16) - grid.zero).to(torch.int8)
+    if weight.zeros is None:
+        zeros = torch.zeros_like(weight.scales, dtype=torch.int8)
+    else:
+        zeros = (weight.zeros.to(torch.int16) - grid.zero).to(torch.int8)
     block = (1, weight.shape[1] // weight.scales.shape[1])
-    return IntxUnpackedToInt8Tensor(
-        q, weight.scales.to(dtype), zeros, getattr(torch, f"int{spec.bits}"), block, dtype, None
-    )
+    kind = getattr(torch, f"int{grid.bits}")
+    return IntxUnpackedToInt8Tensor(q, weight.scales.to(dtype), zeros, kind, block, dtype, None)
 
 
 def from_torchao(tensor: Any, name: str = "weight") -> QuantTensor:
-    """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same integers."""
+    """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same
+    integers."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     if not isinstance(tensor, IntxUnpackedToInt8Tensor):
-        raise InputError(
-            name, f"a {type(tensor).__name__}", "torchao's IntxUnpackedToInt8Tensor (IntxWeightOnlyConfig)"
-        )
+        accepted = "torchao's IntxUnpackedToInt8Tensor (IntxWeightOnlyConfig)"
+        raise InputError(name, f"a {type(tensor).__name__}", accepted)
     bits = int(str(tensor.target_dtype).removeprefix("torch.int"))
     K = tensor.shape[1]
     rows, g = tensor.block_size
-    if (
-        bits not in BITS
-        or rows != 1
-        or tensor.zero_point.dtype != torch.int8
-        or tensor.activation_quantization is not None
-    ):
-        found = f"{bits} bits in blocks of {rows} × {g}, {tensor.zero_point.dtype} zero points, activations {tensor.activation_quantization}"
+    zero_dtype = tensor.zero_point.dtype
+    activations = tensor.activation_quantization
+    if bits not in BITS or rows != 1 or zero_dtype != torch.int8 or activations is not None:
+        found = f"{bits} bits in blocks of {rows} × {g}, {zero_dtype} zero points, activations {activations}"
         raise InputError(name, found, f"{BITS} bits, groups along a row, int8 zero points, float activations")
     symmetric = not tensor.zero_point.any()
-    spec = QuantSpec(bits, None if g == K else g, symmetric)
-    zeros = None if symmetric else (tensor.zero_point.to(torch.int16) + spec.zero).to(torch.uint8)
-    return QuantTensor.from_ints((tensor.qdata.to(torch.int16) + spec.zero).to(torch.uint8), tensor.scale, zeros, spec)
+    grid = Grid(bits, None if g == K else g, symmetric)
+    zeros = None if symmetric else (tensor.zero_point.to(torch.int16) + grid.zero).to(torch.uint8)
+    return QuantTensor.from_ints((tensor.qdata.to(torch.int16) + grid.zero).to(torch.uint8), tensor.scale, zeros, grid)
 
 
 def torchao_module(
     graph: Graph, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The graph as a module whose packed linears are plain nn.Linear with torchao's tensors as weights. A packed embedding
-    (and a head tied to it) stays as it is: torchao's tensor has no row look-up."""
+    """The graph as a module whose packed linears are plain nn.Linear with torchao's tensors as weights. A packed
+    embedding (and a head tied to it) stays as it is: torchao's tensor has no row look-up."""
     module = graph.module(device, dtype)
-    for feed in feeds(graph.config):
-        for name in feed.readers:
-            packed = module.get_submodule(name)
-            if not isinstance(packed, QuantLinear) or graph.config.weight_name(name) != f"{name}.weight":
-                continue
-            linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-            linear.weight = nn.Parameter(to_torchao(packed.weight, module.dtype), requires_grad=False)
-            if packed.bias is not None:
-                linear.bias = packed.bias
-            _replace(module, name, linear)
+    for linear in graph.config.linears():
+        packed = module.get_submodule(linear.name)
+        tied = linear.weight != f"{linear.name}.weight"
+        if not isinstance(packed, QuantLinear) or tied:
+            continue
+        replacement = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+        replacement.weight = nn.Parameter(to_torchao(packed.weight, module.dtype), requires_grad=False)
+        if packed.bias is not None:
+            replacement.bias = packed.bias
+        module.replace_linear(linear.name, replacement)
     return module
 
 
-def fake_quant_module(graph: Graph, spec: QuantSpec) -> Transformer:
-    """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's fake-quantizer;
-    gradients pass straight through the rounding."""
+def fake_quant_module(graph: Graph, spec: Spec) -> Transformer:
+    """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's
+    fake-quantizer; gradients pass straight through the rounding. `spec` is symmetric."""
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
+    spec = QuantSpec.of(spec)
     if not spec.symmetric:
         raise InputError("fake_quant_module", str(spec), "a symmetric grid")
     names = targets(graph, spec)
@@ -116,32 +121,29 @@ def fake_quant_module(graph: Graph, spec: QuantSpec) -> Transformer:
             is_symmetric=True,
             scale_precision=linear.weight.dtype,
         )
-        _replace(module, name, FakeQuantizedLinear.from_linear(linear, weight_config=config))
+        module.replace_linear(name, FakeQuantizedLinear.from_linear(linear, weight_config=config))
     return module
 
 
-def packed_graph(graph: Graph, module: Transformer, spec: QuantSpec) -> Graph:
-    """`graph` with the weights that `module` (of `fake_quant_module`) was trained to: its linears packed on torchao's grid."""
+def packed_graph(graph: Graph, module: Transformer, spec: Spec) -> Graph:
+    """`graph` with the weights that `module` (of `fake_quant_module`) was trained to: its linears packed on torchao's
+    grid."""
+    spec = QuantSpec.of(spec)
     packed = set(targets(graph, spec))
     changed: dict[str, Weight] = {}
     parameters = dict(module.named_parameters())
     for name in graph.weights:
         weight = parameters[name].detach()
         owner = name.removesuffix(".weight")
-        changed[name] = _pack(owner, module.get_submodule(owner), weight, spec) if owner in packed else weight.clone()
+        changed[name] = _pack(module.get_submodule(owner), weight, spec) if owner in packed else weight.clone()
     return graph.replace(weights=changed)
 
 
-def _pack(name: str, linear: Any, weight: Tensor, spec: QuantSpec) -> QuantTensor:
+def _pack(linear: Any, weight: Tensor, grid: Grid) -> QuantTensor:
     """The integers of torchao's fake-quantizer for a weight [N, K], by its own scales [N, G] for that weight."""
     quantizer = linear.weight_fake_quantizer
     with torch.no_grad():
         seen = quantizer(weight)  # finds the scales again: the optimizer has moved the weight since
     scales = quantizer.scale.reshape(weight.shape[0], -1).to(weight.dtype)
-    q = (seen.reshape(*scales.shape, -1) / scales[..., None]).round_().add_(spec.zero).clamp_(0, 2**spec.bits - 1)
-    return QuantTensor.from_ints(q.to(torch.uint8).reshape(weight.shape), scales, None, spec)
-
-
-def _replace(module: nn.Module, name: str, child: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, child)
+    q = (seen.reshape(*scales.shape, -1) / scales[..., None]).round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
+    return QuantTensor.from_ints(q.to(torch.uint8).reshape(weight.shape), scales, None, grid)
