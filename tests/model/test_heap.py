@@ -70,7 +70,7 @@ def test_autograd_adds_in_place_to_a_block():
 def test_no_page_is_asked_for_twice():
     script = """
 import resource, torch
-from tinycompress import heap
+from tinycompress.model import cpu_memory as heap
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work(n):
     large = heap.empty((64 << 20,), torch.uint8, torch.device("cpu")).fill_(1)
