@@ -27,7 +27,7 @@ check: $(STAMP) ## ruff, mypy over tinycompress and export, file sizes
 	@.ci/check-size
 
 wheel: $(STAMP) ## builds the wheel, installs it into an empty environment, runs compress, export and verify there
-	@.ci/wheel
+	@PYTHON=$(PYTHON) .ci/wheel
 
 bench: $(STAMP) ## measurements against transformers
 	$(PYTHON) benchmarks/forward.py
