@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, need
 from ..graph.config import Config, Layer, shapes
 from ..graph.graph import Graph, Weights
 from ..graph.rope import TYPES, Rope
@@ -255,6 +255,7 @@ def graph_from_model(model: Any) -> Graph:
 
 def model_from_graph(graph: Graph) -> Any:
     """A live transformers LlamaForCausalLM that shares the graph's tensors (quantized ones are dequantized)."""
+    need("transformers", "hf")
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

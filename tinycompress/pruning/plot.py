@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import need
 from ..graph.config import Config
 
 
@@ -16,6 +17,7 @@ def draw_widths(
 
     losses: axis (`layers.3.ffn`) to its sizes and the expected loss in nats a token at each.
     """
+    need("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

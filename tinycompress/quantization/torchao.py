@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, need
 from ..graph.graph import Graph, Weight
 from ..graph.quant_tensor import BITS, QuantSpec, QuantTensor
 from ..graph.topology import feeds
@@ -35,6 +35,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnpackedToInt8Tensor:
     """A packed weight [N, K] as torchao's tensor of the same integers, in `dtype` (the scales' by default) when computed
     with. Eight times the memory of 1 bit a byte: it is for computing and exporting, not for keeping."""
+    need("torchao", "quantize")
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     dtype, spec = dtype or weight.dtype, weight.grid
@@ -56,6 +57,7 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
 
 def from_torchao(tensor: Any, name: str = "weight") -> QuantTensor:
     """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same integers."""
+    need("torchao", "quantize")
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     if not isinstance(tensor, IntxUnpackedToInt8Tensor):
@@ -101,6 +103,7 @@ def torchao_module(
 def fake_quant_module(graph: Graph, spec: QuantSpec) -> Transformer:
     """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's fake-quantizer;
     gradients pass straight through the rounding."""
+    need("torchao", "quantize")
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     if not spec.symmetric:
