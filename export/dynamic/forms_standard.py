@@ -15,7 +15,7 @@ Operators: docs/Operators.md of ONNX (Attention and RotaryEmbedding since 23). L
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,8 @@ def attention(
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The heads' outputs [B, T, H·d] and the present key and value [B, K, S, d]."""
     if isinstance(shared, plain.Positions):
-        return plain.attention(draw, at, *qkv, past, shared, heads, kv_heads)
+        q, k, v = qkv
+        return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
     (q, k, v), (place, allowed) = qkv, shared
     q, k = (
         draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), place], num_heads=count)
@@ -127,7 +128,7 @@ def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
     if weight.zeros is not None:
         zeros = weight.zeros
         values.append(_integers(draw, f"{name}.columns.zeros", shape, bits, False, lambda: zeros.T.reshape(shape)))
-    attributes = {"axis": 1} if G == 1 else {"axis": 0, "block_size": K // G}
+    attributes: dict[str, Any] = {"axis": 1} if G == 1 else {"axis": 0, "block_size": K // G}
     return draw.op(at, "DequantizeLinear", values, **attributes)
 
 
