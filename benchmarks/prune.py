@@ -57,9 +57,11 @@ from tinycompress.graph.config import Layer
 from tinycompress.graph.edit import cut, fold_norms, turn
 from tinycompress.graph.graph import Graph, Pass
 from tinycompress.graph.topology import axes
-from tinycompress.pruning.importance import Statistics, block_influence, collect, hidden_importance, sensitivities
+from tinycompress.pruning.axis_statistics import Statistics, collect
+from tinycompress.pruning.importance import block_influence, hidden_importance
 from tinycompress.pruning.prune import Prune
 from tinycompress.pruning.refit import keep_best
+from tinycompress.pruning.sensitivity import sensitivities
 from tinycompress.pruning.slice import Slice
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"

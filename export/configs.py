@@ -1,4 +1,5 @@
-"""The small files beside an exported model: what onnxruntime-genai, Hugging Face's tools and transformers.js look for."""
+"""The small files beside an exported model: what onnxruntime-genai, Hugging Face's tools and transformers.js look
+for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The `.ort` file of ONNX Runtime's reduced mobile builds, and the list of operators such a build must hold.
 
-A build made with `--include_ops_by_config model.required_operators.config --minimal_build` opens model.ort and little else:
-the package shrinks to the kernels that this model runs. The file holds its weights, so it ends at 2 GB.
+A build made with `--include_ops_by_config model.required_operators.config --minimal_build` opens model.ort and little
+else: the package shrinks to the kernels that this model runs. The file holds its weights, so it ends at 2 GB.
 """
 
 from __future__ import annotations

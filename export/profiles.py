@@ -112,7 +112,8 @@ ORT = Profile(
     domains=MappingProxyType({"com.microsoft": 1}),
     bits=(2, 4, 8),
     min_block=16,
-    max_block=128,  # above it 2-bit weights lose the int8 kernel, and activations share one int8 scale over too many channels
+    # above it 2-bit weights lose the int8 kernel, and activations share one int8 scale over too many channels
+    max_block=128,
     head_dim_multiple=16,
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
     floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
@@ -121,7 +122,8 @@ ORT = Profile(
     caches=("float32", "int8"),
 )
 
-# The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer; transformers.js
+# The same graph as transformers.js and onnxruntime-web read it. A browser holds a file in one ArrayBuffer;
+# transformers.js
 # makes float caches.
 WEB = dataclasses.replace(
     ORT, name="web", float_zeros=(), layout="transformers.js", largest_file=2**31 - 1, caches=("float32",)

@@ -17,11 +17,10 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.files import inside, read_json
-from tinycompress.graph.config import Config, layer_prefix, shapes
+from tinycompress.graph.config import EMBEDDING, Config, layer_names, shapes
 from tinycompress.graph.graph import Graph, Weights
 from tinycompress.graph.quant_tensor import Grid, QuantTensor, unpack
 
-from .dynamic.draw import EMBEDDING, JOINED
 from .dynamic.emit import attention_layers
 from .dynamic.forms_standard import nibbles
 from .dynamic.kv_cache import scale_names
@@ -86,32 +85,29 @@ def read(folder: str | Path) -> Graph:
 
 
 def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Initializers with those of joined linears (`draw.JOINED`) under the names of their parts: views of the rows."""
-    out, rows = dict(stored), {name: shape[0] for name, shape in shapes(config).items()}
-    modules = [
-        (f"{layer_prefix(i)}.{module}", joined, parts)
-        for i in range(config.n_layers)
-        for module, j in JOINED.items()
-        for joined, parts in j.items()
-    ]
-    for at, joined, parts in modules:
+    """Initializers with those of joined linears (`LayerNames.joined`) under their parts' names: views of the rows."""
+    out = dict(stored)
+    rows = {name: shape[0] for name, shape in shapes(config).items()}
+    products = [product for i in range(config.n_layers) for product in layer_names(i).joined.items()]
+    for joined, parts in products:
         for suffix in (".weight.packed", ".weight.scales", ".weight.zeros", ".bias"):
-            tensor = out.pop(f"{at}.{joined}{suffix}", None)
+            tensor = out.pop(f"{joined}{suffix}", None)
             if tensor is None:
                 continue
-            lengths = [rows.get(f"{at}.{part}.weight", 0) for part in parts]
+            lengths = [rows.get(f"{part}.weight", 0) for part in parts]
             if tuple(tensor.shape[:1]) != (sum(lengths),):
                 raise InputError(
-                    f"{at}.{joined}{suffix}",
+                    f"{joined}{suffix}",
                     f"shape {tuple(tensor.shape)}",
                     f"{' + '.join(map(str, lengths))} rows by the manifest's config",
                 )
-            out |= {f"{at}.{part}{suffix}": piece for part, piece in zip(parts, tensor.split(lengths))}
+            out |= {f"{part}{suffix}": piece for part, piece in zip(parts, tensor.split(lengths))}
     return out
 
 
 def kv_scales(folder: str | Path) -> dict[str, Tensor]:
-    """The scales of an int8 cache by the names of `kv_cache.scale_names`, float32 [1, K, 1, d]; empty for a float cache."""
+    """The scales of an int8 cache by the names of `kv_cache.scale_names`, float32 [1, K, 1, d]; empty for a float
+    cache."""
     stored, manifest = initializers(folder), read_manifest(folder)
     if not manifest.get("kv"):
         return {}
@@ -129,8 +125,8 @@ def model_path(folder: str | Path) -> Path:
 
 
 def initializers(folder: str | Path) -> dict[str, Tensor]:
-    """Every initializer of the model by name; large ones are memory maps (copy on write: the file never changes). Those of
-    four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
+    """Every initializer of the model by name; large ones are memory maps (copy on write: the file never changes). Those
+    of four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
     proto, where = load_proto(folder), model_path(folder).parent
     return {tensor.name: _tensor(tensor, where) for tensor in proto.graph.initializer} | host_file(folder)
 
@@ -237,7 +233,8 @@ def _packed(
 def _columns(
     name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
-    """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to rows."""
+    """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to
+    rows."""
     (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
     if profile.weight_rows:
         inner = (N, G, K // G) if G > 1 else (N, K)

@@ -3,8 +3,8 @@
     python export/support.py [--runtime NAME] [--quick] [--out docs/support.md] [--json benchmarks/results/support.json]
 
 Small random graphs, exported at accuracy level 0 so that nothing but the export can differ, each checked by
-export/runtimes/<name>/check.py. A cell is what a check wrote, or why the profile refuses the graph; a runtime that is not
-installed has an empty column. `--quick` takes the first and the last kind only.
+export/runtimes/<name>/check.py. A cell is what a check wrote, or why the profile refuses the graph; a runtime that is
+not installed has an empty column. `--quick` takes the first and the last kind only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ UNIFORM = (Layer(4, 2, 256),) * 3
 PRUNED = (Layer(4, 2, 256), Layer(2, 1, 192), Layer(0, 0, 128), Layer(4, 2, 0))  # widths differ, sublayers are gone
 STRETCHED = Rope(type="yarn", factor=4.0, original_max_position=32)
 POSITIONS = 64  # of the text: twice the original context of the stretched graphs
-# RKNN computes in float16 and is held to 0.1% of perplexity. Rounding that costs a KL of k moves the mean NLL of T tokens by √(2k / T)
+# RKNN computes in float16 and is held to 0.1% of perplexity. Rounding that costs a KL of k moves the mean NLL of T
+# tokens by √(2k / T)
 # either way: at 3e-5 that is 0.1% over 64 tokens, which says nothing, and 0.03% over 512.
 MORE_POSITIONS = {"static": 512}
 
@@ -131,7 +132,8 @@ def table(results: Mapping[str, Mapping[str, dict[str, Any]]], machine: Mapping[
     lines = [
         "# Support",
         "",
-        "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from torch's logits",
+        "Written by `make support`; do not edit. Each cell is a check that ran: the largest difference from "
+        "torch's logits",
         "",
     ]
     lines[2] += " at accuracy level 0, over a prompt, steps behind the cache, and text beyond the original context."

@@ -54,13 +54,13 @@ def export(
 ) -> dict[str, Any]:
     """Writes the folder and returns its manifest. It appears complete and checked, or not at all.
 
-    `dtype` "auto" keeps packed weights packed and makes dense ones float32; "float32" makes all dense;
-    `scales` "float16" rounds the scales of packed weights and stores them in half the bytes. `kv` "int8" keeps keys and
-    values in a quarter of the bytes, on scales from the text `calibration` [windows, T] (dynamic/kv_cache.py; by default the
-    "pydoc" train split, or random ids without a tokenizer). `check` runs the
-    gate on `tokens` (see `verify`) with `limits` over the profile's; a figure beyond its limit is a `GateError`.
-    Memory needed for writing is that of one weight. `mobile` adds model.ort and the operator list of a reduced build
-    (mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
+    `dtype` "auto" keeps packed weights packed and makes dense ones float32; "float32" makes all dense; `scales`
+    "float16" rounds the scales of packed weights and stores them in half the bytes. `kv` "int8" keeps keys and values
+    in a quarter of the bytes, on scales from the text `calibration` [windows, T] (dynamic/kv_cache.py; by default the
+    "pydoc" train split, or random ids without a tokenizer). `check` runs the gate on `tokens` (see `verify`) with
+    `limits` over the profile's; a figure beyond its limit is a `GateError`. Memory needed for writing is that of one
+    weight. `mobile` adds model.ort and the operator list of a reduced build (mobile.py). `static` holds what only the
+    profiles of fixed shapes let one choose.
     """
     profile = profile_of(profile)
     if mobile and profile.form != "contrib":

@@ -18,8 +18,9 @@ from .graph.config import Config, shapes
 from .graph.graph import Graph, Pass
 from .graph.quant_tensor import QuantSpec
 from .graph.topology import feeds
-from .pruning.allocation import AXES, KINDS, Target
+from .pruning.allocation import PRUNABLE
 from .pruning.prune import Prune
+from .pruning.target import TARGET_KINDS, BudgetTarget
 from .quantization.embedding import QuantizeEmbedding
 from .quantization.gptq import GPTQ
 from .quantization.linear_specs import targets
@@ -104,7 +105,8 @@ class Recipe:
         for step in self.passes(graph):
             if isinstance(step, Prune):
                 try:
-                    config = step.expected(graph)
+                    step.check(graph)
+                    config = step.plan(graph.config, graph.dtype.itemsize)
                 except InputError as error:
                     raise InputError(
                         "--prune", f"{self.prune} ({error.field}: {error.found})", error.accepted
@@ -156,14 +158,14 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
     """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (one budget; `params=0.8,ffn,heads` names the axes it is taken
     from), or for one axis: a share `ffn=0.75`, or a count `layers=20`."""
     key, _, number = text.partition("=")
-    if key in KINDS:
+    if key in TARGET_KINDS:
         target, *names = text.split(",")
-        Target.parse(target, "--prune")
-        if unknown := [name for name in names if name not in AXES]:
+        BudgetTarget.parse(target, "--prune")
+        if unknown := [name for name in names if name not in PRUNABLE]:
             raise InputError(
                 "--prune",
                 f"{text!r}: axes {unknown}",
-                "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(AXES),
+                "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(PRUNABLE),
             )
         return Prune(tokens, target, axes=tuple(names) or Prune.axes, multiple_of=multiple_of)
     accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
@@ -171,6 +173,6 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
         amount = float(number) if "." in number else int(number)
     except ValueError:
         amount = -1
-    if key not in (*AXES, "layers", "hidden") or amount <= 0 or (isinstance(amount, float) and not amount <= 1):
+    if key not in (*PRUNABLE, "layers", "hidden") or amount <= 0 or (isinstance(amount, float) and not amount <= 1):
         raise InputError("--prune", repr(text), f"{accepted}, such as params=0.8")
     return Prune(tokens, keep={key: amount}, multiple_of=multiple_of)

@@ -1,6 +1,7 @@
 """Attention in standard ONNX operators, for shapes and positions that GroupQueryAttention does not take.
 
-  used when    head_dim is no multiple of the profile's, or frequencies change with the length in use (`Rope.varies_with_length`)
+  used when    head_dim is no multiple of the profile's, or frequencies change with the length in use
+               (`Rope.varies_with_length`)
   x ─ q,k,v ─ heads ─ rotate(q, k) ─ past ‖ new ─ q·kᵀ·scale ─ where(allowed) ─ softmax ─ ·v ─ heads together
 
 Softmax attention (arXiv:1706.03762) with grouped queries (arXiv:2305.13245): query head h reads KV head h // G. The
@@ -133,8 +134,8 @@ def attention(
     heads: int,
     kv_heads: int,
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """q float [B, T, H·d], k and v [B, T, K·d], past key and value [B, K, P, d] to the heads' outputs [B, T, H·d] and the
-    present key and value [B, K, S, d]. `at` names the nodes."""
+    """q float [B, T, H·d], k and v [B, T, K·d], past key and value [B, K, P, d] to the heads' outputs [B, T, H·d] and
+    the present key and value [B, K, S, d]. `at` names the nodes."""
     d = draw.config.head_dim
     q, k, v = (
         _split_heads(draw, f"{at}.{n}", x, count)
@@ -175,7 +176,8 @@ def _allowed(draw: Drawing, mask: ir.Value, P: ir.Value, S: ir.Value) -> ir.Valu
 
 
 def _tables(draw: Drawing, index: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [B, 1, S, d/2] of the positions `index` [B, S], each row at the frequencies of its own unpadded length."""
+    """cos and sin [B, 1, S, d/2] of the positions `index` [B, S], each row at the frequencies of its own unpadded
+    length."""
     at, rope, table = "rope", draw.config.rope, frequencies(draw.config)
     length = draw.op(
         f"{at}.length", "ReduceSum", [mask, draw.constant(f"{at}.one", torch.tensor([1]))], keepdims=1

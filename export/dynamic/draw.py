@@ -22,12 +22,7 @@ from ..profiles import Profile
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EMBEDDING = "model.embed_tokens.weight"
-JOINED: dict[str, dict[str, tuple[str, ...]]] = {
-    "self_attn": {"qkv_proj": ("q_proj", "k_proj", "v_proj")},
-    "mlp": {"gate_up_proj": ("gate_proj", "up_proj")},
-}  # linears of one input
-KINDS = {
+ONNX_TYPES = {
     torch.float32: "FLOAT",
     torch.float16: "FLOAT16",
     torch.uint8: "UINT8",
@@ -87,9 +82,8 @@ class Draw:
         weights = [self.entry(f"{name}.weight") for name in linears]
         if not self.profile.joins or not all(isinstance(w, QuantTensor) for w in weights):
             return False
-        return (
-            len({w.grid for w in weights}) == 1 and len({f"{name}.bias" in self.graph.weights for name in linears}) == 1
-        )
+        with_bias = {f"{name}.bias" in self.graph.weights for name in linears}
+        return len({weight.grid for weight in weights}) == 1 and len(with_bias) == 1
 
     def dense(self, name: str, transposed: bool = False) -> ir.Value:
         """A float32 parameter; matrices of linears are stored [K, N]."""
@@ -129,7 +123,7 @@ class Draw:
 
     def lazy(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
         """An initializer whose bytes are made when they are written, and not kept."""
-        return self._initializer(name, KINDS[dtype], shape, lambda kind: self.ir.Tensor(_numpy(read()), name=name))
+        return self._initializer(name, ONNX_TYPES[dtype], shape, lambda kind: self.ir.Tensor(_numpy(read()), name=name))
 
     def lazy_nibbles(self, name: str, signed: bool, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
         """An INT4 or UINT4 initializer; `read` gives its bytes, two values each, the first in the low half."""

@@ -1,11 +1,11 @@
 """Graph → ONNX by a walk over the config: no tracing, no pattern matching, one function a subgraph.
 
-  input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
+  input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ norm ─ head
                              └────────────────────────────────────┘   └────────────────────────────────────┘
   attention_mask ─ prelude ─ what every attention reads
 
-One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of the
-ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
+One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of
+the ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
 Initializers carry the parameters' names, so `read` gets the graph back. Weights are lazy: each is made when it is
 written, one at a time.
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Config, layer_prefix
+from tinycompress.graph.config import EMBEDDING, FINAL_NORM, HEAD, Config, LayerNames, layer_names
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
 from ..profiles import Profile
 from . import forms_contrib, forms_standard
-from .draw import EMBEDDING, JOINED, Choices, Draw
+from .draw import Choices, Draw
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,8 +39,9 @@ FORMS: dict[str, Any] = {"contrib": forms_contrib, "standard": forms_standard}
 
 
 def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph:
-    """The graph as it will be exported: dense weights and scales in float32, lazily; `dtype="float32"` also turns packed
-    weights into dense ones; `scales="float16"` rounds the scales of packed weights to values that float16 holds."""
+    """The graph as it will be exported: dense weights and scales in float32, lazily; `dtype="float32"` also turns
+    packed weights into dense ones; `scales="float16"` rounds the scales of packed weights to values that float16
+    holds."""
     if dtype not in DTYPES:
         raise InputError("dtype", repr(dtype), " | ".join(DTYPES))
     if scales not in SCALES:
@@ -68,8 +69,8 @@ def emit(
     """The ONNX model of a graph.
 
     Inputs: input_ids, attention_mask int64 [B, T] and [B, S] (and position_ids where the profile has them);
-    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention; int8 with `kv_scales`.
-    Outputs: logits float [B, T, V]; present.{j}.key, .value [B, K, S, d].
+    past_key_values.{j}.key, .value float [B, K, S - T, d], j counting the layers that have attention; int8 with
+    `kv_scales`. Outputs: logits float [B, T, V]; present.{j}.key, .value [B, K, S, d].
     """
     check(graph, profile, accuracy_level)
     draw = Draw(prepare(graph, dtype, scales), profile, Choices(accuracy_level, scales == "float16", kv_scales or {}))
@@ -148,22 +149,23 @@ def _walk(draw: Draw, form: Any) -> None:
     presents: list[tuple[int, list[ir.Value]]] = []
     # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises
     for i, layer in enumerate(config.layers):
-        at = layer_prefix(i)
+        names = layer_names(i)
         if layer.n_heads:
-            n, residual = form.norm(draw, f"{at}.input_layernorm", x, residual)
-            qkv = _linears(draw, form, f"{at}.self_attn", "qkv_proj", n)
+            n, residual = form.norm(draw, names.attention_norm, x, residual)
+            qkv = _linears(draw, form, names, names.qkv, n)
             past = [
                 draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past"))
                 for kind in ("key", "value")
             ]
-            y, new = form.attention(draw, f"{at}.self_attn", qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            y, new = form.attention(draw, names.attention, qkv, past, shared, layer.n_heads, layer.n_kv_heads)
             presents.append((i, new))
-            x, slot = _linear(draw, form, f"{at}.self_attn.o_proj", y), slot + 1
+            x = _linear(draw, form, names.output, y)
+            slot += 1
         if layer.ffn_dim:
-            n, residual = form.norm(draw, f"{at}.post_attention_layernorm", x, residual)
-            x = _ffn(draw, form, f"{at}.mlp", n)
-    n, _ = form.norm(draw, "model.norm", x, residual)
-    draw.output("logits", _linear(draw, form, "lm_head", n), ["batch_size", "sequence_length", config.vocab_size])
+            n, residual = form.norm(draw, names.ffn_norm, x, residual)
+            x = _ffn(draw, form, names, n)
+    n, _ = form.norm(draw, FINAL_NORM, x, residual)
+    draw.output("logits", _linear(draw, form, HEAD, n), ["batch_size", "sequence_length", config.vocab_size])
     for slot, (i, new) in enumerate(presents):
         for kind, value in zip(("key", "value"), new):
             draw.output(f"present.{slot}.{kind}", value, _cache(config, config.layers[i], "total"), cached)
@@ -173,26 +175,25 @@ def _cache(config: Config, layer: Any, span: str) -> list[str | int]:
     return ["batch_size", layer.n_kv_heads, f"{span}_sequence_length", config.head_dim]
 
 
-def _ffn(draw: Draw, form: Any, at: str, x: ir.Value) -> ir.Value:
+def _ffn(draw: Draw, form: Any, names: LayerNames, x: ir.Value) -> ir.Value:
     """down(silu(gate) · up); runtimes fuse x · sigmoid(x)."""
-    both = _linears(draw, form, at, "gate_up_proj", x)
+    at = names.ffn
+    both = _linears(draw, form, names, names.gate_up, x)
     gate, up = both if len(both) == 2 else draw.ops(at, "Split", both, 2, axis=-1, num_outputs=2)
     silu = draw.op(f"{at}.silu", "Mul", [gate, draw.op(at, "Sigmoid", [gate])])
-    return _linear(draw, form, f"{at}.down_proj", draw.op(at, "Mul", [silu, up]))
+    return _linear(draw, form, names.down, draw.op(at, "Mul", [silu, up]))
 
 
-def _linears(draw: Draw, form: Any, at: str, joined: str, x: ir.Value) -> list[ir.Value]:
-    """The linears of `JOINED`, a value each; or one value, theirs side by side, where they are one product."""
-    parts = [f"{at}.{part}" for part in JOINED[at.rpartition(".")[2]][joined]]
+def _linears(draw: Draw, form: Any, names: LayerNames, joined: str, x: ir.Value) -> list[ir.Value]:
+    """The linears of `names.joined`, one value each; or one value, all side by side, where they are one product."""
+    parts = list(names.joined[joined])
     if not draw.joins(parts):
         return [_linear(draw, form, part, x) for part in parts]
-    y = form.product(draw, f"{at}.{joined}", parts, x)
+    y = form.product(draw, joined, parts, x)
     biases = [f"{part}.bias" for part in parts]
-    return (
-        [draw.op(f"{at}.{joined}", "Add", [y, draw.dense_rows(f"{at}.{joined}.bias", biases)])]
-        if biases[0] in draw.graph.weights
-        else [y]
-    )
+    if biases[0] not in draw.graph.weights:
+        return [y]
+    return [draw.op(joined, "Add", [y, draw.dense_rows(f"{joined}.bias", biases)])]
 
 
 def _linear(draw: Draw, form: Any, name: str, x: ir.Value) -> ir.Value:

@@ -2,7 +2,8 @@
 
   attention_mask ─┬─ ReduceSum ─ Sub 1 ─ Cast ─ seqlens_k [B] ───────┐
                   └─ Shape ─ Gather 1 ─ Cast ─ total_sequence_length ┴─ every GroupQueryAttention
-  q, k, v, past key, past value, lengths, cos, sin (, scales of an int8 cache) ─ GroupQueryAttention ─ heads, present key, present value
+  q, k, v, past key, past value, lengths, cos, sin (, scales of an int8 cache) ─ GroupQueryAttention
+      ─ heads, present key, present value
 
 Operators: docs/ContribOperators.md of ONNX Runtime (GroupQueryAttention, MatMulNBits, GatherBlockQuantized,
 SkipSimplifiedLayerNormalization, FusedMatMul). Where GroupQueryAttention does not take the config, dynamic/attention.py
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinycompress.errors import InputError
+from tinycompress.graph.config import EMBEDDING
 from tinycompress.graph.quant_tensor import QuantTensor, pack
 
 from . import attention as plain
-from .draw import EMBEDDING, Draw
+from .draw import Draw
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +35,8 @@ MS = "com.microsoft"
 
 
 def prelude(draw: Draw, ids: ir.Value, mask: ir.Value) -> list[ir.Value] | plain.Positions:
-    """What every layer's attention reads: seqlens_k int32 [B] = positions in use - 1, and total_sequence_length int32 []."""
+    """What every layer's attention reads: seqlens_k int32 [B] = positions in use - 1, and total_sequence_length int32
+    []."""
     if not plain.fused(draw.config, draw.profile):
         return plain.positions(draw, ids, mask)
     one, axis = draw.constant("lengths.one", torch.tensor([1])), draw.constant("lengths.axis", torch.tensor(1))
@@ -89,7 +92,8 @@ def attention(
     kv_heads: int,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """Grouped-query attention with the rotation, the cache and the causal mask inside one operator: the heads' outputs
-    [B, T, H·d] and the present key and value [B, K, S, d]. `qkv` is [B, T, H·d], [B, T, K·d], [B, T, K·d], or these side by side."""
+    [B, T, H·d] and the present key and value [B, K, S, d]. `qkv` is [B, T, H·d], [B, T, K·d], [B, T, K·d], or these
+    side by side."""
     if isinstance(shared, plain.Positions):
         if len(qkv) == 1:
             widths = torch.tensor([n * draw.config.head_dim for n in (heads, kv_heads, kv_heads)])
@@ -130,8 +134,9 @@ def linear(draw: Draw, name: str, x: ir.Value) -> ir.Value:
 
 
 def product(draw: Draw, name: str, parts: list[str], x: ir.Value) -> ir.Value:
-    """x [B, T, K] to [B, T, ΣN] by packed linears of one grid, without biases: their rows stand one below the other, byte for byte.
-    A token is faster than apart by 5% for TinyLlama's shape and 12% for SmolLM2 (benchmarks/README.md)."""
+    """x [B, T, K] to [B, T, ΣN] by packed linears of one grid, without biases: their rows stand one below the other,
+    byte for byte. A token is faster than apart by 5% for TinyLlama's shape and 12% for SmolLM2
+    (benchmarks/README.md)."""
     return _product(draw, name, f"{name}.weight", [draw.entry(f"{part}.weight") for part in parts], x)
 
 
@@ -149,8 +154,8 @@ def _product(draw: Draw, at: str, name: str, weights: list[QuantTensor], x: ir.V
 
 
 def packed(draw: Draw, name: str, weights: list[QuantTensor], flat: bool = False) -> list[ir.Value]:
-    """Packed parameters of one grid, one below the other, as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales float
-    [N, blocks] and, when asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉] or float [N, blocks]."""
+    """Packed parameters of one grid, one below the other, as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales
+    float [N, blocks] and, when asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉] or float [N, blocks]."""
     weight = weights[0]
     bits, (group, K) = draw.profile.container(weight.grid.bits), groups(weight)
     block = draw.profile.block(name, group, K)

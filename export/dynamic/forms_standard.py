@@ -3,14 +3,16 @@
   attention_mask ─ CumSum ─ Sub 1 ─ Max 0 ─ the last T ─ position of every new token ─ RotaryEmbedding of q and k
   position, attention_mask ─ causal and unmasked, bool [B, 1, T, S] ─ every Attention
   q, k, v, mask, past key, past value ─ Attention ─ heads, present key, present value
-  weight int4|int8 [K, N], scales [G, N] ─ DequantizeLinear (blocks of K/G along K) ─ MatMul     a runtime may fuse the two
-  weight int4|int8 [N, G, g] ─ Cast ─ Mul scales [N, G, 1] ─ Reshape ─ Transpose ─ MatMul     the same for an NPU compiler
-  table uint8 [V, bytes] ─ Gather ids ─ Cast ─ bytes apart (Floor of a 16th, the rest) ─ Sub zero ─ Mul scale ─ rows [B, T, D]
+  weight int4|int8 [K, N], scales [G, N] ─ DequantizeLinear (blocks of K/G along K) ─ MatMul   (may be fused)
+  weight int4|int8 [N, G, g] ─ Cast ─ Mul scales [N, G, 1] ─ Reshape ─ Transpose ─ MatMul   (for NPUs)
+  table uint8 [V, bytes] ─ Gather ids ─ Cast ─ bytes apart (Floor of a 16th, the rest) ─ Sub zero ─ Mul scale
+      ─ rows [B, T, D]
 
 The embedding is unpacked after the look-up: DequantizeLinear would unpack all V rows for a handful. Where it is tied,
 the head has integers of its own, [D, V]: no standard operator gathers from them, nor multiplies by uint8 rows.
 
-Operators: docs/Operators.md of ONNX (Attention and RotaryEmbedding since 23). Letters as in forms_contrib; S all positions.
+Operators: docs/Operators.md of ONNX (Attention and RotaryEmbedding since 23). Letters as in forms_contrib; S all
+positions.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinycompress.graph.config import EMBEDDING
 from tinycompress.graph.quant_tensor import QuantTensor, pack
 
 from . import attention as plain
-from .draw import EMBEDDING, Draw
+from .draw import Draw
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,7 +63,8 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     if weight.zeros is None:
         zero = draw.constant("embed.zero", torch.tensor(float(weight.grid.zero)))
     else:
-        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: weight.zeros)  # type: ignore[arg-type, return-value]
+        # type: ignore[arg-type, return-value]
+        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: weight.zeros)
         gathered = draw.op(f"{at}.zeros", "Cast", [draw.op(f"{at}.zeros", "Gather", [zeros, ids], axis=0)], to=FLOAT)
         zero = draw.op(f"{at}.zeros", "Unsqueeze", [gathered, ends])
     scales = draw.scales(f"{EMBEDDING}.scales", (V, G), lambda: weight.scales)
@@ -177,8 +181,8 @@ def nibbles(values: Tensor) -> Tensor:
 
 
 def _apart(draw: Draw, at: str, gathered: ir.Value, D: int) -> ir.Value:
-    """Bytes [B, T, D / 2] as floats to their halves [B, T, D], the low one first. Arithmetic, because OpenVINO 2026.4 gets
-    BitShift of uint8 wrong."""
+    """Bytes [B, T, D / 2] as floats to their halves [B, T, D], the low one first. Arithmetic, because OpenVINO 2026.4
+    gets BitShift of uint8 wrong."""
     sixteen, inverse = (
         draw.constant(f"embed.{n}", torch.tensor(v)) for n, v in (("sixteen", 16.0), ("sixteenth", 1 / 16))
     )

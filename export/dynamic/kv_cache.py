@@ -6,10 +6,10 @@ The operator rounds new keys (rotated) and values as it writes them, and reads t
 (docs/ContribOperators.md of ONNX Runtime, k_scale and v_scale, "PER_CHANNEL": keys have channels of their own size,
 KIVI, arXiv:2402.02750). A position then costs a quarter of the float cache's bytes.
 
-A rotated key turns within its pairs of channels (i, i + d/2), by another angle at every position: what one channel holds
-at the positions of the text says little of the others. The pair's length √(k_i² + k_{i+d/2}²) is the same at all of them, so
-it is the range of both. One channel rarely holds all of it, so keys have room for unseen text without a margin (h = 1);
-values have h = 1.25.
+A rotated key turns within its pairs of channels (i, i + d/2), by another angle at every position: what one channel
+holds at the positions of the text says little of the others. The pair's length √(k_i² + k_{i+d/2}²) is the same at all
+of them, so it is the range of both. One channel rarely holds all of it, so keys have room for unseen text without a
+margin (h = 1); values have h = 1.25.
 
 Letters: B batch, K KV heads, T positions, d head_dim.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tinycompress.calibration.walk import check_calibration
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Config, layer_prefix
+from tinycompress.graph.config import Config, layer_names
 from tinycompress.graph.graph import Graph
 
 from ..profiles import Profile
@@ -48,14 +48,17 @@ def check_cache(cache: str, config: Config, profile: Profile) -> None:
         )
     if cache == "int8" and not fused(config, profile):
         found = f"head_dim {config.head_dim}, rope.type {config.rope.type!r}"
-        accepted = f"float32: int8 is GroupQueryAttention's, for head_dim in multiples of {profile.head_dim_multiple} and one rotary table"
+        multiple = profile.head_dim_multiple
+        accepted = (
+            f"float32: int8 is GroupQueryAttention's, for head_dim in multiples of {multiple} and one rotary table"
+        )
         raise InputError("kv 'int8'", found, accepted)
 
 
 def scale_names(config: Config) -> list[tuple[str, str]]:
     """The initializers of every cache entry: key and value scales, float32 [1, K, 1, d]."""
     return [
-        (f"{layer_prefix(i)}.self_attn.key_scale", f"{layer_prefix(i)}.self_attn.value_scale")
+        (f"{layer_names(i).attention}.key_scale", f"{layer_names(i).attention}.value_scale")
         for i in attention_layers(config)
     ]
 

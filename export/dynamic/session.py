@@ -1,7 +1,7 @@
 """An exported folder in ONNX Runtime: logits, steps with a cache, text, speed.
 
-The cache is shared: past and present of a layer are one buffer [B, K, max_length, d] that GroupQueryAttention writes
-in place, as onnxruntime-genai does, so a step costs the new positions only. Buffers are torch tensors, bound by address.
+The cache is shared: past and present of a layer are one buffer [B, K, max_length, d] that GroupQueryAttention writes in
+place, as onnxruntime-genai does, so a step costs the new positions only. Buffers are torch tensors, bound by address.
 Where attention is drawn in standard operators (dynamic/attention.py), past and present are two: a step copies the past.
 Buffers are int8 where the file's cache is (dynamic/kv_cache.py).
 """
@@ -52,9 +52,9 @@ class OrtCache:
 
 
 class OrtModel:
-    """A folder written by `export`. `accuracy_level` overrides the file's; `float_cache` keeps keys and values in float32
-    where the file's cache is int8; `threads` None leaves the choice to the runtime; `spin` False lets its threads sleep
-    between runs, for runs that alternate with torch's."""
+    """A folder written by `export`. `accuracy_level` overrides the file's; `float_cache` keeps keys and values in
+    float32 where the file's cache is int8; `threads` None leaves the choice to the runtime; `spin` False lets its
+    threads sleep between runs, for runs that alternate with torch's."""
 
     def __init__(
         self,
@@ -104,8 +104,8 @@ class OrtModel:
         return OrtCache(self.config, batch, max_length, self.cache_dtype)
 
     def step(self, ids: Tensor, cache: OrtCache, mask: Tensor | None = None) -> Tensor:
-        """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions] is 0
-        where a row was padded, on the right of its prompt."""
+        """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions]
+        is 0 where a row was padded, on the right of its prompt."""
         check_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         total = cache.length + T
@@ -164,7 +164,8 @@ class OrtModel:
         )
 
     def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
-        """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not count."""
+        """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not
+        count."""
         prompt = torch.randint(self.config.vocab_size, (1, prompt_len), generator=torch.Generator().manual_seed(0))
         cache = self.new_cache(1, prompt_len + n + 2)
         token = self.step(prompt, cache)[:, -1:].argmax(-1)

@@ -1,9 +1,9 @@
 """What the gate of an export compares: torch and the exported model on the same tokens, each check a figure.
 
 Checks of level 0 give their figure, the largest logit of torch and a description. Far positions are reached without
-computing everything before them: both runtimes get the same past in their caches and decode from there. That past is real
-text, its keys turned to where they now stand: a random one drives a model where float32 itself is off by 1e-2 (SmolLM2 in
-torch, against float64).
+computing everything before them: both runtimes get the same past in their caches and decode from there. That past is
+real text, its keys turned to where they now stand: a random one drives a model where float32 itself is off by 1e-2
+(SmolLM2 in torch, against float64).
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _decode(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float,
 
 
 def cached(exported: OrtModel, model: Transformer, ids: Tensor, limit: float) -> tuple[float, float, str]:
-    """Mean KL of the steps behind a prompt, its limit, and a description: what a rounded cache costs those who read it."""
+    """Mean KL of the steps behind a prompt, its limit, and a description: what a rounded cache costs those who read
+    it."""
     prompt = min(PROMPT, ids.shape[1] // 2)
     T = min(prompt + TILE, ids.shape[1])
     cache, rows = exported.new_cache(1, T), []

@@ -1,6 +1,7 @@
 """What torch says about a graph, in files that any language reads: the yardstick of the checks in export/runtimes.
 
-reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the prompt with
+reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the
+prompt with
                  the margin of each of its steps, the widths of the cache, and the profile's limits
 reference.f32    logits float32 [W, T, V] of `ids`, little-endian, row by row
 """
@@ -43,8 +44,8 @@ def write_reference(
     steps: int = 24,
     progress: bool = True,
 ) -> Path:
-    """Writes both files for a prepared graph and returns the path of the first. `ids` [W, T] or [T] is the text: by default
-    that of `reference_text`; greedy decoding makes `steps` tokens."""
+    """Writes both files for a prepared graph and returns the path of the first. `ids` [W, T] or [T] is the text: by
+    default that of `reference_text`; greedy decoding makes `steps` tokens."""
     config = graph.config
     ids = torch.atleast_2d(reference_text(graph) if ids is None else ids.long())
     if not 1 <= prompt < ids.shape[1] <= config.max_position:

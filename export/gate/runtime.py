@@ -1,4 +1,5 @@
-"""A check of export/runtimes, run in its own environment: the runtimes' versions of numpy and protobuf do not go together."""
+"""A check of export/runtimes, run in its own environment: the runtimes' versions of numpy and protobuf do not go
+together."""
 
 from __future__ import annotations
 
@@ -65,8 +66,9 @@ def run_check(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """What the check of `name` found out about an exported folder: {"passed", "figures", "failures", "versions", "seconds"}.
-    `graph` is the prepared graph that torch runs, `ids` [W, T] or [T] the text. Only what the runtime itself wrote is returned."""
+    """What the check of `name` found out about an exported folder: {"passed", "figures", "failures", "versions",
+    "seconds"}. `graph` is the prepared graph that torch runs, `ids` [W, T] or [T] the text. Only what the runtime
+    itself wrote is returned."""
     python = python_of(name)
     with tempfile.TemporaryDirectory(prefix="tinycompress-") as work:
         write_reference(
@@ -91,7 +93,8 @@ def run_check(
 
 
 def _wait(command: list[str], name: str, progress: bool) -> tuple[int, str]:
-    """Exit code and error output of a process; how far it is it cannot say, so a clock runs. Ended after TIMEOUT, and with us."""
+    """Exit code and error output of a process; how far it is it cannot say, so a clock runs. Ended after TIMEOUT, and
+    with us."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         try:

@@ -8,14 +8,14 @@
   padding          level 0: two prompts of different lengths in one batch, the shorter padded on the right, and steps
   beyond_context   level 0: steps across the original context, where RoPE scaling must have arrived in the file
   end_of_context   level 0: the last positions the file's tables hold
-  kv_cache         as shipped, an int8 cache only: mean KL(torch ‖ exported) of steps behind a prompt; the limit is that of kl
+  kv_cache         as shipped, an int8 cache only: mean KL(torch ‖ exported) of steps behind a prompt; limit as kl's
   kl, flips        as shipped: mean KL(torch ‖ exported) a token in nats; share of positions with another top token
   perplexity       as shipped: |perplexity of exported / perplexity of torch - 1|
   openvino         where the profile is for it: what its check of export/runtimes found, in an environment of its own
 
 Level 0 is the runtime's float arithmetic and a float cache: it isolates mistakes of the export from what int8
-activations and an int8 cache cost, which the shipped form shows; checks.py has how each figure is measured. Every check is
-"at most its limit"; NaN fails.
+activations and an int8 cache cost, which the shipped form shows; checks.py has how each figure is measured. Every check
+is "at most its limit"; NaN fails.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class GateError(RuntimeError):
         said = "the exported model failed: " + "; ".join(map(_failure, failed))
         if report.get("accuracy_level") and failed and {check["check"] for check in failed} <= AS_SHIPPED:
             cache = " or the int8 cache" if any(check["check"] == "kv_cache" for check in report["checks"]) else ""
-            said += f". Int8 activations{cache} cost this: accuracy level 0 computes in float (slower); narrower groups lose less"
+            said += f". Int8 activations{cache} cost this: accuracy level 0 computes in float (slower); "
+            said += "narrower groups lose less"
         super().__init__(said)
 
 
@@ -84,8 +85,8 @@ def verify(
 ) -> dict[str, Any]:
     """Checks an exported folder against `graph`, or (None) against the graph that the folder itself holds.
 
-    `tokens` [windows, seq_len] is the text; by default it is the "pydoc" test split, or, without a tokenizer, random ids
-    (the report says which). `limits` override the profile's. The report holds only checks that ran; when files were
+    `tokens` [windows, seq_len] is the text; by default it is the "pydoc" test split, or, without a tokenizer, random
+    ids (the report says which). `limits` override the profile's. The report holds only checks that ran; when files were
     changed no other does.
     """
     wrong = changed_files(folder, progress)
@@ -205,9 +206,9 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         + (f", on {report['text']}" if "text" in report else "")
     ]
     for c in report["checks"]:
-        out.append(
-            f"{'ok' if c['passed'] else 'FAILED':6} {c['check']:15} {_show(c['figure']):>9}  limit {_show(c['limit']):>7}  {c['about']}"
-        )
+        verdict = "ok" if c["passed"] else "FAILED"
+        figure = f"{_show(c['figure']):>9}  limit {_show(c['limit']):>7}"
+        out.append(f"{verdict:6} {c['check']:15} {figure}  {c['about']}")
     out += [f"not run {words}" for words in report.get("not_run", ())]
     out.append("passed" if report["passed"] else "failed")
     return out

@@ -1,8 +1,9 @@
-"""What every check does with what its runtime computed: figures against torch, one line, an exit code. Needs numpy only.
+"""What every check does with what its runtime computed: figures against torch, one line, an exit code. Needs numpy
+only.
 
 A check gets one or more exported folders, each with a reference (reference.json and reference.f32, see
-export/reference.py). It feeds the first window as a prompt and then id by id behind the cache, the other windows whole, and
-hands the logits over.
+export/reference.py). It feeds the first window as a prompt and then id by id behind the cache, the other windows whole,
+and hands the logits over.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ UNDECIDED = 0.25  # nats: torch holds the other token for at least 78% as likely
 
 
 class Reference:
-    """The yardstick in `folder`: ids [W, T], logits float32 [W, T, V], the greedy continuation of the first `prompt` ids."""
+    """The yardstick in `folder`: ids [W, T], logits float32 [W, T, V], the greedy continuation of the first `prompt`
+    ids."""
 
     def __init__(self, folder: Path) -> None:
         data = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
@@ -50,13 +52,14 @@ class Reference:
 def figures(
     reference: Reference, logits: Iterable[np.ndarray], first: int = 0, stop: int | None = None
 ) -> dict[str, float]:
-    """What differs over windows of logits [T - first, V], in turn, from position `first` of each on: the largest difference, mean KL
-    in nats, share of changed top tokens, the share of those that torch had decided, and the relative change of perplexity.
-    `stop` leaves out the positions from there on, and all windows but the first.
+    """What differs over windows of logits [T - first, V], in turn, from position `first` of each on: the largest
+    difference, mean KL in nats, share of changed top tokens, the share of those that torch had decided, and the
+    relative change of perplexity. `stop` leaves out the positions from there on, and all windows but the first.
 
-    A top token is decided where the other one is more than UNDECIDED behind it in torch. All flips are judged; the decided ones are
-    there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any rounding turns them over.
-    `flips_se` and `perplexity_se` are the standard errors of those means over so few positions."""
+    A top token is decided where the other one is more than UNDECIDED behind it in torch. All flips are judged; the
+    decided ones are there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any
+    rounding turns them over. `flips_se` and `perplexity_se` are the standard errors of those means over so few
+    positions."""
     rows, losses = [], []
     windows = slice(1 if stop else None)
     for expected, ids, got in zip(
@@ -114,8 +117,8 @@ def main(
     versions: Callable[[], dict[str, str]],
     check: Callable[[Path, Reference], tuple[dict[str, Any], list[str]]],
 ) -> None:
-    """Runs `check(folder, reference)` → (figures, failures) over the folders of the command line: a line each, and exit code
-    1 if any failed. --json FILE appends one JSON object a folder."""
+    """Runs `check(folder, reference)` → (figures, failures) over the folders of the command line: a line each, and exit
+    code 1 if any failed. --json FILE appends one JSON object a folder."""
     parser = argparse.ArgumentParser(description=f"Checks exported folders in {runtime} against torch's logits.")
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--reference", type=Path, help="where reference.json is (default: inside each folder)")

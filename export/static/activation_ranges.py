@@ -4,8 +4,8 @@
   percentile  the range that leaves out a share of the values, half at each end
   mse         the range, shrunk towards zero in steps, whose rounding and clipping errors add up to the least square
 
-A grid of n steps over [low, high] (which always holds 0, so that 0 is exact):  x ≈ (q - z)·s,  s = (high - low) / n,
-z = round(q_min - low / s). Percentile and mse read a histogram whose bins double in width when a value falls outside, so
+A grid of n steps over [low, high] (which always holds 0, so that 0 is exact):  x ≈ (q - z)·s,  s = (high - low) / n, z
+= round(q_min - low / s). Percentile and mse read a histogram whose bins double in width when a value falls outside, so
 one pass over the data serves all three.
 """
 
@@ -31,7 +31,7 @@ SMALLEST = 1e-6  # a tensor that is always zero still needs a step
 
 
 @dataclass(frozen=True)
-class Grid:
+class ActivationGrid:
     """Integer steps of one activation: x ≈ (q - zero) · scale, q of `dtype`."""
 
     scale: float
@@ -39,7 +39,7 @@ class Grid:
     dtype: str
 
     @staticmethod
-    def over(low: float, high: float, dtype: str) -> Grid:
+    def over(low: float, high: float, dtype: str) -> ActivationGrid:
         """The grid over [low, high], widened to hold 0."""
         if dtype not in GRIDS:
             raise InputError("activation type", repr(dtype), " | ".join(GRIDS))
@@ -48,7 +48,7 @@ class Grid:
         first, last = GRIDS[dtype]
         low, high = min(low, 0.0), max(high, 0.0)
         scale = float(np.float32(max(high - low, SMALLEST) / (last - first)))
-        return Grid(scale, int(np.clip(round(first - low / scale), first, last)), dtype)
+        return ActivationGrid(scale, int(np.clip(round(first - low / scale), first, last)), dtype)
 
     def round(self, x: Array) -> Array:
         """x on the grid, in float: what Quantize- and DequantizeLinear make of it."""
@@ -59,18 +59,19 @@ class Grid:
 
 @dataclass(frozen=True)
 class Activations:
-    """How the activations of a graph lie on integers: the grid of each by its key; for each attention, by its prefix, the
-    scales [K, d] that keys are divided by and queries multiplied with, so that all channels of the keys fill one grid; and
-    at how many bits, 16 or 8, attention reads keys and values."""
+    """How the activations of a graph lie on integers: the grid of each by its key; for each attention, by its prefix,
+    the scales [K, d] that keys are divided by and queries multiplied with, so that all channels of the keys fill one
+    grid; and at how many bits, 16 or 8, attention reads keys and values."""
 
-    grids: Mapping[str, Grid]
+    grids: Mapping[str, ActivationGrid]
     key_scales: Mapping[str, Tensor] = field(default_factory=dict)
     attention_bits: int = 16
 
 
 @dataclass
 class Observer:
-    """What was seen of one activation: extremes and, if `histogram`, counts over [-reach, reach] (some ten times the work)."""
+    """What was seen of one activation: extremes and, if `histogram`, counts over [-reach, reach] (some ten times the
+    work)."""
 
     histogram: bool = True
     low: float = math.inf
@@ -113,9 +114,10 @@ def choose(
     clip: float = 1e-4,
     saturation: float = 0.01,
     headroom: float = 1.0,
-) -> Grid:
+) -> ActivationGrid:
     """The grid of one activation. `clip` is the share of values that "percentile" leaves out; more than `saturation` of
-    them outside the chosen range, by whatever method, is an `InputError`. `headroom` widens the range for unseen text."""
+    them outside the chosen range, by whatever method, is an `InputError`. `headroom` widens the range for unseen
+    text."""
     if method not in METHODS:
         raise InputError("activation ranges", repr(method), " | ".join(METHODS))
     if not math.isfinite(seen.low):
@@ -126,7 +128,7 @@ def choose(
         if (lost := outside(seen, low, high)) > saturation:
             found = f"{lost:.1%} of its values outside {low:.4g} … {high:.4g}"
             raise InputError(f"activation {name}", found, f"at most {saturation:.1%} (minmax has none)")
-    return Grid.over(low * headroom, high * headroom, dtype)
+    return ActivationGrid.over(low * headroom, high * headroom, dtype)
 
 
 def outside(seen: Observer, low: float, high: float) -> float:
@@ -144,7 +146,7 @@ def observe(observers: dict[str, Observer], batch: Iterable[tuple[str, Array]], 
 
 def grids(
     observers: Mapping[str, Observer], dtype: str, method: str = "minmax", *, headroom: float = 1.0
-) -> dict[str, Grid]:
+) -> dict[str, ActivationGrid]:
     """`choose` for every observer."""
     return {name: choose(name, seen, dtype, method, headroom=headroom) for name, seen in observers.items()}
 

@@ -1,9 +1,10 @@
-"""Activation grids of a static graph, from real text: its float form runs chunk by chunk, as the export will, with every
-activation as an output. Constants and host inputs get the range of all their values, read or not, so that no token and
-no position can leave it; computed activations get the headroom of their form beyond what the text showed.
+"""Activation grids of a static graph, from real text: its float form runs chunk by chunk, as the export will, with
+every activation as an output. Constants and host inputs get the range of all their values, read or not, so that no
+token and no position can leave it; computed activations get the headroom of their form beyond what the text showed.
 
-Before that torch runs the text for the keys: HTP reads them at 8 bits, on one grid for all channels of all heads. A score's
-error is then Σ_c q_c² s_c² Δ² / 12, for keys k_c / s_c on steps Δ, least where every |k_c| / s_c reaches the same peak.
+Before that torch runs the text for the keys: HTP reads them at 8 bits, on one grid for all channels of all heads. A
+score's error is then Σ_c q_c² s_c² Δ² / 12, for keys k_c / s_c on steps Δ, least where every |k_c| / s_c reaches the
+same peak.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from tqdm import tqdm
 
 from tinycompress.calibration.walk import check_calibration
 from tinycompress.errors import InputError, need
-from tinycompress.graph.config import layer_prefix
+from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
 
-from ..dynamic.draw import EMBEDDING
 from ..profiles import Profile
 from .activation_ranges import SMALLEST, Activations, Array, Observer, grids, observe
 from .emit import COS, MASK, SIN, observed
@@ -69,8 +69,8 @@ def calibrate(
 
 @torch.inference_mode()
 def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str, Tensor]:
-    """For each attention, by its prefix, the largest |key| of each channel [K, d] behind the rotation, over `tokens` [windows, T];
-    at least 1 / QUIETEST of the layer's largest, since the scales themselves are held in 16 bits."""
+    """For each attention, by its prefix, the largest |key| of each channel [K, d] behind the rotation, over `tokens`
+    [windows, T]; at least 1 / QUIETEST of the layer's largest, since the scales themselves are held in 16 bits."""
     model, config = graph.dense(torch.float32).module(), graph.config
     with_attention = [i for i, layer in enumerate(config.layers) if layer.n_heads]
     peaks: dict[int, Tensor] = {}
@@ -80,9 +80,7 @@ def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str,
         for i in with_attention:
             found = cache.layers[i][0][0].abs().amax(1)  # (K, d)
             peaks[i] = torch.maximum(peaks[i], found) if i in peaks else found
-    return {
-        f"{layer_prefix(i)}.self_attn": p.clamp_min(max(p.max().item() / QUIETEST, SMALLEST)) for i, p in peaks.items()
-    }
+    return {layer_names(i).attention: p.clamp_min(max(p.max().item() / QUIETEST, SMALLEST)) for i, p in peaks.items()}
 
 
 def chunk_of(graph: Graph, profile: Profile) -> int:

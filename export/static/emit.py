@@ -1,18 +1,19 @@
 """Graph → ONNX of fixed shapes, for NPU compilers: a walk over the config that draws standard operators only.
 
-  hidden [1,S,D] ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head ─ logits
+  hidden [1,S,D] ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head
                       └────────────────────────────────────┘└───────────────────────────────────┘
   norm        x·x ─ mean ─ +ε ─ √ ─ x/· ─ ·w                     or RMSNormalization
-  q,k,v       linear ─ Reshape [1,S,n,d] ─ Transpose [1,n,S,d]; q and k turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
+  q,k,v       linear ─ Reshape [1,S,n,d] ─ Transpose [1,n,S,d]
+              q and k turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
   attention   q ─ Reshape [1,K,g·S,d] ─┐                        past_value ┐
-     past_key ┐                        MatMul ─ Reshape [1,H,S,C+S] ─ +mask ─ Softmax ─ Reshape [1,K,g·S,C+S] ─ MatMul ─ …
+     past_key ┐                        MatMul ─ Reshape [1,H,S,C+S] ─ +mask ─ Softmax ─ Reshape ─ MatMul ─ …
      new key  ┴ Concat ─ Transpose ────┘                  new value ┴ Concat ───────────────────────────────────┘
 
 The queries of a group are rows of one product, so keys and values are never repeated. Embedding, mask and rotation come
 from the host, which also writes the new keys and values into its cache. With integer activations every value passes
-through Quantize- and DequantizeLinear on the grid of its key; values that are only moved share a key, hence a grid. There
-keys, which an NPU may read at 8 bits, are also balanced: k / s and q · s channel by channel, behind the rotation; and keys
-and values are split in two of 8 bits each, unless 8 are enough (`attend`).
+through Quantize- and DequantizeLinear on the grid of its key; values that are only moved share a key, hence a grid.
+There keys, which an NPU may read at 8 bits, are also balanced: k / s and q · s channel by channel, behind the rotation;
+and keys and values are split in two of 8 bits each, unless 8 are enough (`attend`).
 
 Letters: S new positions, C slots of the cache, D hidden, H heads, K KV heads, g = H / K, d head_dim, V vocabulary;
 for weights N out_features, K in_features.
@@ -28,14 +29,14 @@ import torch
 from torch import Tensor
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Layer, layer_prefix
+from tinycompress.graph.config import FINAL_NORM, HEAD, Layer, LayerNames, layer_names, layer_prefix
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
 from ..dynamic.draw import Choices, Draw
 from ..dynamic.emit import attention_layers
 from ..profiles import Profile
-from .activation_ranges import GRIDS, Activations, Grid
+from .activation_ranges import GRIDS, ActivationGrid, Activations
 from .forms import FORMS
 from .weights import block_weight, channel_weight
 
@@ -51,8 +52,8 @@ Points = dict[str, list["ir.Value"]]
 def emit_static(graph: Graph, profile: Profile, length: int, activations: Activations | None = None) -> ir.Model:
     """The ONNX model of a graph made ready (`static_forms.make_ready`) for `length` new positions.
 
-    Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S]; cos, sin [1, 1, S, d/2]; past_key_j, past_value_j [1, K, C, d],
-    j counting the layers that have attention. Outputs: logits [1, S, V]; new_key_j, new_value_j [1, K, S, d].
+    Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S]; cos, sin [1, 1, S, d/2]; past_key_j, past_value_j [1, K,
+    C, d], j counting the layers that have attention. Outputs: logits [1, S, V]; new_key_j, new_value_j [1, K, S, d].
     `activations`: integer ones, with the grid of every key (see `observed`); None draws float activations.
     """
     emitter = _Static(graph, profile, length, activations)
@@ -91,7 +92,7 @@ class _Static:
         self.draw = Draw(graph, profile, Choices(accuracy_level=0))
         self.graph, self.config, self.profile, self.form = graph, graph.config, profile, FORMS[profile.name]
         self.S, self.C = length, graph.config.max_position
-        self.grids: Mapping[str, Grid] | None = activations.grids if activations else None
+        self.grids: Mapping[str, ActivationGrid] | None = activations.grids if activations else None
         self.key_scales: Mapping[str, Tensor] = activations.key_scales if activations else {}
         self.attention_bits = activations.attention_bits if activations else None
         self.points: Points = {}  # activations by key
@@ -107,14 +108,14 @@ class _Static:
         caches: list[tuple[str, ir.Value, tuple[int, ...]]] = []
         for i, layer in enumerate(self.config.layers):
             at = layer_prefix(i)
+            names = layer_names(i)
             if layer.n_heads:
-                n = self.norm(f"{at}.input_layernorm", x)
-                y = self.attention(f"{at}.self_attn", n, layer, caches)
+                y = self.attention(names, self.norm(names.attention_norm, x), layer, caches)
                 x = self.op(f"{at}.attention_sum", "Add", [x, y])
             if layer.ffn_dim:
-                y = self.ffn(f"{at}.mlp", self.norm(f"{at}.post_attention_layernorm", x))
+                y = self.ffn(names, self.norm(names.ffn_norm, x))
                 x = self.op(f"{at}.ffn_sum", "Add", [x, y])
-        logits = self.linear("lm_head", self.norm("model.norm", x))
+        logits = self.linear(HEAD, self.norm(FINAL_NORM, x))
         self.draw.output("logits", logits, (1, S, self.config.vocab_size))
         for name, value, shape in caches:
             self.draw.output(name, value, shape)
@@ -134,17 +135,19 @@ class _Static:
         return self.op(name, "Mul", [self.op(f"{name}.unit", "Div", [x, root]), weight])
 
     def attention(
-        self, at: str, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]
+        self, names: LayerNames, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]
     ) -> ir.Value:
         """Grouped-query attention behind the cache; the new keys and values are added to `caches`."""
-        S, C, d, H, K, slot = self.S, self.C, self.config.head_dim, layer.n_heads, layer.n_kv_heads, len(caches) // 2
-        q, new_keys = (
-            self.rotate(f"{at}.{what}", self.heads(f"{at}.{what[0]}_proj", x, n))
-            for what, n in (("query", H), ("key", K))
-        )
-        new_values, key = self.heads(f"{at}.v_proj", x, K), f"{at}.key"
+        S, C, d, H, K = self.S, self.C, self.config.head_dim, layer.n_heads, layer.n_kv_heads
+        slot = len(caches) // 2
+        at = names.attention
+        q = self.rotate(f"{at}.query", names.query, self.heads(names.query, x, H))
+        new_keys = self.rotate(f"{at}.key", names.key, self.heads(names.key, x, K))
+        new_values = self.heads(names.value, x, K)
+        key = f"{at}.key"
         if at in self.key_scales:
-            scales, key = self.key_scales[at], f"{at}.key_balanced"  # scales [K, d]
+            scales = self.key_scales[at]  # [K, d]
+            key = f"{at}.key_balanced"
             q = self.op(
                 f"{at}.query_scaled",
                 "Mul",
@@ -154,7 +157,7 @@ class _Static:
         else:
             q = self.op(f"{at}.query_scaled", "Mul", [q, self.number("scale", d**-0.5)])
         keys = self.behind(f"past_key_{slot}", new_keys, key, K)
-        values = self.behind(f"past_value_{slot}", new_values, f"{at}.v_proj", K)
+        values = self.behind(f"past_value_{slot}", new_values, names.value, K)
         caches += [(f"new_key_{slot}", new_keys, (1, K, S, d)), (f"new_value_{slot}", new_values, (1, K, S, d))]
         rows = self.reshape(q, f"{at}.query_scaled", (1, K, layer.group * S, d))
         scores = self.attend(f"{at}.scores", rows, self.transpose(keys, key, (0, 1, 3, 2)), key)
@@ -163,22 +166,23 @@ class _Static:
             f"{at}.softmax", "Softmax", [self.op(f"{at}.masked", "Add", [scores, self.host[MASK]])], axis=-1
         )
         probs = self.reshape(probs, f"{at}.softmax", (1, K, layer.group * S, C + S))
-        out = self.attend(f"{at}.heads", probs, values, f"{at}.v_proj")
+        out = self.attend(f"{at}.heads", probs, values, names.value)
         out = self.transpose(self.reshape(out, f"{at}.heads", (1, H, S, d)), f"{at}.heads", (0, 2, 1, 3))
-        return self.linear(f"{at}.o_proj", self.reshape(out, f"{at}.heads", (1, S, H * d)))
+        return self.linear(names.output, self.reshape(out, f"{at}.heads", (1, S, H * d)))
 
     def attend(self, key: str, x: ir.Value, cached: ir.Value, cached_key: str) -> ir.Value:
-        """x · cached, keys or values on the grid of `cached_key`. HTP reads the second factor at 8 bits, so where 16 are wanted
-        it comes as two: c = u8(cached), whose step is 257 of the grid's, and r = u8(cached - c), whose step is 2."""
+        """x · cached, keys or values on the grid of `cached_key`. HTP reads the second factor at 8 bits, so where 16
+        are wanted it comes as two: c = u8(cached), whose step is 257 of the grid's, and r = u8(cached - c), whose step
+        is 2."""
         if self.grids is None or self.attention_bits == 8:
             return self.op(key, "MatMul", [x, cached])
         grid, at = self.grids[cached_key], f"{key}.second"
-        coarse = self.on(cached, f"{at}.coarse", Grid(257 * grid.scale, round(grid.zero / 257), "uint8"))
+        coarse = self.on(cached, f"{at}.coarse", ActivationGrid(257 * grid.scale, round(grid.zero / 257), "uint8"))
         rest = self.draw.op(f"{at}.rest", "Sub", [cached, self.on(coarse, f"{at}.coarse16", grid)])
         rest = self.on(
-            rest, f"{at}.rest16", Grid(grid.scale / 100, 32768, "uint16")
+            rest, f"{at}.rest16", ActivationGrid(grid.scale / 100, 32768, "uint16")
         )  # reaches 327 steps: more than the coarse one
-        fine = self.on(rest, f"{at}.fine", Grid(2 * grid.scale, 128, "uint8"))
+        fine = self.on(rest, f"{at}.fine", ActivationGrid(2 * grid.scale, 128, "uint8"))
         return self.op(key, "Add", [self.op(key, "MatMul", [x, coarse]), self.op(key, "MatMul", [x, fine])])
 
     def heads(self, name: str, x: ir.Value, n: int) -> ir.Value:
@@ -186,9 +190,8 @@ class _Static:
         y = self.reshape(self.linear(name, x), name, (1, self.S, n, self.config.head_dim))
         return self.transpose(y, name, (0, 2, 1, 3))
 
-    def rotate(self, key: str, x: ir.Value) -> ir.Value:
-        """x [1, n, S, d] turned by the half-split rule; its own grid is that of the linear it comes from."""
-        source = key.replace("query", "q_proj").replace("key", "k_proj")
+    def rotate(self, key: str, source: str, x: ir.Value) -> ir.Value:
+        """x [1, n, S, d] turned by the half-split rule; its own grid is that of the linear `source` it comes from."""
         half = self.config.head_dim // 2
         a, b = self.slice(x, source, 0, half), self.slice(x, source, half, 2 * half)
         cos, sin = self.host[COS], self.host[SIN]
@@ -204,11 +207,13 @@ class _Static:
         past = self.act(self.draw.input(name, "FLOAT", (1, kv_heads, self.C, self.config.head_dim)), key)
         return self.op(key, "Concat", [past, new], axis=2)
 
-    def ffn(self, at: str, x: ir.Value) -> ir.Value:
+    def ffn(self, names: LayerNames, x: ir.Value) -> ir.Value:
         """down(silu(gate) · up)."""
-        gate, up = self.linear(f"{at}.gate_proj", x), self.linear(f"{at}.up_proj", x)
+        at = names.ffn
+        gate = self.linear(names.gate, x)
+        up = self.linear(names.up, x)
         silu = self.op(f"{at}.silu", "Mul", [gate, self.op(f"{at}.sigmoid", "Sigmoid", [gate])])
-        return self.linear(f"{at}.down_proj", self.op(f"{at}.mid", "Mul", [silu, up]))
+        return self.linear(names.down, self.op(f"{at}.mid", "Mul", [silu, up]))
 
     def linear(self, name: str, x: ir.Value) -> ir.Value:
         """x [1, S, K] to [1, S, N]."""
@@ -263,7 +268,7 @@ class _Static:
             return x
         return self.on(x, key, self.grid(key))
 
-    def on(self, x: ir.Value, key: str, grid: Grid) -> ir.Value:
+    def on(self, x: ir.Value, key: str, grid: ActivationGrid) -> ir.Value:
         """x through a grid's integers and back; `key` names the grid's constants."""
         zero = torch.tensor(grid.zero, dtype=getattr(torch, grid.dtype))
         step = [self.draw.constant(f"{key}.step", torch.tensor(grid.scale)), self.draw.constant(f"{key}.zero", zero)]
@@ -274,10 +279,10 @@ class _Static:
         """Between 0 and 1, on a grid that the compiler prescribes."""
         return key.endswith((".softmax", ".sigmoid")) and self.form.activations == "uint16"
 
-    def grid(self, key: str) -> Grid:
+    def grid(self, key: str) -> ActivationGrid:
         assert self.grids is not None
         if self.fixed(key):
-            return Grid(UNIT, 0, "uint16")
+            return ActivationGrid(UNIT, 0, "uint16")
         if key not in self.grids:
             raise InputError(f"activation {key}", "no range", "the ranges of every activation (see observed)")
         grid = self.grids[key]

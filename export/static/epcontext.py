@@ -1,7 +1,8 @@
 """prefill.onnx and decode.onnx compiled for Qualcomm's HTP: one EPContext model each, with no compiler on the device.
 
 Standalone on purpose: the compiler comes with onnxruntime-qnn, whose onnxruntime need not be this environment's. So
-`compile_graphs` starts one process a graph, with the Python that TINYCOMPRESS_QNN_PYTHON names, or runtimes/qnn's, or this.
+`compile_graphs` starts one process a graph, with the Python that TINYCOMPRESS_QNN_PYTHON names, or runtimes/qnn's, or
+this.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def check(arch: str, profile: str) -> None:
 
 
 def compile_graphs(folder: Path, arch: str) -> dict[str, Any]:
-    """Writes {graph}.htp{arch}.onnx, its context binary inside, for both graphs. An `InputError` with the compiler's words."""
+    """Writes {graph}.htp{arch}.onnx, its context binary inside, for both graphs. An `InputError` with the compiler's
+    words."""
     from tinycompress.errors import InputError
 
     out: dict[str, Any] = {"htp_arch": arch, "graphs": {}}

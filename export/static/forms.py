@@ -1,7 +1,7 @@
 """What the static (NPU) profiles take beyond a `Profile`: frozen data, and the graph made ready for it.
 
-  qnn      Qualcomm HTP: activations uint16 between Quantize/DequantizeLinear, weights int8 or int4 a channel, or int4 in
-           blocks (MatMulNBits, which HTP runs as LPBQ when the scales are of that form)
+  qnn      Qualcomm HTP: activations uint16 between Quantize/DequantizeLinear, weights int8 or int4 per channel, or int4
+           in blocks (MatMulNBits, which HTP runs as LPBQ when the scales are of that form)
   static   RKNN and others: float, every norm decomposed, opset 19
 
 Both run fixed shapes: one graph takes `chunk` new positions (prefill), another takes one (decode), both behind a cache
@@ -22,13 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Config
+from tinycompress.graph.config import EMBEDDING, Config
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from tinycompress.graph.topology import feeds
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
-from ..dynamic.draw import EMBEDDING
 from ..profiles import Profile
 
 LONGEST = 2048  # default context: every step pays for all the slots, filled or not
@@ -61,9 +60,9 @@ def is_static(profile: str | Profile) -> bool:
 
 
 def make_ready(graph: Graph, profile: Profile, dtype: str = "auto", context: int | None = None) -> Graph:
-    """The graph as it will be exported: `max_position` is the context of the cache, the head has a weight of its own, dense
-    parameters are float32; for a profile with packed weights every linear that is still dense becomes w8, one scale a
-    channel, to the nearest step. Packed weights keep their integers and scales bit for bit.
+    """The graph as it will be exported: `max_position` is the context of the cache, the head has a weight of its own,
+    dense parameters are float32; for a profile with packed weights every linear that is still dense becomes w8, one
+    scale a channel, to the nearest step. Packed weights keep their integers and scales bit for bit.
     """
     form = FORMS[profile.name]
     check(graph.config, profile, context)
@@ -92,7 +91,8 @@ def check(config: Config, profile: Profile, context: int | None = None) -> None:
         raise InputError("context", length, f"2 … {config.max_position}, the model's own")
     rope = config.rope
     if rope.varies_with_length and length > (rope.original_max_position or 0):
-        accepted = "default | linear | yarn | llama3 (one table serves every length), or a context of at most original_max_position"
+        kinds = "default | linear | yarn | llama3 (one table serves every length)"
+        accepted = f"{kinds}, or a context of at most original_max_position"
         raise InputError(f"rope.type for the {profile.name} profile", repr(rope.type), accepted)
 
 
@@ -129,11 +129,13 @@ def check_spec(name: str, spec: QuantSpec | Grid, in_features: int, profile: Pro
 
 
 def check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
-    """`check_spec`, and that the scales are positive: a negative one mirrors a grid that has no mirror image in int4."""
+    """`check_spec`, and that the scales are positive: a negative one mirrors a grid that has no mirror image in
+    int4."""
     check_spec(name, weight.grid, weight.shape[1], profile)
     if (weight.scales <= 0).any():
         found = f"{int((weight.scales <= 0).sum())} of {weight.scales.numel()} not positive"
-        accepted = f"positive scales for the {profile.name} profile: quantize with a spec that ends in -lpbq, or with scale='minmax'"
+        remedy = "quantize with a spec that ends in -lpbq, or with search='minmax'"
+        accepted = f"positive scales for the {profile.name} profile: {remedy}"
         raise InputError(f"scales of {name}", found, accepted)
 
 

@@ -36,15 +36,16 @@ class Runnable(Protocol):
 
 @dataclass
 class Cache:
-    """Keys (divided by the host file's key scales, if any) and values [1, K, C, d] of every layer with attention; `length` slots
-    are filled."""
+    """Keys (divided by the host file's key scales, if any) and values [1, K, C, d] of every layer with attention;
+    `length` slots are filled."""
 
     layers: list[tuple[Array, Array]]
     length: int = 0
 
 
 class StaticSession:
-    """`shape`: the manifest's numbers under "static"; `host`: the table and the rotation; `graphs`: prefill and decode."""
+    """`shape`: the manifest's numbers under "static"; `host`: the table and the rotation; `graphs`: prefill and
+    decode."""
 
     def __init__(self, shape: Mapping[str, Any], host: Mapping[str, Array], graphs: Mapping[str, Runnable]) -> None:
         self.shape, self.host, self.graphs = shape, host, graphs

@@ -19,8 +19,8 @@ from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
 
 class StaticCache:
-    """The host's cache seen from torch: `layers` holds tensors [1, K, C, d] over its very memory. Its keys are divided by
-    `key_scales` [K, d], one for each of `layers`, if there are any."""
+    """The host's cache seen from torch: `layers` holds tensors [1, K, C, d] over its very memory. Its keys are divided
+    by `key_scales` [K, d], one for each of `layers`, if there are any."""
 
     def __init__(self, config: Config, cache: Cache, max_length: int, key_scales: tuple[Tensor, ...] = ()) -> None:
         if max_length > config.max_position:
@@ -38,9 +38,9 @@ class StaticCache:
 
 
 class StaticModel:
-    """A folder of the `qnn` or `static` profile in ONNX Runtime on the CPU, or in whatever `open` makes of a graph's path.
-    `exact`: activations in float, where the graph rounds them. `threads` None leaves the choice to the runtime; `spin`
-    False lets its threads sleep between runs."""
+    """A folder of the `qnn` or `static` profile in ONNX Runtime on the CPU, or in whatever `open` makes of a graph's
+    path. `exact`: activations in float, where the graph rounds them. `threads` None leaves the choice to the runtime;
+    `spin` False lets its threads sleep between runs."""
 
     def __init__(
         self,

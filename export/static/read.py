@@ -1,4 +1,5 @@
-"""A static export → the Graph that was exported, bit for bit: the inverse of `static_weights` and of the host's file."""
+"""A static export → the Graph that was exported, bit for bit: the inverse of `static_weights` and of the host's
+file."""
 
 from __future__ import annotations
 
@@ -10,11 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Config, shapes
+from tinycompress.graph.config import EMBEDDING, Config, shapes
 from tinycompress.graph.graph import Weight
 from tinycompress.graph.quant_tensor import Grid, QuantTensor, unpack
 
-from ..dynamic.draw import EMBEDDING
 from .host import HOST
 from .weights import from_blocks, from_channel
 

@@ -42,9 +42,9 @@ WINDOWS = 8  # of calibration text, when none is given
 class StaticChoices:
     """What a caller may choose: slots of the cache (None: the model's positions, at most 2048), text [windows, T] for
     activation ranges (None: the "pydoc" train split, or random ids without a tokenizer), how ranges are chosen from it,
-    for which HTP architecture to compile (None: not), at how many bits attention reads keys and values (at 8 it does less
-    work), and whether a dense graph is rotated first (None: where activations are integers): the few channels with massive
-    activations would take nearly all the steps of the residual stream's grid."""
+    for which HTP architecture to compile (None: not), at how many bits attention reads keys and values (at 8 it does
+    less work), and whether a dense graph is rotated first (None: where activations are integers): the few channels with
+    massive activations would take nearly all the steps of the residual stream's grid."""
 
     context: int | None = None
     calibration: Tensor | None = None
@@ -109,7 +109,8 @@ def export_static(
 
 
 def check_space(graph: Graph, work: Path) -> None:
-    """An `InputError` unless the disk has room for the weights (and, while ranges are read, for their float graph's)."""
+    """An `InputError` unless the disk has room for the weights (and, while ranges are read, for their float
+    graph's)."""
     needed, free = 2 * graph.nbytes, shutil.disk_usage(work).free
     if needed > free:
         raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")

@@ -28,7 +28,8 @@ def letters() -> Tokenizer:
 def test_pydoc_halves_share_no_paragraph():
     from pydoc_data.topics import topics
 
-    train, test = data.text("pydoc"), data.text("pydoc", "test")
+    train = data.text("pydoc")
+    test = data.text("pydoc", "test")
     assert data.text("pydoc", "validation") == test
     names = sorted(topics)
     assert train == "\n\n".join(topics[name] for name in names[::2])
@@ -94,9 +95,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_one_clear_error(name, tmp_path):
-    file, content, said = BAD[name]
+    file, content, message = BAD[name]
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         data.text(tmp_path / file)
 
 
@@ -148,3 +149,31 @@ def test_wikitext_windows(shared, smollm2):
     windows = data.tokens(shared / "data/wikitext2_raw_test.txt", smollm2.tokenizer, 2, 256)
     text = smollm2.tokenizer.decode(windows.flatten().tolist())
     assert "\r" not in text and text.startswith("\n\n = Robert Boulter = \n\n")
+
+
+def transformers_tokenizer(letters: Tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(letters.backend.to_str()), model_max_length=16)
+
+
+def test_tokenizers_of_other_libraries_give_the_same_windows(letters):
+    expected = data.tokens("pydoc", letters, 5, 32, seed=1)
+    of_transformers = transformers_tokenizer(letters)
+    for tokenizer in (of_transformers, letters.backend, lambda text: {"input_ids": letters.encode(text)}):
+        assert torch.equal(data.tokens("pydoc", tokenizer, 5, 32, seed=1), expected)
+    with pytest.raises(InputError, match="tokenizer: found a dict"):
+        data.tokens("pydoc", {}, 5, 32)
+
+
+def test_calibration_tokens_come_in_many_forms():
+    windows = torch.arange(48).view(6, 8)
+    loader = torch.utils.data.DataLoader(windows, batch_size=4)
+    forms = [windows, list(windows), iter(windows.split(4)), loader, [{"input_ids": ids} for ids in windows.split(2)]]
+    for tokens in forms:
+        assert torch.equal(data.as_tokens(tokens), windows)
+    assert data.as_tokens(windows) is windows
+    assert torch.equal(data.as_tokens(windows.tolist()), windows)
+    for bad, message in (([], "no windows"), ([windows[0], windows[0, :4]], "windows of one length")):
+        with pytest.raises(InputError, match=message):
+            data.as_tokens(bad)

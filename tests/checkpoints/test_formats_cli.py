@@ -35,7 +35,8 @@ def test_folders(format, model, tmp_path):
     assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert about["quant_method"] == format
-    back, ours = load(tmp_path / "out", dtype=torch.float32), RTN(QuantSpec(4, 32, search="mse"))(load(model))
+    back = load(tmp_path / "out", dtype=torch.float32)
+    ours = RTN(QuantSpec(4, 32, search="mse"))(load(model))
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(back.weights[name].ints(), ours.weights[name].ints())
 
@@ -55,7 +56,7 @@ def test_the_embedding_alone(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (("--quantize", "w8g32", "--format", "awq"), "4 bits"),
         (("--quantize", "w4g16", "--format", "gguf"), "groups of 16"),
@@ -66,11 +67,11 @@ def test_the_embedding_alone(model, tmp_path):
         (("--quantize", "w4g32", "--format", "marlin"), "marlin"),
     ],
 )
-def test_refusals_come_before_the_work(options, said, model, tmp_path, monkeypatch):
+def test_refusals_come_before_the_work(options, message, model, tmp_path, monkeypatch):
     monkeypatch.setattr("tinycompress.pipeline.run", lambda *_: pytest.fail("the work began"))
     out = tmp_path / ("out.gguf" if "gguf" in options else "out")
     result = invoke(model, *options, "-o", out)
-    assert result.exit_code == 2 and said in result.output and not out.exists()
+    assert result.exit_code == 2 and message in result.output and not out.exists()
 
 
 def test_a_gguf_needs_a_file_name(model, tmp_path):

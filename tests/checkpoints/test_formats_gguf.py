@@ -44,7 +44,8 @@ def quantized(grid, config=CONFIG):
 
 def decode(row: bytes, kind: str) -> list[float]:
     """ggml's block_q4_0, block_q4_1 and block_q8_0, one value at a time."""
-    size, out = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind], []
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    out = []
     for at in range(0, len(row), size):
         (d,) = struct.unpack_from("<e", row, at)
         if kind == "Q8_0":
@@ -67,7 +68,8 @@ def test_blocks_mean_the_weight(text, rows, seed):
     signs = torch.where(torch.rand(weight.scales.shape, generator=generator) < 0.5, -1.0, 1.0)
     weight = dataclasses.replace(weight, scales=weight.scales.half().float() * signs)
     kind = kind_of("w", weight)
-    assert kind == ("Q8_0" if "w8" in text else "Q4_1" if "asym" in text or "zero" in text else "Q4_0")
+    four_bits = "Q4_1" if "asym" in text or "zero" in text else "Q4_0"
+    assert kind == ("Q8_0" if "w8" in text else four_bits)
     ours = torch.tensor([decode(bytes(row), kind) for row in blocks("w", weight)])
     exact = weight.dequantize()
     if kind == "Q4_1":  # its minimum is rounded to float16
@@ -148,7 +150,8 @@ def sentencepiece() -> Tokenizer:
 
 def byte_level(steps) -> Tokenizer:
     backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = steps, decoders.ByteLevel()
+    backend.pre_tokenizer = steps
+    backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
@@ -228,7 +231,8 @@ def test_what_llama_cpp_cannot_run_is_refused(make, message, tmp_path):
 
 
 def test_files_are_not_overwritten_unasked_nor_left_in_part(tmp_path, monkeypatch):
-    graph, path = quantized("w4g32"), tmp_path / "m.gguf"
+    graph = quantized("w4g32")
+    path = tmp_path / "m.gguf"
     with pytest.raises(InputError, match=r"ends in \.gguf"):
         save(graph, tmp_path / "m", format="gguf")
     save(graph, path, format="gguf")

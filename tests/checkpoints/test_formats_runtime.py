@@ -24,11 +24,9 @@ CONFIG = Config(vocab_size=512, hidden_size=128, head_dim=32, layers=(Layer(4, 2
 IDS = [list(range(1, 25))]
 # What stands in the place of a linear, and how far logits (up to 5) may be from ours: float16 arithmetic is AWQ's.
 AUTOAWQ = ("awq", "WQLinear_GEMM", 2e-2)
-GPTQ, AWQ, CT = (
-    ("gptq", "TorchQuantLinear", 1e-4),
-    ("awq", "AwqTorchQuantLinear", 2e-2),
-    ("compressed-tensors", "CompressedLinear", 1e-4),
-)
+GPTQ = ("gptq", "TorchQuantLinear", 1e-4)
+AWQ = ("awq", "AwqTorchQuantLinear", 2e-2)
+CT = ("compressed-tensors", "CompressedLinear", 1e-4)
 CASES = [(GPTQ, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w2g32", "w8g32")] + [
     (AWQ, g) for g in ("w4g32", "w4g32-asym")
 ]
@@ -38,10 +36,10 @@ CASES += [(CT, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w8")]
 
 def python(name: str) -> Path:
     folder = os.environ.get("TINYCOMPRESS_RUNTIMES")
-    found = Path(folder).expanduser() / name / "bin" / "python" if folder else None
-    if found is None or not found.exists():
+    path = Path(folder).expanduser() / name / "bin" / "python" if folder else None
+    if path is None or not path.exists():
         pytest.skip(f"no venv {name!r} (tests/runtimes/README.md)")
-    return found
+    return path
 
 
 def run(name: str, script: str, *arguments, cwd: Path) -> str:
@@ -52,10 +50,17 @@ def run(name: str, script: str, *arguments, cwd: Path) -> str:
     return done.stdout
 
 
+def case_name(value) -> str:
+    """Of a grid its text; of a format its name, or that of the venv where it has one of its own."""
+    if isinstance(value, str):
+        return value
+    return value[-1] if len(value) > 3 else value[0]
+
+
 @pytest.mark.parametrize(
     "format, grid",
     CASES,
-    ids=lambda value: value if isinstance(value, str) else value[-1] if len(value) > 3 else value[0],
+    ids=case_name,
 )
 def test_logits_are_ours(format, grid, shared, tmp_path):
     name, kind, limit, *own = format
@@ -66,9 +71,9 @@ def test_logits_are_ours(format, grid, shared, tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
     printed = run(venv, script, tmp_path / "m", tmp_path / "ids.json", tmp_path / "out", cwd=tmp_path)
     assert kind in printed
-    theirs = load_file(tmp_path / "out")["logits"]
+    reference = load_file(tmp_path / "out")["logits"]
     ours = load(tmp_path / "m", dtype=torch.float32).module()(torch.tensor(IDS))
-    assert (theirs - ours).abs().max() <= limit and ours.abs().max() > 1
+    assert (reference - ours).abs().max() <= limit and ours.abs().max() > 1
 
 
 THIRD = {
@@ -110,9 +115,12 @@ def test_llama_cpp_says_the_same(grid, least, shared, tmp_path):
         graph = cut(graph, f"layers.{i}.ffn", range(160))
     if grid != "dense":
         graph = QuantizeEmbedding(QuantSpec(8, 32))(RTN(QuantSpec.parse(grid))(graph))
-    path, prompt = save(graph, tmp_path / "m.gguf", format="gguf"), "Once upon a time"
-    theirs = json.loads(run("llama-cpp", "llama_cpp_greedy.py", path, prompt, 40, cwd=tmp_path))
+    path = save(graph, tmp_path / "m.gguf", format="gguf")
+    prompt = "Once upon a time"
+    reference = json.loads(run("llama-cpp", "llama_cpp_greedy.py", path, prompt, 40, cwd=tmp_path))
     ids = graph.tokenizer.encode(prompt, add_special_tokens=True)
     ours = load(path).module().generate(torch.tensor(ids), 40).tolist()
-    alike = next((i for i, (a, b) in enumerate(zip(ours, theirs["ids"])) if a != b), min(len(ours), len(theirs["ids"])))
-    assert theirs["prompt"] == ids and alike >= least, (alike, ours, theirs)
+    alike = next(
+        (i for i, (a, b) in enumerate(zip(ours, reference["ids"])) if a != b), min(len(ours), len(reference["ids"]))
+    )
+    assert reference["prompt"] == ids and alike >= least, (alike, ours, reference)

@@ -38,7 +38,7 @@ def write(
     extra=(),
     ffn=None,
 ):
-    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: as its dtype says)."""
+    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: by its dtype)."""
     config = graph.config
     first = config.layers[0]
     writer = gguf.GGUFWriter(path, architecture)
@@ -124,7 +124,9 @@ def test_types_that_the_library_can_write(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_by_random_bytes(kind, tmp_path):
-    graph, rng, floats = random_graph(WIDE), np.random.default_rng(1), {}
+    graph = random_graph(WIDE)
+    rng = np.random.default_rng(1)
+    floats = {}
     block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
 
     def encode(name, array):
@@ -195,9 +197,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_a_plain_llama_is_refused(name, tmp_path):
-    changes, said = REFUSED[name]
+    changes, message = REFUSED[name]
     path = write(tmp_path / "m.gguf", random_graph(WIDE), **changes)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         load(path)
     assert str(path) in str(error.value)
 

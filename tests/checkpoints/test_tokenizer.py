@@ -9,11 +9,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from tinycompress.calibration import data
-from tinycompress.checkpoints.tokenizer import Tokenizer
+from tinycompress.checkpoints.tokenizer import Tokenizer, encoder_of
 from tinycompress.errors import InputError
 
 TEXT = data.text("pydoc")[:60_000]
-HARD = "  two  spaces\n\n\n3 newlines, 12345 digits,\ttabs, l'été, don't, ДА, 漢字かな, 👩‍🚀🏽, \u200bzero, <|im_end|> </s> <unk> "
+HARD = (
+    "  two  spaces\n\n\n3 newlines, 12345 digits,\ttabs"
+    ", l'été, don't, ДА, 漢字かな, 👩‍🚀🏽, \u200bzero, <|im_end|> </s> <unk> "
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def as_gguf(tokenizer: Tokenizer) -> dict:
     model = json.loads(tokenizer.backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     made = {"".join(merge): -rank for rank, merge in reversed(list(enumerate(model["merges"])))}
-    kinds = [2 if t == "<unk>" else 3 if t in ("<s>", "</s>") else 6 if t.startswith("<0x") else 1 for t in tokens]
+    named = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    kinds = [named.get(token, 6 if token.startswith("<0x") else 1) for token in tokens]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
@@ -108,7 +112,7 @@ def test_pre_tokenizers_split_digits_differently(pre, pieces, fields):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model.*bert"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre.*tekken"),
@@ -118,8 +122,8 @@ def test_pre_tokenizers_split_digits_differently(pre, pieces, fields):
         ({"tokenizer.ggml.model": "llama"}, "scores"),
     ],
 )
-def test_bad_metadata_is_one_clear_error(change, said, fields):
-    with pytest.raises(InputError, match=said):
+def test_bad_metadata_is_one_clear_error(change, message, fields):
+    with pytest.raises(InputError, match=message):
         Tokenizer.from_gguf(fields | change)
 
 
@@ -135,14 +139,18 @@ def test_a_saved_folder_is_what_transformers_reads(byte_level, tmp_path):
     from transformers import AutoTokenizer
 
     byte_level.save(tmp_path)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+    of_transformers = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
     assert (
-        theirs(HARD + TEXT)["input_ids"]
+        of_transformers(HARD + TEXT)["input_ids"]
         == ours.encode(HARD + TEXT, add_special_tokens=True)
         == byte_level.encode(HARD + TEXT)
     )
-    assert theirs.decode(ours.encode(HARD)) == HARD == ours.decode(ours.encode(HARD))
-    assert theirs.eos_token == "<|end|>" and theirs.chat_template == ours.config["chat_template"] == "{{ messages }}"
+    assert of_transformers.decode(ours.encode(HARD)) == HARD == ours.decode(ours.encode(HARD))
+    assert (
+        of_transformers.eos_token == "<|end|>"
+        and of_transformers.chat_template == ours.config["chat_template"] == "{{ messages }}"
+    )
 
 
 def test_settings_that_cut_text_are_undone(byte_level, tmp_path):
@@ -202,14 +210,49 @@ def test_smollm2_as_transformers_imports_it(smollm2, shared):
     path = _smollm2()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        of_transformers = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for name in ("wikitext2_raw_test.txt", "wiki_passages.txt"):
         text = data.text(shared / "data" / name)
         text = "".join(c for c in text if unicodedata.category(c) not in ("Nl", "No"))  # ½ and ² count as digits
         text = re.sub(r"\s+(?=\s\d)", "", text)  # the same but for blank runs before digits: see above
-        assert smollm2.tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+        assert smollm2.tokenizer.encode(text) == of_transformers(text, add_special_tokens=False)["input_ids"]
     whole = data.text(shared / "data/wikitext2_raw_test.txt")
     assert (
         smollm2.tokenizer.encode(whole)[: 16 * 2048]
-        == theirs(whole, add_special_tokens=False)["input_ids"][: 16 * 2048]
+        == of_transformers(whole, add_special_tokens=False)["input_ids"][: 16 * 2048]
     )
+
+
+def transformers_tokenizer(byte_level):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend.from_str(byte_level.backend.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template="{{ messages }}")
+
+
+def test_a_fast_tokenizer_of_transformers_is_copied(byte_level):
+    of_transformers = transformers_tokenizer(byte_level)
+    of_transformers.backend_tokenizer.enable_truncation(4)
+    ours = Tokenizer.of(of_transformers)
+    assert ours.encode(HARD + TEXT) == byte_level.encode(HARD + TEXT)
+    assert ours.config["eos_token"] == "<|end|>" and ours.config["chat_template"] == "{{ messages }}"
+    assert of_transformers.backend_tokenizer.truncation["max_length"] == 4  # the caller's is left as it was
+
+
+def test_tokenizers_of_other_kinds(byte_level):
+    assert Tokenizer.of(byte_level) is byte_level
+    assert Tokenizer.of(byte_level.backend).encode(HARD) == byte_level.encode(HARD)
+
+    class Slow:
+        def encode(self, text, add_special_tokens=True):
+            return byte_level.encode(text) + [0] * add_special_tokens
+
+    with pytest.raises(InputError, match=r"a Slow, which has no backend_tokenizer.*AutoTokenizer"):
+        Tokenizer.of(Slow())
+    encoders = [byte_level, byte_level.backend, transformers_tokenizer(byte_level), Slow()]
+    encoders.append(lambda text: {"input_ids": byte_level.encode(text)})
+    for encoder in encoders:
+        assert encoder_of(encoder)(HARD) == byte_level.encode(HARD)
+    for nothing, names in ((None, "none"), (3, "a int")):
+        with pytest.raises(InputError, match=names):
+            encoder_of(nothing)

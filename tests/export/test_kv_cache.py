@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_export import ids_of, one_thread, proto, quantized, small
-from test_verify import checks, failed
+from exported import ids_of, proto, quantized, small
+from gate_results import checks, failed
 
 from tinycompress.errors import InputError
 from tinycompress.export import OrtModel, cache_scales, export, kv_scales, prepare, read, verify
@@ -18,7 +18,6 @@ from tinycompress.graph.config import Layer
 from tinycompress.graph.rope import Rope
 from tinycompress.model.fused_ops import rotate
 
-__all__ = ["one_thread"]  # the fixture, for this file too
 YARN = Rope(type="yarn", factor=4.0, original_max_position=32)
 LAYERS = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from importlib import import_module
 
 import numpy as np
 import onnx
@@ -11,89 +10,19 @@ import torch
 from conftest import random_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from static_exported import BIASES, MIXED, WIDE, YARN, assert_same, ids_of, no_runtime, short_chunks, small
 
 from tinycompress.errors import InputError
 from tinycompress.export import GateError, StaticChoices, StaticModel, check_static, export, read, summary, verify
 from tinycompress.export.profiles import QNN, STATIC
-from tinycompress.export.static.activation_ranges import Grid, Observer, choose, grids, observe
-from tinycompress.export.static.calibrate import calibrate
 from tinycompress.export.static.emit import emit_static
-from tinycompress.export.static.forms import FORMS, make_ready
-from tinycompress.export.static.host import cpu_session
+from tinycompress.export.static.forms import make_ready
 from tinycompress.export.static.model import without_rounding
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.graph.rope import Rope
-from tinycompress.quantization.gptq import gptq_quantize
-from tinycompress.quantization.grid_search import find_grid, round_to_grid
-from tinycompress.quantization.lpbq import is_lpbq, snap_scales
 from tinycompress.quantization.rtn import RTN, rtn_quantize
-
-MIXED = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
-YARN = Rope(type="yarn", factor=4.0, original_max_position=16)
-BIASES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-WIDE = {"kl": 9.0, "flips": 1.0, "perplexity": 9.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_runtime(monkeypatch):
-    """The gate without third-party runtimes, whether installed or not: they have tests of their own below."""
-    monkeypatch.setattr(import_module("tinycompress.export.gate.verify"), "installed", lambda name: False)
-
-
-@pytest.fixture
-def short_chunks(monkeypatch):
-    """Chunks of 8 positions, so that prompts of a tiny model cross several."""
-    from tinycompress.export.static import calibrate as static_calibrate
-    from tinycompress.export.static import forms as static_forms
-    from tinycompress.export.static import write as static_write
-
-    forms = {name: dataclasses.replace(form, chunk=8) for name, form in FORMS.items()}
-    for module in (static_forms, static_calibrate, static_write):
-        monkeypatch.setattr(module, "FORMS", forms)
-
-
-def small(**changes) -> Graph:
-    fields = dict(vocab_size=128, hidden_size=64, head_dim=16, layers=(Layer(4, 2, 96),) * 2, max_position=32)
-    return random_graph(Config(**(fields | changes)))
-
-
-def ids_of(graph: Graph, T: int) -> torch.Tensor:
-    return torch.randint(graph.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1))
-
-
-@torch.inference_mode()
-def assert_same(graph: Graph, folder, profile: str = "static", exact: bool = False, atol: float = 1e-4) -> None:
-    """One prompt of the whole context, and chunks of every kind behind each other, within `atol` of torch."""
-    static = StaticChoices(calibration=ids_of(graph, graph.config.max_position))
-    export(graph, folder, profile, check=False, static=static, progress=False)
-    stored, model = read(folder), StaticModel(folder, exact=exact, threads=1)
-    torch_model, ids = stored.dense(torch.float32).module(), ids_of(graph, graph.config.max_position)
-    expected = torch_model(ids)
-    assert expected.abs().max() > 0.5
-    torch.testing.assert_close(model(ids), expected, atol=atol, rtol=0)
-    T = ids.shape[1]
-    cache = model.new_cache(1, T)
-    for start, stop in [
-        (0, 7),
-        (7, 8),
-        (8, 16),
-        (16, T - 3),
-        *((i, i + 1) for i in range(T - 3, T)),
-    ]:  # the last step fills the last slot
-        torch.testing.assert_close(model.step(ids[:, start:stop], cache), expected[:, start:stop], atol=atol, rtol=0)
-    with pytest.raises(InputError, match="at most 32"):
-        model.step(ids[:, :1], cache)
-
 
 CASES = {
     "untied": {},
@@ -106,6 +35,8 @@ CASES = {
     "yarn": {"rope": YARN},
     "llama3": {"rope": Rope(type="llama3", factor=4.0, original_max_position=16)},
 }
+
+__all__ = ["no_runtime", "short_chunks"]  # fixtures, for this file too
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
@@ -325,25 +256,6 @@ def test_calibration_that_is_short_or_not_finite_is_refused(tmp_path, short_chun
     refused("NaN or infinite values", broken, tmp_path / "o", static=StaticChoices(rotate=False))
 
 
-def test_ranges_are_those_of_the_text(short_chunks):
-    """The grid of a projection is the range of what torch computes there."""
-    graph = make_ready(small(), QNN)
-    ids = ids_of(graph, 32).repeat(2, 1)
-    found = calibrate(graph, QNN, ids, progress=False).grids
-    seen = []
-    model = graph.dense(torch.float32).module()
-    model.model.layers[1].mlp.gate_proj.register_forward_hook(
-        lambda module, inputs, out: seen.append(out.clone())
-    )  # silu works in place
-    with torch.inference_mode():
-        model(ids)
-    room = FORMS["qnn"].headroom
-    expected = Grid.over(room * min(s.min().item() for s in seen), room * max(s.max().item() for s in seen), "uint16")
-    assert found["model.layers.1.mlp.gate_proj"].scale == pytest.approx(expected.scale, rel=1e-4)
-    table = graph.weights["model.embed_tokens.weight"]
-    assert found["hidden"] == Grid.over(table.min().item(), table.max().item(), "uint16")  # every row, read or not
-
-
 def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
     """One massive channel takes the steps of the residual stream's grid from all others; a rotation gives them back."""
     graph, kl = small(layers=MIXED), {}
@@ -365,90 +277,6 @@ def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
     with pytest.raises(InputError, match="quantized"):
         export(packed, tmp_path / "no", "qnn", progress=False, static=StaticChoices(rotate=True))
     assert export(small(), tmp_path / "static", "static", progress=False)["history"] == list(small().history)
-
-
-def test_keys_fill_one_grid_channel_by_channel(tmp_path, short_chunks):
-    """What is cached are torch's keys over the host file's scales, every channel about as large, and scores lose less at 8 bits."""
-    graph = small(rope=YARN, layers=MIXED)
-    loud = {}
-    for i in (0, 1, 4):  # channels of the keys a hundred times as large as others, as in trained models
-        q, k = (f"model.layers.{i}.self_attn.{x}_proj.weight" for x in "qk")
-        size = torch.logspace(-1, 1, graph.config.head_dim // 2).repeat(2)
-        heads = [len(graph.weights[n]) // graph.config.head_dim for n in (q, k)]
-        loud |= {
-            q: graph.weights[q] / size.repeat(heads[0])[:, None],
-            k: graph.weights[k] * size.repeat(heads[1])[:, None],
-        }
-    graph = graph.replace(weights=loud)
-    ids = ids_of(graph, 32)
-    export(
-        graph,
-        tmp_path / "o",
-        "qnn",
-        progress=False,
-        limits=WIDE,
-        static=StaticChoices(calibration=ids.repeat(2, 1), rotate=False),
-    )
-    exact = StaticModel(tmp_path / "o", exact=True)
-    ours, theirs = (
-        exact.new_cache(1, 32),
-        (model := make_ready(graph, QNN).dense(torch.float32).module()).new_cache(1, 32),
-    )
-    exact.step(ids, ours)
-    with torch.inference_mode():
-        model(ids, theirs)
-    for slot, layer in enumerate(i for i, layer in enumerate(MIXED) if layer.n_heads):
-        keys, scales = theirs.layers[layer][0], ours.key_scales[slot]
-        assert torch.allclose(ours.layers[slot][0][:, :, :32] * scales[:, None], keys, atol=1e-4)
-        assert torch.allclose(ours.layers[slot][1][:, :, :32], theirs.layers[layer][1], atol=1e-4)
-        balanced = (ours.layers[slot][0][0, :, :32]).abs().amax(1)
-        assert balanced.max() < 1 + 1e-4 and (balanced[scales > scales.max() / 60] > 0.9).all()
-        if layer in (0, 1, 4):
-            assert keys.abs().amax((0, 2)).max() > 20 * keys.abs().amax((0, 2)).min()
-
-
-def test_attention_in_two_products_of_8_bits_is_attention_at_16(tmp_path, short_chunks):
-    """ONNX Runtime's CPU provider reads one factor of 16 bits as it is: there the split changes next to nothing, and without the
-    finer half it would."""
-    graph, models = small(rope=YARN, layers=MIXED), {}
-    ids = ids_of(graph, 32)
-    for bits in (16, 8):
-        choices = StaticChoices(calibration=ids.repeat(2, 1), attention_bits=bits)
-        manifest = export(graph, tmp_path / str(bits), "qnn", progress=False, limits=WIDE, static=choices)
-        assert manifest["activations"]["attention_bits"] == bits
-        models[bits] = StaticModel(tmp_path / str(bits))
-    plain = models[8](ids)
-    assert (models[16](ids) - plain).abs().max() < 0.01 * plain.abs().max()
-    proto = onnx.load(tmp_path / "16" / "prefill.onnx", load_external_data=False)
-    kinds = {t.name: t.data_type for t in proto.graph.initializer if t.name.endswith(".zero")}
-    read = {
-        node.output[0]: kinds[node.input[2]]
-        for node in proto.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[2] in kinds
-    }
-    attention = [
-        n
-        for n in proto.graph.node
-        if n.op_type == "MatMul" and ("self_attn.scores" in n.name or "self_attn.heads" in n.name)
-    ]
-    layers = sum(1 for layer in MIXED if layer.n_heads)
-    assert len(attention) == 4 * layers and {read[n.input[1]] for n in attention} == {onnx.TensorProto.UINT8}
-    for node in proto.graph.node:  # the finer halves on a grid of one step: nothing is left of them
-        if node.op_type == "DequantizeLinear" and ".fine" in node.input[1]:
-            node.input[1] = node.input[1].replace(".fine.step", ".coarse16.zero_step")
-    names = {
-        n.input[1] for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[1].endswith("zero_step")
-    }
-    assert len(names) == 2 * layers
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.float32(1e-12), name) for name in names)
-    onnx.save(proto, tmp_path / "16" / "coarse.onnx")
-    session, coarse = (cpu_session(tmp_path / "16" / name) for name in ("prefill.onnx", "coarse.onnx"))
-    host = models[16].session
-    feeds = host.feeds(ids[0, :8].numpy(), 8, host.new_cache())
-    whole, halved = (torch.from_numpy(s.run(["logits"], feeds)[0]) for s in (session, coarse))
-    assert (halved - whole).abs().max() > 5 * (whole - models[8](ids[:, :8])).abs().max()
-    with pytest.raises(InputError, match="attention bits: found 4"):
-        StaticChoices(attention_bits=4)
 
 
 def test_the_command_line_writes_checks_and_runs_them(tmp_path):
@@ -484,163 +312,8 @@ def test_the_command_line_writes_checks_and_runs_them(tmp_path):
 # Activation grids ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16"])
-@given(low=st.floats(-1e3, 1e3, width=32), span=st.floats(0, 1e3, width=32))
-def test_a_grid_holds_its_range_and_zero(dtype, low, span):
-    grid = Grid.over(low, low + span, dtype)
-    ends = np.array([low, low + span, 0.0], np.float32)
-    assert np.abs(grid.round(ends) - ends).max() <= grid.scale * 1.01 and grid.round(ends)[2] == 0
-
-
-def test_observing_in_pieces_is_observing_at_once():
-    x = np.random.default_rng(0).normal(size=4000).astype(np.float32) * np.linspace(0.01, 9, 4000, dtype=np.float32)
-    whole, pieces = {}, {}
-    observe(whole, [("x", np.concatenate([x[-1:], x]))], "mse")
-    observe(pieces, [("x", part) for part in np.split(x, 8)], "mse")
-    assert (pieces["x"].low, pieces["x"].high) == (x.min(), x.max()) and pieces["x"].counts.sum() == 4000
-    for method in ("percentile", "mse"):
-        a, b = (choose("x", seen["x"], "int8", method, clip=0.005) for seen in (whole, pieces))
-        assert a.scale == pytest.approx(b.scale, rel=0.02)
-
-
-def test_mse_beats_minmax_and_percentile_leaves_out_what_it_says():
-    x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
-    x[0] = 40.0
-    seen = Observer()
-    seen.see("x", x)
-    errors = {
-        m: np.square(choose("x", seen, "int8", m, clip=0.002).round(x) - x).mean()
-        for m in ("minmax", "mse", "percentile")
-    }
-    assert errors["mse"] < 0.9 * errors["minmax"]
-    grid = choose("x", seen, "uint8", "percentile", clip=0.002)
-    low, high = -grid.zero * grid.scale, (255 - grid.zero) * grid.scale
-    assert ((x < low) | (x > high)).mean() == pytest.approx(0.002, rel=0.3)
-
-
-def test_saturation_and_bad_ranges_are_refused():
-    seen = Observer()
-    seen.see("x", np.linspace(-1, 1, 1000, dtype=np.float32))
-    with pytest.raises(InputError, match=r"activation x: found 2\d\.\d% of its values outside"):
-        choose("x", seen, "int8", "percentile", clip=0.25)
-    with pytest.raises(InputError, match="activation y: found NaN or infinite values"):
-        observe({}, [("y", np.array([1.0, np.nan], np.float32))])
-    with pytest.raises(InputError, match="activation y: found no values"):
-        grids({"y": Observer()}, "int8")
-    with pytest.raises(InputError, match="activation type: found 'int4'"):
-        Grid.over(0, 1, "int4")
-    with pytest.raises(InputError, match="activation ranges: found 'max'"):
-        choose("x", seen, "int8", "max")
-
-
 # LPBQ ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 99))
-def test_lpbq_scales_are_a_float_times_an_integer(N, G, bits, weighted, seed):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(N, G * 16, generator=generator) * torch.rand(N, G, generator=generator).repeat_interleave(
-        16, 1
-    )
-    importance = torch.rand(G * 16, generator=generator) if weighted else None
-    spec = QuantSpec(bits, 16, search="lpbq")
-    scales, zeros = find_grid("w", weight, spec, importance)
-    multiple = scales / scales.amax(1, keepdim=True) * 16
-    assert zeros is None and (scales > 0).all()
-    torch.testing.assert_close(multiple, multiple.round(), atol=1e-4, rtol=0)
-    assert multiple.min() >= 1 - 1e-4
-    assert is_lpbq(QuantTensor.from_ints(round_to_grid(weight, scales, None, spec), scales, None, spec))
-
-
-def test_is_lpbq_tells_ordinary_scales():
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    assert not is_lpbq(rtn_quantize(weight, QuantSpec(4, 16, search="minmax")))
-    assert not is_lpbq(rtn_quantize(weight, QuantSpec(4, 16, symmetric=False)))
-    assert is_lpbq(rtn_quantize(weight, QuantSpec(4, None, search="minmax")))  # one block a row is its own factor
-    quantized = rtn_quantize(weight, QuantSpec.parse("w4g16-lpbq"))
-    assert is_lpbq(quantized) and not is_lpbq(dataclasses.replace(quantized, scales=-quantized.scales))
-    assert not is_lpbq(dataclasses.replace(quantized, scales=quantized.scales * torch.tensor([1, 1, 1.03, 1])))
-
-
-def test_searching_the_form_beats_rounding_to_it_afterwards():
-    """Scales searched with the integers against those that the compiler would make of the best ordinary ones."""
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.rand(
-        64, 1, generator=torch.Generator().manual_seed(1)
-    )
-    ordinary = rtn_quantize(weight, QuantSpec(4, 32, search="minmax"))
-    step = ordinary.scales.amax(1, keepdim=True) / 16
-    compiled = dataclasses.replace(ordinary, scales=(ordinary.scales / step).round().clamp(1, 16) * step)
-    native = rtn_quantize(weight, QuantSpec.parse("w4g32-lpbq"))
-    errors = [(q.dequantize() - weight).square().mean() for q in (native, compiled)]
-    assert errors[0] < 0.85 * errors[1]
-
-
-def test_gptq_rounds_on_the_lpbq_grid():
-    generator = torch.Generator().manual_seed(0)
-    weight, x = (
-        torch.randn(16, 64, generator=generator),
-        torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator),
-    )
-    spec, H = QuantSpec.parse("w4g16-lpbq"), (x.T @ x).double()
-    quantized = gptq_quantize(weight, H, spec)
-    scales, _ = find_grid("w", weight, spec, H.diagonal().float())
-    assert is_lpbq(quantized) and torch.equal(quantized.scales, scales)
-    nearest = round_to_grid(weight, scales, None, spec)
-    error = [
-        ((q - weight) @ x.T).square().sum()
-        for q in (quantized.dequantize(), QuantTensor.from_ints(nearest, scales, None, spec).dequantize())
-    ]
-    assert error[0] < 0.8 * error[1]
-
-
-def test_lpbq_in_the_spec():
-    spec = QuantSpec.parse("w4g32-lpbq")
-    assert (spec.search, str(spec), spec.symmetric) == ("lpbq", "w4g32-lpbq", True)
-    with pytest.raises(InputError, match="lpbq"):
-        QuantSpec(4, 32, symmetric=False, search="lpbq")
-    with pytest.raises(InputError, match=r"\[-asym\|-floatzero\|-lpbq\]"):
-        QuantSpec.parse("w4g32-asym-lpbq")
-    with pytest.raises(InputError, match=r"scales: found \(2, 3\)"):
-        snap_scales(torch.ones(2, 16), torch.ones(2, 3), 4)
-
-
-# Real runtimes: `make runtime NAME=qnn`, `make runtime NAME=rknn` -------------------------------------------------------
-
-
-def in_runtime(graph: Graph, folder, profile: str, runtime: str) -> dict:
-    """What the runtime's check says about an export of the graph; skips where the runtime is not installed."""
-    from tinycompress.export.gate.runtime import installed, run_check
-
-    if not installed(runtime):
-        pytest.skip(f"make runtime NAME={runtime}")
-    export(graph, folder, profile, check=False, progress=False)
-    return run_check(runtime, folder, read(folder), profile)
-
-
-@pytest.mark.runtime
-@pytest.mark.parametrize("spec", [None, "w4", "w4g32-lpbq"])
-def test_htp_runs_the_graphs(spec, tmp_path):
-    layers = (Layer(4, 2, 128), Layer(2, 1, 64), Layer(0, 0, 64), Layer(4, 4, 0))
-    graph = small(layers=layers, rope=YARN, biases=frozenset({"q_proj", "down_proj"}), max_position=64)
-    result = in_runtime(RTN(QuantSpec.parse(spec))(graph) if spec else graph, tmp_path / "out", "qnn", "qnn")
-    assert result["passed"], result["failures"]
-
-
-@pytest.mark.runtime
-def test_htp_keeps_lpbq_scales_and_changes_ordinary_ones(tmp_path):
-    """FFN layers only, so that nothing but the weights can differ between HTP and the CPU."""
-    graph = small(layers=(Layer(0, 0, 128),) * 2, max_position=64)
-    specs = {"native": QuantSpec.parse("w4g32-lpbq"), "ordinary": QuantSpec(4, 32, search="minmax")}
-    found = {
-        name: in_runtime(RTN(spec)(graph), tmp_path / name, "qnn", "qnn")["figures"]["htp_to_cpu"]
-        for name, spec in specs.items()
-    }
-    assert found["native"] < found["ordinary"] / 10, found
-
-
-@pytest.mark.runtime
-def test_rknn_runs_the_graphs(tmp_path):
-    graph = small(layers=MIXED, rope=YARN, biases=frozenset({"q_proj", "down_proj"}), max_position=64)
-    result = in_runtime(graph, tmp_path / "out", "static", "rknn")
-    assert result["passed"], result["failures"]
+# Real runtimes: `make runtime NAME=qnn`, `make runtime NAME=rknn`
+# -------------------------------------------------------

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_export import ids_of, one_thread, proto, quantized, small
+from exported import ids_of, proto, quantized, small
+from gate_results import checks, failed
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
@@ -16,17 +17,8 @@ from tinycompress.export.gate.verify import gate
 from tinycompress.export.read import load_proto
 from tinycompress.graph.rope import Rope
 
-__all__ = ["one_thread"]  # the fixture, for this file too
 YARN = Rope(type="yarn", factor=4.0, original_max_position=32)
 ALL = ["files", "fingerprint", "tables", "prefill", "decode", "padding", "end_of_context", "kl", "flips", "perplexity"]
-
-
-def checks(report) -> dict[str, bool]:
-    return {check["check"]: check["passed"] for check in report["checks"]}
-
-
-def failed(report) -> set[str]:
-    return {name for name, passed in checks(report).items() if not passed}
 
 
 def overwrite(folder, name: str, change) -> None:

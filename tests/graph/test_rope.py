@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinycompress.checkpoints.hf import config_to_hf, rope_from_hf
+from tinycompress.checkpoints.hf import config_to_hf
+from tinycompress.checkpoints.hf_rope import rope_from_hf
 from tinycompress.context.scale_rope import METHODS, UNTRAINED, ChooseRope, ScaleRope, scale_rope
 from tinycompress.errors import InputError
 from tinycompress.evaluation.perplexity import perplexity

@@ -4,7 +4,8 @@
   org/name        any other hub data set with a text column (org/name:config to choose a configuration)
   a local path    .txt, .json, .jsonl or .parquet
   "pydoc"         the English of Python's own help topics: always there, no download. Its topics, by name, are dealt
-                  alternately into two halves: "train" to calibrate on, and "test" to evaluate on, which shares no paragraph
+                  alternately into two halves: "train" to calibrate on, and "test" to evaluate on, which shares no
+                  paragraph with the other
 
 Text is tokenized once, without special tokens, and cut into windows that do not overlap.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.tokenizer import Tokenizer
+from ..checkpoints.tokenizer import encoder_of
 from ..errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -32,19 +33,27 @@ WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 def tokens(
-    source: str | Path, tokenizer: Tokenizer | None, n: int, seq_len: int, seed: int | None = None, split: str = "train"
+    source: str | Path, tokenizer: Any, n: int, seq_len: int, seed: int | None = None, split: str = "train"
 ) -> Tensor:
     """Token ids [n, seq_len], int64: the first n windows in a row, or with a `seed` n windows drawn from all of them.
 
-    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is for `decode.check_ids`.
+    Args:
+        source: where the text is: "pydoc", "wikitext2", a file, or a hub data set (see above).
+        tokenizer: a graph's, one of transformers or of `tokenizers`, or a function from text to a mapping with
+            `input_ids`. Special tokens are left out.
+        n: how many windows.
+        seq_len: how many tokens each has.
+        seed: of the draw; None takes the first windows.
+        split: "train" | "validation" | "test", for sources that have them.
+
+    Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is checked where they are used.
     """
-    if tokenizer is None:
-        raise InputError("tokenizer", "none", "a model folder with a tokenizer.json")
+    encode = encoder_of(tokenizer)
     for name, value in (("number of windows", n), ("window length", seq_len)):
         if value < 1:
             raise InputError(name, value, "a positive integer")
     # a hub data set can be endless: a tenth of what is read is plenty to draw from, at some four characters a token
-    ids = tokenizer.encode(text(source, split, max_chars=40 * n * seq_len))
+    ids = encode(text(source, split, max_chars=40 * n * seq_len))
     fits = len(ids) // seq_len
     if n > fits:
         needed = f"at least {n} × {seq_len} = {n * seq_len}, or at most {fits} windows of {seq_len}"
@@ -56,8 +65,12 @@ def tokens(
 
 
 def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
-    """Calibration windows [N, T] as passes take them: a tensor as it is; of an iterable (a list, a generator, a DataLoader)
-    the items one below the other, each ids [T] or [b, T], or a mapping with `input_ids`, as transformers' collators give it."""
+    """Calibration windows [N, T] as passes take them.
+
+    tokens: a tensor, which is returned as it is; or an iterable (a list, a generator, a DataLoader) whose items are put
+    one below the other, each of them ids [T] or [b, T], or a mapping with `input_ids`, as transformers' collators give
+    it.
+    """
     if isinstance(tokens, Tensor):
         return tokens
     rows: list[Tensor] = []
@@ -65,9 +78,8 @@ def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
         ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
         rows.append(ids[None] if ids.dim() == 1 else ids)
     if not rows:
-        raise InputError(
-            "tokens", "no windows", "ids [windows, seq_len], or an iterable of ids [seq_len] or [b, seq_len]"
-        )
+        accepted = "ids [windows, seq_len], or an iterable of ids [seq_len] or [b, seq_len]"
+        raise InputError("tokens", "no windows", accepted)
     lengths = {tuple(ids.shape[1:]) for ids in rows}
     if len(lengths) > 1 or rows[0].dim() != 2:
         raise InputError("tokens", f"windows of shapes {sorted(lengths)}", "windows of one length")
@@ -79,7 +91,8 @@ def text(source: str | Path, split: str = "train", max_chars: int | None = None)
     reading a hub data set once it has that many."""
     if split not in SPLITS:
         raise InputError("split", repr(split), " | ".join(SPLITS))
-    name, path = str(source), Path(source).expanduser()
+    name = str(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return _file(path)
     if name == "pydoc":
@@ -124,13 +137,14 @@ def _hub(name: str, split: str, max_chars: int | None) -> str:
     repository, _, config = name.partition(":")
     try:
         rows = load_dataset(repository, config or None, split=split, streaming=True)
-        out, size = [], 0
+        parts = []
+        size = 0
         for row in _texts(rows, name):
-            out.append(row)
+            parts.append(row)
             size += len(row)
             if max_chars and size >= max_chars:
                 break
-        return "\n\n".join(out)
+        return "\n\n".join(parts)
     except (ValueError, OSError, RuntimeError) as error:  # the library's own errors are subclasses of these
         if isinstance(error, InputError):
             raise
@@ -144,9 +158,11 @@ def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[str]:
     if first is None:
         return
     columns = [key for key, value in first.items() if isinstance(value, str)]
-    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
-    if column is None:
-        found = ", ".join(f"{key} ({type(value).__name__})" for key, value in first.items())
-        raise InputError(f"columns of {where}", found, 'a string column "text", or one string column only')
+    if "text" in columns:
+        columns = ["text"]
+    if len(columns) != 1:
+        given = ", ".join(f"{key} ({type(value).__name__})" for key, value in first.items())
+        raise InputError(f"columns of {where}", given, 'a string column "text", or one string column only')
+    (column,) = columns
     for row in chain([first], rows):
         yield (row[column] or "").replace("\r\n", "\n").replace("\r", "\n")

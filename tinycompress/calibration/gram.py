@@ -27,8 +27,8 @@ def cross_gram(inputs: Inputs) -> Tensor:
 
 
 def stream_gram(inputs: Inputs, weight: Tensor) -> Tensor:
-    """Σ (W xᵣ + hᵣ - h) xᵀ, float64 [D, K]: by the present inputs x, what the reference's residual stream is behind a linear
-    W [D, K] that writes to it, less the present stream h in front of it."""
+    """Σ (W xᵣ + hᵣ - h) xᵀ, float64 [D, K]: by the present inputs x, what the reference's residual stream is behind a
+    linear W [D, K] that writes to it, less the present stream h in front of it."""
     if inputs.reference is None:
         raise InputError("inputs", "no reference", "walk(..., reference=True)")
     total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
@@ -51,7 +51,8 @@ def gram(feed: Feed, inputs: Inputs) -> Tensor:
         K = x.shape[1]
         if total is None:
             total = torch.zeros(K, K, dtype=torch.float64, device=x.device)
-        step, columns = max(128, -(-K // 4)), x.T.contiguous()
+        step = max(128, -(-K // 4))
+        columns = x.T.contiguous()
         for i in range(0, K, step):
             total[i:, i : i + step] += product(columns[i:], columns[i : i + step], min_rows=1)
     assert total is not None

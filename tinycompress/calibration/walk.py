@@ -39,8 +39,8 @@ class Lease:
 class Inputs:
     """The inputs of one feed: iterate (as often as needed) over batches [b, T, K].
 
-    They can be read while the visitor runs that they were given to; later their memory holds other activations, so reading
-    them then is an `InputError`.
+    They can be read while the visitor runs that they were given to; later their memory holds other activations, so
+    reading them then is an `InputError`.
 
     Fields:
         make: a new iterator over the batches.
@@ -63,9 +63,12 @@ class Inputs:
             yield batch
 
     def balanced(self, weight: Tensor) -> Inputs:
-        """The inputs of a writer of the residual stream (`weight` [D, K]), each position divided by the root mean square
-        of the stream after it, in both graphs. What reads the stream divides by that as well, so squared errors count
-        as they are read, and the few positions with massive activations do not drown the others."""
+        """The inputs of a linear that writes to the residual stream (`weight` [D, K]), in both graphs, each position
+        divided by the root mean square of the stream after it.
+
+        The norms behind it divide by that as well, so squared errors count as they are read, and the few positions with
+        massive activations do not drown the others.
+        """
         scales = [
             (h + product(x, weight.to(x.dtype))).square().mean(-1, keepdim=True).rsqrt()
             for x, h in zip(self, self.residual)
@@ -146,9 +149,9 @@ def walk(
 
     tokens: [N, T] ids, on the device to work on. Blocks run in float32 on the CPU, in the graph's dtype elsewhere.
     reference: also run the untouched graph and show its inputs as `inputs.reference` (twice the time and memory).
-    finish: behind the last feed of a block, `finish(changed, layer, inputs, targets, tables)` may replace parameters of the
-    block once more, which then runs again: `changed` is the graph with what the visitor returned, inputs are the batches
-    [b, T, D] that reached the block, targets what the untouched graph has behind it. It takes `reference`.
+    finish: behind the last feed of a block, `finish(changed, layer, inputs, targets, tables)` may replace parameters of
+    the block once more, which then runs again: `changed` is the graph with what the visitor returned, inputs are the
+    batches [b, T, D] that reached the block, targets what the untouched graph has behind it. Needs `reference`.
     progress: the name of a bar over the layers; None shows none.
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
@@ -196,7 +199,7 @@ def walk(
 def walk_blocks(
     graph: Graph, reference: Graph, tokens: Tensor, visit: BlockVisitor, *, progress: str | None = None
 ) -> Graph:
-    """Calls `visit(layer, inputs, targets, tables)` for every block in order; the parameters it returns replace the graph's.
+    """Calls `visit(layer, inputs, targets, tables)` for every block in order; what it returns replaces parameters.
 
     inputs: batches [b, T, D] of what reaches the block in `graph`, with the blocks before it already replaced; targets:
     what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.

@@ -6,30 +6,33 @@ from collections.abc import Mapping
 
 import torch
 
-from ..graph.config import Config, shapes
+from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weight, Weights
-from ..graph.quant_tensor import QuantSpec, QuantTensor
-from ..graph.topology import feeds
+from ..graph.quant_tensor import Grid, QuantTensor
 from .layouts import layout_of
 
 
-def check_plan(format: str, graph: Graph, config: Config, spec: QuantSpec | None, tables: QuantSpec | None) -> None:
-    """An `InputError` if `format` cannot carry `graph` once it has the shapes of `config`, the layers' linears on `spec`
-    and the embedding and head on `tables` (None: as they are). Reads no weight."""
-    grids: dict[str, QuantSpec] = {}
+def check_plan(format: str, graph: Graph, config: Config, spec: Grid | None, tables: Grid | None) -> None:
+    """An `InputError` if `format` cannot carry the graph once passes have changed it. Reads no weight.
+
+    config: the shapes that the graph will have. spec: the grid of the layers' linears, tables: of the embedding and the
+    head; None leaves them as they are.
+    """
+    grids: dict[str, Grid] = {}
     if spec:
-        grids |= {f"{name}.weight": spec for feed in feeds(config) if feed.layer is not None for name in feed.readers}
+        grids |= {linear.weight: spec for linear in config.linears() if linear.layer is not None}
     if tables:
-        grids |= {name: tables for name in ("model.embed_tokens.weight", "lm_head.weight") if name in shapes(config)}
+        grids |= {name: tables for name in (EMBEDDING, f"{HEAD}.weight") if name in shapes(config)}
+    planned = _blank(graph, config, grids)
     if format == "gguf":
         from .gguf_writer import check_graph
 
-        check_graph(_blank(graph, config, grids))
+        check_graph(planned)
     else:
-        layout_of(_blank(graph, config, grids), format)
+        layout_of(planned, format)
 
 
-def _blank(graph: Graph, config: Config, grids: Mapping[str, QuantSpec]) -> Graph:
+def _blank(graph: Graph, config: Config, grids: Mapping[str, Grid]) -> Graph:
     """A graph of those shapes and grids whose tensors have no data (torch's meta device)."""
     entries: dict[str, Weight | LazyTensor] = {}
     for name, shape in shapes(config).items():
@@ -43,7 +46,7 @@ def _blank(graph: Graph, config: Config, grids: Mapping[str, QuantSpec]) -> Grap
     return Graph(config, Weights(entries))
 
 
-def _blank_packed(name: str, shape: tuple[int, int], spec: QuantSpec) -> QuantTensor:
-    scales = torch.empty(shape[0], shape[1] // spec.group(name, shape[1]), device="meta")
+def _blank_packed(name: str, shape: tuple[int, int], grid: Grid) -> QuantTensor:
+    scales = torch.empty(shape[0], shape[1] // grid.group(name, shape[1]), device="meta")
     q = torch.empty(shape, dtype=torch.uint8, device="meta")
-    return QuantTensor.from_ints(q, scales, None if spec.symmetric else scales, spec)
+    return QuantTensor.from_ints(q, scales, None if grid.symmetric else scales, grid)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..graph.config import LINEARS, Config, Layer, shapes
+from ..graph.config import LINEARS, Config, Layer, layer_of, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
 from ..graph.rope import Rope
-from .hf import integer, number, token_id
+from .json_fields import integer, number, token_id
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ LLAMA3_LENGTH = 8192  # what every Llama 3.x was trained at, before its frequenc
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> Graph:
-    """The graph in a .gguf file of architecture "llama", weights in `dtype` (float32 by default), its tokenizer included."""
+    """The graph in a .gguf file of architecture "llama", with its tokenizer; weights in `dtype`, by default float32."""
     import gguf
 
-    path, dtype = Path(path), dtype or torch.float32
+    path = Path(path)
+    dtype = dtype or torch.float32
     reader = open_gguf(path)
     fields = _metadata(reader, path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -69,7 +70,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> Graph:
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [H·d, …] from llama.cpp's neighbouring pairs to half-split pairs: the inverse of its converter's `permute`."""
+    """Rows [H·d, …] from llama.cpp's neighbouring pairs to half-split pairs: its converter's `permute`, undone."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -111,10 +112,13 @@ def config_from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], wher
     values = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
     if integer(values, "expert_count", where, 0, low=0):
         raise InputError(f"llama.expert_count in {where}", values["expert_count"], "0: a dense model")
-    hidden, n = integer(values, "embedding_length", where), integer(values, "block_count", where, high=10_000)
-    heads = _per_layer(values, "attention.head_count", n, where)
-    kv_heads = _per_layer(values, "attention.head_count_kv", n, where) if "attention.head_count_kv" in values else heads
-    ffn = _per_layer(values, "feed_forward_length", n, where)
+    hidden = integer(values, "embedding_length", where)
+    n_layers = integer(values, "block_count", where, high=10_000)
+    heads = _per_layer(values, "attention.head_count", n_layers, where)
+    kv_heads = heads
+    if "attention.head_count_kv" in values:
+        kv_heads = _per_layer(values, "attention.head_count_kv", n_layers, where)
+    ffn = _per_layer(values, "feed_forward_length", n_layers, where)
     head_dim = integer(values, "attention.key_length", where, hidden // max(1, *heads))
     for key in ("rope.dimension_count", "attention.value_length"):
         if integer(values, key, where, head_dim) != head_dim:
@@ -161,16 +165,14 @@ def _rope(values: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int, 
     if kind == "yarn":
         rope = Rope(theta, "yarn", factor, integer(values, "rope.scaling.original_context_length", where))
         extra = number(values, "rope.scaling.attn_factor", where, 1.0)  # on top of the paper's formula
-        return (
-            rope
-            if extra == 1
-            else Rope(theta, "yarn", factor, rope.original_max_position, rope.attention_scale() * extra)
-        )
+        if extra == 1:
+            return rope
+        return Rope(theta, "yarn", factor, rope.original_max_position, rope.attention_scale() * extra)
     raise InputError(f"llama.rope.scaling.type in {where}", repr(kind), "none | linear | yarn")
 
 
 def _llama3_rope(theta: float, divisors: np.ndarray, head_dim: int, where: str) -> Rope:
-    """Llama 3's stretch, which GGUF keeps only as the numbers that frequencies are divided by: recognised, or refused."""
+    """Llama 3's stretch, which GGUF keeps as the numbers that frequencies are divided by: recognised, or refused."""
     factor = float(divisors.max(initial=1.0))
     if np.isfinite(factor) and factor >= 1 and divisors.shape == (head_dim // 2,):
         rope = Rope(theta, "llama3", factor, LLAMA3_LENGTH)
@@ -182,13 +184,14 @@ def _llama3_rope(theta: float, divisors: np.ndarray, head_dim: int, where: str) 
     )
 
 
-def _per_layer(values: Mapping[str, Any], key: str, n: int, where: str) -> list[int]:
-    """One number for every layer, or a list of one a layer."""
+def _per_layer(values: Mapping[str, Any], key: str, n_layers: int, where: str) -> list[int]:
+    """One number for every layer, or a list with one for each."""
     value = values.get(key)
-    if isinstance(value, list) and len(value) != n:
-        raise InputError(f"llama.{key} in {where}", f"{len(value)} numbers", f"one, or one for each of {n} layers")
-    each = value if isinstance(value, list) else [value] * n
-    return [integer({key: v}, key, where, low=0) for v in each]
+    if isinstance(value, list) and len(value) != n_layers:
+        accepted = f"one, or one for each of {n_layers} layers"
+        raise InputError(f"llama.{key} in {where}", f"{len(value)} numbers", accepted)
+    numbers = value if isinstance(value, list) else [value] * n_layers
+    return [integer({key: number}, key, where, low=0) for number in numbers]
 
 
 def _metadata(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
@@ -200,10 +203,13 @@ def _metadata(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
 
 def permuted_heads(name: str, config: Config) -> int:
     """How many heads a parameter's rows are reordered in: q and k only, else 0."""
-    if ".self_attn.q_proj." not in name and ".self_attn.k_proj." not in name:
+    index = layer_of(name)
+    if index is None:
         return 0
-    layer = config.layers[int(name.split(".")[2])]
-    return layer.n_heads if ".q_proj." in name else layer.n_kv_heads
+    layer = config.layers[index]
+    if ".q_proj." in name:
+        return layer.n_heads
+    return layer.n_kv_heads if ".k_proj." in name else 0
 
 
 def _read(data: np.ndarray, kind: gguf.GGMLQuantizationType, heads: int, dtype: torch.dtype) -> Tensor:

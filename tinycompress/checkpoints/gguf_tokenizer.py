@@ -15,13 +15,14 @@ from ..errors import InputError
 from ..graph.config import Config
 from .tokenizer import BYTE, CONTROL, GGUF_IDS, SPLITS, UNKNOWN, USER_DEFINED, Tokenizer
 
-NORMAL, UNUSED = 1, 5
+NORMAL = 1  # tokenizer.ggml.token_type, beside those of tokenizer.py
+UNUSED = 5
 LOWEST = -1e9  # the score of a piece that no merge makes
 PROBE = "Once upon a time, there were 1234 cats; they'd seen it  all.\n\tNaïve café, 漢字 & 👩‍🚀! x_y=f(3.14)"
 
 
 def tokenizer_fields(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
-    """`tokenizer.ggml.*` by full name. A tokenizer that GGUF cannot say is an `InputError`, found by encoding a text."""
+    """`tokenizer.ggml.*` by full name; an `InputError` for a tokenizer that GGUF cannot express, found on a text."""
     data = json.loads(tokenizer.backend.to_str())
     model = data["model"]
     if model.get("type") != "BPE":
@@ -55,8 +56,10 @@ def _common(tokenizer: Tokenizer, data: Mapping[str, Any], config: Config) -> di
     """Tokens, their types, and the special ones."""
     added = {token["content"]: bool(token["special"]) for token in data.get("added_tokens", ())}
     by_id = {i: token for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    unknown, fallback = data["model"].get("unk_token"), data["model"].get("byte_fallback")
-    tokens, types = [], []
+    unknown = data["model"].get("unk_token")
+    fallback = data["model"].get("byte_fallback")
+    tokens = []
+    types = []
     for i in range(config.vocab_size):
         token = by_id.get(i)
         tokens.append(f"[PAD{i}]" if token is None else token)
@@ -83,8 +86,8 @@ def _id(tokenizer: Tokenizer, name: str, config: Config) -> int | None:
     """The id of a special token: by tokenizer_config.json, else by the model's config (the first of several)."""
     token = tokenizer.config.get(name)
     token = token.get("content") if isinstance(token, Mapping) else token
-    if isinstance(token, str) and (found := tokenizer.backend.token_to_id(token)) is not None:
-        return found
+    if isinstance(token, str) and (token_id := tokenizer.backend.token_to_id(token)) is not None:
+        return token_id
     value = getattr(config, f"{name}_id", None)
     return value[0] if isinstance(value, tuple) else value
 
@@ -107,6 +110,7 @@ def _pre(pre_tokenizer: Mapping[str, Any] | None) -> str:
 
 def _prefixes(data: Mapping[str, Any]) -> bool:
     """Whether a space is put before the text."""
-    normalizer, splitter = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    normalizer = data.get("normalizer") or {}
+    splitter = data.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     return any(step.get("type") == "Prepend" for step in steps) or splitter.get("prepend_scheme", "never") != "never"

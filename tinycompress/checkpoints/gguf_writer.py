@@ -1,13 +1,14 @@
 """A graph as one GGUF file for llama.cpp, its packed weights in llama.cpp's own blocks of 32.
 
-    Q4_0   float16 d, 16 bytes               w = d · (q - 8),     q_j in the low half of byte j, q_(j+16) in the high one
+    Q4_0   float16 d, 16 bytes               w = d · (q - 8),     q_j in the low half of byte j, q_(j+16) in the high
     Q4_1   float16 d, float16 m, 16 bytes    w = d · q + m,       m = -z · d
     Q8_0   float16 d, 32 signed bytes        w = d · (q - 128)
 
-A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one (z a float or not) on Q4_1's, 8 bits symmetric on Q8_0's: the integers
-stay, d is the group's scale (of either sign) in float16, repeated where a group spans several blocks. Other grids are an
-`InputError`, unless `requantize` names the type to round them to. Dense weights stay dense; norms and biases are F32.
-llama.cpp turns neighbouring channels, so the rows of q and k are reordered (gguf_file.unpermute is the inverse).
+A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one (z a float or not) on Q4_1's, 8 bits symmetric on
+Q8_0's: the integers stay, d is the group's scale (of either sign) in float16, repeated where a group spans several
+blocks. Other grids are an `InputError`, unless `requantize` names the type to round them to. Dense weights stay dense;
+norms and biases are F32. llama.cpp turns neighbouring channels, so the rows of q and k are reordered
+(gguf_reader.unpermute is the inverse).
 Letters: N out_features, K in_features, B = K / 32 blocks.
 """
 
@@ -43,7 +44,7 @@ DENSE = {torch.float16: "F16", torch.bfloat16: "BF16"}  # everything else: F32
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor of the file to come: its GGUF name, its parameter's name and shape, its type, and what makes its bytes."""
+    """A tensor of the file to come: its GGUF name, its shape, its type, and what makes its bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,8 +53,14 @@ class _Item:
 
 
 def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None, overwrite: bool = False) -> Path:
-    """Writes the file, one weight in memory at a time; it appears complete or not at all. `requantize` ("Q8_0", "F16", …)
-    is the type that packed weights are rounded to which no block of llama.cpp's holds as they are."""
+    """Writes the file, one weight in memory at a time; it appears complete or not at all.
+
+    Args:
+        path: the file, whose name ends in .gguf. Returned.
+        requantize: the type, one of `REQUANTIZE`, that packed weights are rounded to where no block of llama.cpp holds
+            them as they are; None: such a weight is an `InputError`.
+        overwrite: whether a file that is there already is replaced. False by default.
+    """
     import gguf
 
     path = Path(path)
@@ -61,11 +68,9 @@ def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None,
     if requantize is not None and requantize not in REQUANTIZE:
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
     items = check_graph(graph, requantize)
-    fields = (
-        {"tokenizer.ggml.model": "no_vocab"}
-        if graph.tokenizer is None
-        else tokenizer_fields(graph.tokenizer, graph.config)
-    )
+    fields = {"tokenizer.ggml.model": "no_vocab"}
+    if graph.tokenizer is not None:
+        fields = tokenizer_fields(graph.tokenizer, graph.config)
     with new_file(path, overwrite) as work:
         writer = gguf.GGUFWriter(work, "llama")
         try:
@@ -106,23 +111,23 @@ def check_graph(graph: Graph, requantize: str | None = None) -> list[_Item]:
 
 def kind_of(name: str, weight: QuantTensor) -> str:
     """The block type that holds a packed weight's integers as they are; an `InputError` where none does."""
-    spec, group = weight.grid, weight.shape[1] // weight.scales.shape[1]
+    grid = weight.grid
+    group = weight.shape[1] // weight.scales.shape[1]
     if group % BLOCK:
-        raise InputError(
-            f"{name} for GGUF", f"groups of {group}", f"multiples of {BLOCK} (or write_gguf's requantize='Q8_0')"
-        )
-    if spec.bits <= 4:
-        return "Q4_0" if spec.symmetric else "Q4_1"
-    if spec.symmetric:
+        accepted = f"multiples of {BLOCK} (or write_gguf's requantize='Q8_0')"
+        raise InputError(f"{name} for GGUF", f"groups of {group}", accepted)
+    if grid.bits <= 4:
+        return "Q4_0" if grid.symmetric else "Q4_1"
+    if grid.symmetric:
         return "Q8_0"
-    raise InputError(
-        f"{name} for GGUF", f"{spec}: 8 bits with zero points", "8 bits symmetric (or write_gguf's requantize='Q8_0')"
-    )
+    accepted = "8 bits symmetric (or write_gguf's requantize='Q8_0')"
+    raise InputError(f"{name} for GGUF", f"{grid}: 8 bits with zero points", accepted)
 
 
 def blocks(name: str, weight: QuantTensor) -> np.ndarray:
     """uint8 [N, B · bytes a block]: a packed weight in the blocks of `kind_of`."""
-    kind, (N, K) = kind_of(name, weight), weight.shape
+    kind = kind_of(name, weight)
+    N, K = weight.shape
     repeats = K // weight.scales.shape[1] // BLOCK
     scales = half_scales(name, weight.scales).repeat_interleave(repeats, 1)  # (N, B)
     q = weight.ints().reshape(N, K // BLOCK, BLOCK)
@@ -151,15 +156,16 @@ def _items(graph: Graph, requantize: str | None) -> Iterator[_Item]:
         divisors = Rope(config.rope.theta).inv_freq(config.head_dim) / config.rope.inv_freq(config.head_dim)
         yield _Item("rope_freqs.weight", tuple(divisors.shape), "F32", lambda: _dense(divisors, "F32"))
     for name, shape in shapes(config).items():
-        entry, target = graph.weights.entries[name], names.get_name(name, (".weight", ".bias"))
-        assert target is not None
+        entry = graph.weights.entries[name]
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        assert gguf_name is not None
         order = _row_order(name, config)
         if isinstance(entry, QuantTensor):
             kind, make = _packed(name, entry, order, requantize)
         else:
             kind = DENSE.get(entry.dtype, "F32") if len(shape) == 2 else "F32"
             make = _reader(graph, name, order, kind)
-        yield _Item(target, shape, kind, make)
+        yield _Item(gguf_name, shape, kind, make)
 
 
 def _packed(
@@ -172,11 +178,8 @@ def _packed(
             raise
         kind = requantize
         if kind.startswith("Q") and weight.shape[1] % BLOCK:
-            raise InputError(
-                f"requantize of {name}",
-                f"{kind}, rows of {weight.shape[1]}",
-                "F16, for rows that are no multiple of 32",
-            ) from None
+            given = f"{kind}, rows of {weight.shape[1]}"
+            raise InputError(f"requantize of {name}", given, "F16, for rows that are no multiple of 32") from None
         return kind, lambda: _dense(_reordered(name, weight, order).dequantize(torch.float32), kind)
     half_scales(name, weight.scales)  # before anything is written
     return kind, lambda: blocks(name, _reordered(name, weight, order))
@@ -223,17 +226,22 @@ def _check_config(config: Config) -> None:
 def _add_hyperparameters(writer: gguf.GGUFWriter, config: Config, items: list[_Item]) -> None:
     import gguf
 
-    layer, rope = config.layers[0], config.rope
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(layer.ffn_dim)
-    writer.add_head_count(layer.n_heads)
-    writer.add_head_count_kv(layer.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    layer = config.layers[0]
+    rope = config.rope
+    numbers = {
+        writer.add_vocab_size: config.vocab_size,
+        writer.add_context_length: config.max_position,
+        writer.add_embedding_length: config.hidden_size,
+        writer.add_block_count: config.n_layers,
+        writer.add_feed_forward_length: layer.ffn_dim,
+        writer.add_head_count: layer.n_heads,
+        writer.add_head_count_kv: layer.n_kv_heads,
+        writer.add_key_length: config.head_dim,
+        writer.add_value_length: config.head_dim,
+        writer.add_rope_dimension_count: config.head_dim,
+    }
+    for add, number in numbers.items():
+        add(number)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(rope.theta)
     if rope.type in ("linear", "yarn"):

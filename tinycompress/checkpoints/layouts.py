@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..graph.config import Config, shapes
+from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import QuantTensor
-from ..graph.topology import feeds
 from . import awq_format, compressed_tensors, gptq_format
 
 FOLDERS = ("gptq", "awq", "compressed-tensors")
@@ -25,8 +24,13 @@ FORMATS = ("native", *FOLDERS, "gguf")
 
 @dataclass(frozen=True)
 class Layout:
-    """`parts(linear, weight)` maps the suffix of each stored tensor to what makes it; `settings` is config.json's
-    quantization_config; `beside` names a file that older readers look for them in."""
+    """How another tool stores a graph's packed weights.
+
+    Fields:
+        parts: from a linear's name and its weight, the suffix of each stored tensor with what makes the tensor.
+        settings: config.json's quantization_config.
+        beside: a file that older readers look for the settings in, or None.
+    """
 
     parts: Callable[[str, QuantTensor], Mapping[str, Callable[[QuantTensor], Tensor]]]
     settings: Mapping[str, Any]
@@ -40,73 +44,62 @@ def layout_of(graph: Graph, format: str) -> Layout:
     if not graph.config.uniform:
         raise InputError(f"format {format}", "layers of different widths", "layers all alike (or format native)")
     weights = _packed(graph, format)
-    linears = [name for feed in feeds(graph.config) for name in feed.readers]
-    skipped = [name for name in linears if name not in weights]
+    skipped = [linear.name for linear in graph.config.linears() if linear.name not in weights]
     if format == "compressed-tensors":
         return Layout(compressed_tensors.parts, compressed_tensors.settings(weights, skipped))
     _check_one_grid(weights, format)
     if format == "awq":
         return Layout(awq_format.parts, awq_format.settings(weights, skipped))
-    if dense := [name for name in skipped if name != "lm_head"]:
-        raise InputError(
-            "format gptq", f"the dense {dense[0]}", "every linear of the layers quantized (or compressed-tensors, awq)"
-        )
-    settings = gptq_format.settings(weights, head="lm_head" in weights)
+    if dense := [name for name in skipped if name != HEAD]:
+        accepted = "every linear of the layers quantized (or compressed-tensors, awq)"
+        raise InputError("format gptq", f"the dense {dense[0]}", accepted)
+    settings = gptq_format.settings(weights, head=HEAD in weights)
     v2 = settings["checkpoint_format"] == "gptq_v2"
     return Layout(lambda name, weight: gptq_format.parts(name, weight, v2), settings, "quantize_config.json")
 
 
 def read_packed(
-    stored: dict[str, LazyTensor], about: Mapping[str, Any], config: Config, where: str
+    stored: dict[str, LazyTensor], quantization_config: Mapping[str, Any], config: Config, where: str
 ) -> dict[str, QuantTensor]:
-    """The packed weights that quantization_config `about` describes, by parameter; their tensors leave `stored`."""
-    method = about.get("quant_method")
+    """The packed weights that a quantization_config describes, by parameter; their tensors leave `stored`."""
+    method = quantization_config.get("quant_method")
     layouts: dict[Any, Any] = {"gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_tensors}
     if not isinstance(method, str) or method not in layouts:
         raise InputError(f"quant_method of quantization_config in {where}", repr(method), " | ".join(layouts))
     layout = layouts[method]
-    layout.check(about, where)
-    out: dict[str, QuantTensor] = {}
+    layout.check(quantization_config, where)
+    packed: dict[str, QuantTensor] = {}
     for name, shape in shapes(config).items():
         base = name.removesuffix(".weight")
         if base + layout.MARKER in stored:
             if len(shape) != 2:
                 raise InputError(f"{base} in {where}", "a quantized vector", "quantized matrices")
-            out[name] = layout.read(base, (shape[0], shape[1]), stored, about, where)
-    if not out:
+            packed[name] = layout.read(base, (shape[0], shape[1]), stored, quantization_config, where)
+    if not packed:
         raise InputError(where, f"no tensor *{layout.MARKER}", f"the quantized linears of a {method} checkpoint")
-    _drop_zero_biases(stored, out, config)
-    return out
+    _drop_zero_biases(stored, packed, config)
+    return packed
 
 
 def _packed(graph: Graph, format: str) -> dict[str, QuantTensor]:
     """The packed weights by linear; a packed embedding is refused."""
-    found = {name: weight for name, weight in graph.weights.entries.items() if isinstance(weight, QuantTensor)}
-    if "model.embed_tokens.weight" in found:
+    packed = {name: weight for name, weight in graph.weights.entries.items() if isinstance(weight, QuantTensor)}
+    if EMBEDDING in packed:
         raise InputError(f"format {format}", "a quantized embedding", "a dense one (or format native, gguf)")
-    if not found:
+    if not packed:
         raise InputError(f"format {format}", "a graph without quantized weights", "a quantized one (or format native)")
-    for name, weight in found.items():
+    for name, weight in packed.items():
         if weight.grid.float_zero:
-            raise InputError(
-                f"{name} in format {format}",
-                f"{weight.grid}: float zero points",
-                "integer ones (-asym), or format native or gguf",
-            )
-    return {name.removesuffix(".weight"): weight for name, weight in found.items()}
+            accepted = "integer ones (-asym), or format native or gguf"
+            raise InputError(f"{name} in format {format}", f"{weight.grid}: float zero points", accepted)
+    return {name.removesuffix(".weight"): weight for name, weight in packed.items()}
 
 
 def _check_one_grid(weights: Mapping[str, QuantTensor], format: str) -> None:
-    grids = {
-        (weight.grid.bits, weight.grid.group_size, weight.grid.symmetric): str(weight.grid)
-        for weight in weights.values()
-    }
+    grids = sorted({str(weight.grid) for weight in weights.values()})
     if len(grids) > 1:
-        raise InputError(
-            f"format {format}",
-            f"several grids: {', '.join(sorted(grids.values()))}",
-            "one (or format compressed-tensors)",
-        )
+        accepted = "one (or format compressed-tensors)"
+        raise InputError(f"format {format}", f"several grids: {', '.join(grids)}", accepted)
 
 
 def _drop_zero_biases(stored: dict[str, LazyTensor], packed: Mapping[str, QuantTensor], config: Config) -> None:

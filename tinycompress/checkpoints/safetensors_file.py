@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -38,13 +39,21 @@ NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A tensor of a safetensors file to come; `weight` is the graph's entry that it is read from."""
+    """A tensor of a safetensors file to come.
+
+    Fields:
+        name: the tensor's name in the file.
+        shape: its shape.
+        dtype: its dtype.
+        weight: the graph's entry that it is read from.
+        make: what makes the tensor of a quantized weight; by default it is dequantized.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     weight: Entry
-    make: Callable[[QuantTensor], Tensor] = QuantTensor.dequantize  # what makes it of a quantized weight
+    make: Callable[[QuantTensor], Tensor] = QuantTensor.dequantize
 
     @property
     def nbytes(self) -> int:
@@ -77,14 +86,18 @@ def _parts(name: str, weight: Entry, dense: bool, layout: Layout | None) -> Iter
         yield Part(name, tuple(weight.shape), weight.dtype, weight)
     elif layout is None:
         for suffix, tensor in weight.tensors().items():
-            yield Part(
-                name + suffix, tuple(tensor.shape), tensor.dtype, weight, lambda w, suffix=suffix: w.tensors()[suffix]
-            )  # type: ignore[misc]
+            yield Part(name + suffix, tuple(tensor.shape), tensor.dtype, weight, functools.partial(_stored, suffix))
     else:
-        base, blank = name.removesuffix(".weight"), weight.to("meta")  # shapes and dtypes without the work
+        base = name.removesuffix(".weight")
+        blank = weight.to("meta")  # shapes and dtypes without the work
         for suffix, make in layout.parts(base, weight).items():
             tensor = make(blank)
             yield Part(base + suffix, tuple(tensor.shape), tensor.dtype, weight, make)
+
+
+def _stored(suffix: str, weight: QuantTensor) -> Tensor:
+    """The part of a packed weight whose name ends in `suffix`."""
+    return weight.tensors()[suffix]
 
 
 def check_space(folder: Path, needed: int) -> None:

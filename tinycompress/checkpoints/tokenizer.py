@@ -1,4 +1,5 @@
-"""Text to token ids and back, by Hugging Face's `tokenizers`: from a folder's tokenizer.json, or built from GGUF metadata.
+"""Text to token ids and back, by Hugging Face's `tokenizers`: from a folder's tokenizer.json, from a tokenizer of
+transformers, or built from GGUF metadata.
 
 GGUF keeps a tokenizer as bare lists. Two families cover Llama models:
 
@@ -23,25 +24,57 @@ if TYPE_CHECKING:
 
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 GGUF_IDS = dict(zip(SPECIALS, ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")))
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+UNKNOWN = 2  # tokenizer.ggml.token_type
+CONTROL = 3
+USER_DEFINED = 4
+BYTE = 6
 SPLITS = {  # tokenizer.ggml.pre: None splits as GPT-2 does
     "default": None,
     "gpt-2": None,
     "smollm": None,  # as GPT-2, but every digit on its own (transformers' GGUF import ignores that)
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` (`backend`) with the dictionary that transformers keeps beside it (`config`)."""
+    """A tokenizer of a graph.
+
+    Fields:
+        backend: the `tokenizers.Tokenizer` that does the work.
+        config: the dictionary that transformers keeps beside it (tokenizer_config.json).
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None) -> None:
         backend.no_truncation()  # some tokenizer.json files carry settings that cut or pad what is encoded
         backend.no_padding()
-        self.backend, self.config = backend, dict(config or {})
+        self.backend = backend
+        self.config = dict(config or {})
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.vocab_size} tokens)"
+
+    @staticmethod
+    def of(tokenizer: Any) -> Tokenizer:
+        """A tokenizer of ours as it is; a `tokenizers.Tokenizer`, or a fast one of transformers, as a copy.
+
+        A slow one of transformers has no backend to copy, and is an `InputError`.
+        """
+        import tokenizers
+
+        if isinstance(tokenizer, Tokenizer):
+            return tokenizer
+        if isinstance(tokenizer, tokenizers.Tokenizer):
+            return Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.to_str()))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            accepted = "a tokenizer of tinycompress or tokenizers, or a fast one: AutoTokenizer.from_pretrained(…)"
+            raise InputError("tokenizer", f"a {type(tokenizer).__name__}, which has no backend_tokenizer", accepted)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {name: str(token) for name in SPECIALS if (token := getattr(tokenizer, name, None)) is not None}
+        if template := getattr(tokenizer, "chat_template", None):
+            config["chat_template"] = template
+        return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), config)
 
     @staticmethod
     def from_folder(folder: str | Path) -> Tokenizer | None:
@@ -68,9 +101,9 @@ class Tokenizer:
     def from_gguf(fields: Mapping[str, Any], where: str = "the GGUF file") -> Tokenizer | None:
         """The tokenizer in GGUF metadata (`tokenizer.ggml.*` by full name); None if there is none."""
         values = {
-            k.removeprefix("tokenizer.").removeprefix("ggml."): v
-            for k, v in fields.items()
-            if k.startswith("tokenizer.")
+            key.removeprefix("tokenizer.").removeprefix("ggml."): value
+            for key, value in fields.items()
+            if key.startswith("tokenizer.")
         }
         kind = values.get("model")
         if kind in (None, "no_vocab", "none"):
@@ -125,6 +158,24 @@ class Tokenizer:
         return lambda token: stream.step(self.backend, token) or ""
 
 
+def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """A function from text to token ids, without special tokens.
+
+    tokenizer: whatever `Tokenizer.of` accepts, another object with transformers' method `encode` (a slow tokenizer), or
+    a function from text to a mapping with `input_ids`.
+    """
+    if tokenizer is None:
+        raise InputError("tokenizer", "none", "a model folder with a tokenizer.json")
+    try:
+        return Tokenizer.of(tokenizer).encode
+    except InputError:  # it has no backend
+        if hasattr(tokenizer, "encode"):
+            return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+        if callable(tokenizer):
+            return lambda text: list(tokenizer(text)["input_ids"])
+        raise
+
+
 def _byte_level(tokens: list[str], types: list[int], values: Mapping[str, Any], where: str) -> tokenizers.Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -138,7 +189,8 @@ def _byte_level(tokens: list[str], types: list[int], values: Mapping[str, Any], 
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=pre == "llama-bpe")
     )
-    pattern, prefix = SPLITS[pre], bool(values.get("add_space_prefix", False))
+    pattern = SPLITS[pre]
+    prefix = bool(values.get("add_space_prefix", False))
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)]
     if pre == "smollm":
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
@@ -160,8 +212,8 @@ def _sentencepiece(tokens: list[str], types: list[int], values: Mapping[str, Any
     ranked = []
     for piece, i in pieces.items():
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
-        ranked += [(-scores[i], a, b) for _, _, a, b in known]
+        pairs = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
+        ranked += [(-scores[i], a, b) for _, _, a, b in pairs]
     ranked.sort(key=lambda merge: merge[0])  # stable: equal scores keep the vocabulary's order
     unknown = values.get("unknown_token_id")
     backend = tokenizers.Tokenizer(

@@ -194,6 +194,57 @@ def layer_prefix(index: int) -> str:
     return f"{LAYERS}{index}"
 
 
+@dataclass(frozen=True)
+class LayerNames:
+    """The names of a layer's parts, for writers that name nodes and files after them.
+
+    Fields:
+        attention, ffn: of the sublayers. attention_norm, ffn_norm: of the norms in front of them.
+        query, key, value, output, gate, up, down: of the linears.
+        qkv, gate_up: of products that take linears of one input together.
+    """
+
+    attention: str
+    ffn: str
+    attention_norm: str
+    ffn_norm: str
+    query: str
+    key: str
+    value: str
+    output: str
+    gate: str
+    up: str
+    down: str
+    qkv: str
+    gate_up: str
+
+    @property
+    def joined(self) -> dict[str, tuple[str, ...]]:
+        """The linears that each of the joined products is made of."""
+        return {self.qkv: (self.query, self.key, self.value), self.gate_up: (self.gate, self.up)}
+
+
+def layer_names(index: int) -> LayerNames:
+    at = layer_prefix(index)
+    attention = f"{at}.self_attn"
+    ffn = f"{at}.mlp"
+    return LayerNames(
+        attention=attention,
+        ffn=ffn,
+        attention_norm=f"{at}.input_layernorm",
+        ffn_norm=f"{at}.post_attention_layernorm",
+        query=f"{attention}.q_proj",
+        key=f"{attention}.k_proj",
+        value=f"{attention}.v_proj",
+        output=f"{attention}.o_proj",
+        gate=f"{ffn}.gate_proj",
+        up=f"{ffn}.up_proj",
+        down=f"{ffn}.down_proj",
+        qkv=f"{attention}.qkv_proj",
+        gate_up=f"{ffn}.gate_up_proj",
+    )
+
+
 def layer_of(name: str) -> int | None:
     """The layer that a parameter, a linear or a norm belongs to; None for those of no layer."""
     if not name.startswith(LAYERS):

@@ -1,7 +1,7 @@
-"""What a pruned model may keep: one target for several axes together, or a budget an axis; checked on the config alone.
+"""What a pruned model may keep: one target for several axes together, or a budget for each axis; checked on the config.
 
 Shares of `keep` are of all units of an axis, counts are for each layer; "layers" and "hidden" are cut first and whole.
-Errors name the fields of the pass Prune, which hands them through.
+Errors name the fields of the pass `Prune`, which hands them through.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..graph.config import Config
 from ..graph.topology import axes
-from .allocation import AXES, Item, Target, apply, check_budget, fixed_price, uniform
-from .allocation import items as prunable
+from .allocation import PRUNABLE, Choice, check_budget, choices_of, fixed_price, resize, uniform
+from .target import BudgetTarget
+
+
+@dataclass(frozen=True)
+class Limited:
+    """Choices that share one limit: the prices of the chosen sizes may add up to `limit`."""
+
+    choices: list[Choice]
+    limit: int
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`target` ("params=0.8", "bytes=300MB", "flops=0.8"), taken from `axes` together, or `keep`, a share or a count an axis.
-    multiple_of: what widths are multiples of. floors: what every layer keeps of an axis, a share or a count. sublayers: whole
-    sublayers may go. uneven_kv: KV heads may differ between layers."""
+    """What may be kept. The fields are those of `Prune`, which explains them; one of `target` and `keep` is given."""
 
     target: str | None = None
     keep: Mapping[str, float] | None = None
@@ -33,45 +39,40 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.target is None) == (self.keep is None):
-            raise InputError(
-                "Prune", "both target and keep" if self.target else "neither target nor keep", "one of the two"
-            )
+            given = "both target and keep" if self.target else "neither target nor keep"
+            raise InputError("Prune", given, "one of the two")
         if self.target is not None:
-            Target.parse(self.target, "Prune.target")
-        for name, known in (("keep", (*AXES, "layers", "hidden")), ("floors", AXES)):
-            if unknown := [key for key in getattr(self, name) or {} if key not in known]:
-                raise InputError(f"Prune.{name}", unknown, " | ".join(known))
+            BudgetTarget.parse(self.target, "Prune.target")
+        for field, accepted in (("keep", (*PRUNABLE, "layers", "hidden")), ("floors", PRUNABLE)):
+            if unknown := [key for key in getattr(self, field) or {} if key not in accepted]:
+                raise InputError(f"Prune.{field}", unknown, " | ".join(accepted))
         for key, value in (self.keep or {}).items():
-            if not (0 <= value <= 1 if isinstance(value, float) else isinstance(value, int) and value >= 0):
+            if not _is_amount(value):
                 raise InputError(f"Prune.keep[{key!r}]", value, "a share (a float up to 1.0) or a count (an integer)")
-        cuts = self.cuts
-        if unknown := [name for name in cuts if name not in AXES]:
-            raise InputError("Prune.axes", unknown, " | ".join(AXES))
-        if {"heads", "kv_heads"} <= set(cuts):
-            raise InputError(
-                "Prune", "heads and kv_heads in one pass", "one of them a pass: each changes what the other may be"
-            )
-        if self.target and "kv_heads" in cuts and not self.uneven_kv:
-            raise InputError(
-                "Prune.axes",
-                "kv_heads under one target",
-                'keep={"kv_heads": n}, the same in every layer, or uneven_kv=True',
-            )
+        self._check_axes()
         if not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise InputError("Prune.multiple_of", self.multiple_of, "a positive integer")
 
-    @property
-    def cuts(self) -> tuple[str, ...]:
-        """The axes of layers that are cut."""
-        return self.axes if self.keep is None else tuple(key for key in self.keep if key in AXES)
+    def _check_axes(self) -> None:
+        kinds = self.kinds
+        if unknown := [kind for kind in kinds if kind not in PRUNABLE]:
+            raise InputError("Prune.axes", unknown, " | ".join(PRUNABLE))
+        if {"heads", "kv_heads"} <= set(kinds):
+            accepted = "one of them a pass: each changes what the other may be"
+            raise InputError("Prune", "heads and kv_heads in one pass", accepted)
+        if self.target and "kv_heads" in kinds and not self.uneven_kv:
+            accepted = 'keep={"kv_heads": n}, the same in every layer, or uneven_kv=True'
+            raise InputError("Prune.axes", "kv_heads under one target", accepted)
 
-    def reshaped(self, config: Config) -> Config:
-        """The config once whole layers and hidden channels are cut; of unequal layers, as if the last ones went."""
-        config = dataclasses.replace(config, layers=config.layers[: self.kept("layers", config.n_layers, 1)])
-        return dataclasses.replace(config, hidden_size=self.kept("hidden", config.hidden_size, self.multiple_of))
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of axes that single layers are cut along."""
+        if self.keep is None:
+            return self.axes
+        return tuple(key for key in self.keep if key in PRUNABLE)
 
     def kept(self, key: str, size: int, multiple: int) -> int:
-        """How many layers or hidden channels stay."""
+        """How many of `size` layers (key "layers") or hidden channels ("hidden") stay."""
         if not self.keep or key not in self.keep:
             return size
         count = _count(self.keep[key], size, multiple)
@@ -81,63 +82,77 @@ class Budget:
             raise InputError(f"Prune.keep[{key!r}]", self.keep[key], f"a multiple of {multiple} (Prune.multiple_of)")
         return count
 
-    def items(self, config: Config, itemsize: int) -> list[tuple[list[Item], int]]:
-        """The items that share a limit, and it, for every limit; an InputError for one that cannot be met."""
+    def reshaped(self, config: Config) -> Config:
+        """The config once whole layers and hidden channels are cut; of unequal layers, as if the last ones went."""
+        config = dataclasses.replace(config, layers=config.layers[: self.kept("layers", config.n_layers, 1)])
+        hidden = self.kept("hidden", config.hidden_size, self.multiple_of)
+        if hidden == config.hidden_size:
+            return config
+        norm_eps = config.norm_eps * config.hidden_size / hidden  # the mean of a norm runs over fewer channels
+        return dataclasses.replace(config, hidden_size=hidden, norm_eps=norm_eps)
+
+    def limits(self, config: Config, itemsize: int) -> list[Limited]:
+        """The choices that share a limit, for every limit; an `InputError` for a limit that cannot be met."""
         if self.target is not None:
-            target = Target.parse(self.target, "Prune.target")
-            choices = prunable(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
-            fixed = fixed_price(config, choices, target, itemsize)
-            least = sum(item.prices[0] for item in choices)
-            limit = target.limit(config, itemsize) - fixed
-            check_budget(choices, limit, self.target, target.nearest(fixed + least, config, itemsize))
-            return [(choices, limit)]
-        out = []
-        for key in self.cuts:
-            choices = [dataclasses.replace(item, prices=item.sizes) for item in self._items_of(key, config, itemsize)]
-            wanted = (self.keep or {})[key]
-            if isinstance(wanted, int) or (key == "kv_heads" and not self.uneven_kv):
-                choices = [self._fixed(item, key, wanted) for item in choices]
-                out.append((choices, sum(item.sizes[-1] for item in choices)))
-                continue
-            total = sum(item.now for item in choices)
-            least = sum(item.sizes[0] for item in choices)
-            if wanted * total < least:
-                raise InputError(
-                    f"Prune.keep[{key!r}]",
-                    wanted,
-                    f"{-(-1000 * least // max(total, 1)) / 1000} or more, by the floors and multiples",
-                )
-            out.append((choices, int(wanted * total + 1e-6)))
-        return out
+            return [self._limit_of_target(self.target, config, itemsize)]
+        return [self._limit_of_axis(kind, config, itemsize) for kind in self.kinds]
 
-    def _items_of(self, key: str, config: Config, itemsize: int) -> list[Item]:
-        found = prunable(config, (key,), Target("params", 1.0), self.multiple_of, self.floors, self.sublayers, itemsize)
-        if not found:
-            raise InputError(
-                "Prune.keep",
-                key,
-                "an axis that the model has: " + ", ".join(sorted({a.rsplit(".", 1)[-1] for a in axes(config)})),
-            )
-        return found
+    def _limit_of_target(self, text: str, config: Config, itemsize: int) -> Limited:
+        target = BudgetTarget.parse(text, "Prune.target")
+        choices = choices_of(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
+        fixed = fixed_price(config, choices, target, itemsize)
+        least = sum(choice.prices[0] for choice in choices)
+        limit = target.limit(config, itemsize) - fixed
+        check_budget(choices, limit, text, target.nearest(fixed + least, config, itemsize))
+        return Limited(choices, limit)
 
-    def _fixed(self, item: Item, key: str, wanted: float) -> Item:
-        """The item with one size only, the count that was asked for."""
-        size = min(_count(wanted, item.now, 1), item.now)
-        if size not in item.sizes:
-            raise InputError(
-                f"Prune.keep[{key!r}]",
-                wanted,
-                f"for {item.axis} one of {list(item.sizes)}" + ("" if size else ", or sublayers=True"),
-            )
-        return dataclasses.replace(item, sizes=(size,), prices=(size,))
+    def _limit_of_axis(self, kind: str, config: Config, itemsize: int) -> Limited:
+        """The limit of one entry of `keep`, counted in units of the axis."""
+        choices = self._choices_in_units(kind, config, itemsize)
+        wanted = (self.keep or {})[kind]
+        if isinstance(wanted, int) or (kind == "kv_heads" and not self.uneven_kv):
+            choices = [self._fixed(choice, wanted) for choice in choices]
+            return Limited(choices, sum(choice.sizes[-1] for choice in choices))
+        total = sum(choice.now for choice in choices)
+        least = sum(choice.sizes[0] for choice in choices)
+        if wanted * total < least:
+            share = -(-1000 * least // max(total, 1)) / 1000  # rounded up
+            raise InputError(f"Prune.keep[{kind!r}]", wanted, f"{share} or more, by the floors and multiples")
+        return Limited(choices, int(wanted * total + 1e-6))
 
-    def expected(self, config: Config, itemsize: int) -> Config:
+    def _choices_in_units(self, kind: str, config: Config, itemsize: int) -> list[Choice]:
+        """The choices on one kind of axis, where a unit costs one."""
+        everything = BudgetTarget("params", 1.0)
+        choices = choices_of(config, (kind,), everything, self.multiple_of, self.floors, self.sublayers, itemsize)
+        if not choices:
+            kinds = sorted({axis.kind for axis in axes(config).values()})
+            raise InputError("Prune.keep", kind, "an axis that the model has: " + ", ".join(kinds))
+        return [dataclasses.replace(choice, prices=choice.sizes) for choice in choices]
+
+    def _fixed(self, choice: Choice, wanted: float) -> Choice:
+        """The choice with one size only, the count that was asked for."""
+        size = min(_count(wanted, choice.now, 1), choice.now)
+        if size not in choice.sizes:
+            remedy = "" if size else ", or sublayers=True"
+            accepted = f"for {choice.axis} one of {list(choice.sizes)}{remedy}"
+            raise InputError(f"Prune.keep[{choice.kind!r}]", wanted, accepted)
+        return dataclasses.replace(choice, sizes=(size,), prices=(size,))
+
+    def plan(self, config: Config, itemsize: int) -> Config:
         """A config that meets the budget: limits are shared out uniformly."""
         config = self.reshaped(config)
         sizes: dict[str, int] = {}
-        for some, limit in self.items(config, itemsize):
-            sizes |= {item.axis: size for item, size in zip(some, uniform(some, limit))}
-        return apply(config, sizes)
+        for limited in self.limits(config, itemsize):
+            chosen = uniform(limited.choices, limited.limit)
+            sizes |= {choice.axis: size for choice, size in zip(limited.choices, chosen)}
+        return resize(config, sizes)
+
+
+def _is_amount(value: float) -> bool:
+    """Whether a value of `keep` is a share or a count."""
+    if isinstance(value, float):
+        return 0 <= value <= 1
+    return isinstance(value, int) and value >= 0
 
 
 def _count(wanted: float, size: int, multiple: int) -> int:

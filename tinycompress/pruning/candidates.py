@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 
+from ..calibration.data import as_tokens
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
 from ..graph.graph import Graph, Pass
@@ -20,7 +21,14 @@ from ..graph.graph import Graph, Pass
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One candidate: the graph as cut and as healed, its perplexity on the held-out text after each."""
+    """One candidate.
+
+    Fields:
+        pruned: the graph as cut.
+        healed: the graph after the healing.
+        before: the perplexity of `pruned` on the held-out text.
+        after: the perplexity of `healed` on the held-out text.
+    """
 
     pruned: Graph
     healed: Graph
@@ -33,20 +41,29 @@ def search(
     candidates: Sequence[Pass],
     heal: Pass,
     held_out: Tensor,
-    progress: Callable[[Trial], None] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    progress: bool = True,
 ) -> list[Trial]:
-    """Every candidate applied to `graph` and healed; the best by perplexity on `held_out` [windows, seq_len] comes first.
+    """Every candidate applied to `graph` and healed; the best by perplexity comes first.
 
-    The full retraining starts from `pruned` or `healed` of the first trial. `progress` is called with each trial as it ends.
+    The full retraining starts from `pruned` or `healed` of the first trial.
+
+    Args:
+        candidates: passes that prune, at least one.
+        heal: the pass that retrains for a while.
+        held_out: ids [windows, seq_len] that the perplexity is measured on.
+        on_trial: called with each trial as it ends.
+        progress: whether a progress bar is shown.
     """
     if not candidates:
         raise InputError("candidates", "none", "at least one pass")
+    held_out = as_tokens(held_out)
     trials: list[Trial] = []
-    for candidate in tqdm(candidates, desc="search", unit="candidate", delay=2):
+    for candidate in tqdm(candidates, desc="search", unit="candidate", delay=2, disable=not progress):
         pruned = candidate(graph)
         before = perplexity(pruned.module(), held_out).value
         healed = heal(pruned)
         trials.append(Trial(pruned, healed, before, perplexity(healed.module(), held_out).value))
-        if progress:
-            progress(trials[-1])
+        if on_trial:
+            on_trial(trials[-1])
     return sorted(trials, key=lambda trial: trial.after)

@@ -41,9 +41,11 @@ def refit_columns(
     """The least-squares weight [D, K'] on the kept inputs for the output of `weight` [D, K] on all; float64.
 
     hessian: Σ x̂ x̂ᵀ [K, K] of the inputs as they are; wanted: Σ y x̂ᵀ [D, K] for another target y. The ridge
-    λ = damping · mean(diag H_KK) pulls towards the unchanged columns, not towards zero: removing nothing changes nothing.
+    λ = damping · mean(diag H_KK) pulls towards the unchanged columns, not towards zero: removing nothing changes
+    nothing.
     """
-    W, H = weight.double(), hessian.double()
+    W = weight.double()
+    H = hessian.double()
     HKK = H[keep][:, keep]
     if wanted is None:
         removed = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
@@ -65,13 +67,17 @@ def obs_losses(
 ) -> Tensor:
     """Greedy removal by OBS: for each unit the loss when it and all units removed before it are gone, float64 [n].
 
-    weight [D, n·width], hessian [n·width, n·width]. Sorting the result gives the order of removal. The cheapest n / steps
-    units go together (`steps` ≥ n: one by one). With `groups` > 1 each of as many equal runs of units loses one at a time.
+    weight [D, n·width], hessian [n·width, n·width]. Sorting the result gives the order of removal. The cheapest
+    n / steps units go together (`steps` ≥ n: one by one). With `groups` > 1, each of as many equal runs of units loses
+    one at a time.
     """
-    W, n = weight.double().clone(), weight.shape[1] // width
+    W = weight.double().clone()
+    n = weight.shape[1] // width
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
     alive = torch.ones(n, dtype=torch.bool, device=W.device)
-    losses, lost, together = torch.zeros(n, dtype=torch.float64, device=W.device), 0.0, max(1, n // steps)
+    losses = torch.zeros(n, dtype=torch.float64, device=W.device)
+    lost = 0.0  # so far, with everything that is gone
+    together = max(1, n // steps)
     while alive.any():
         cost = _costs(W, inverse, width, alive)
         if groups > 1:
@@ -106,7 +112,7 @@ def _costs(W: Tensor, inverse: Tensor, width: int, alive: Tensor) -> Tensor:
 
 
 def refit_curve(weight: Tensor, hessian: Tensor, order: Tensor, width: int = 1, damping: float = 0.0) -> Tensor:
-    """The loss after a refit when the first k units of `order` are gone, for k = 0 … n: float64 [n + 1]."""
+    """The loss after a refit when the first k units of `order` [n] are gone, for k = 0 … n: float64 [n + 1]."""
     channels = _channels(order.flip(0), width)  # kept longest first
     L = torch.linalg.cholesky(damped(hessian, damping)[channels][:, channels])
     added = (weight.double()[:, channels] @ L).square().sum(0)  # of each channel, last removed first
@@ -115,7 +121,7 @@ def refit_curve(weight: Tensor, hessian: Tensor, order: Tensor, width: int = 1, 
 
 
 def plain_curve(weight: Tensor, hessian: Tensor, order: Tensor, width: int = 1) -> Tensor:
-    """The same when nothing takes over: tr(W_R H_RR W_Rᵀ), float64 [n + 1]."""
+    """The loss without a refit when the first k units of `order` are gone: tr(W_R H_RR W_Rᵀ), float64 [n + 1]."""
     channels = _channels(order, width)
     W = weight.double()[:, channels]
     pairs = (W.T @ W) * hessian.double()[channels][:, channels]
@@ -138,9 +144,8 @@ def keep_best(scores: Tensor, count: int, groups: int = 1) -> Tensor:
     if count % groups:
         raise InputError("units to keep", count, f"a multiple of {groups}, the same from each KV group")
     best = scores.view(groups, -1).topk(count // groups, dim=1).indices
-    return (
-        (best + torch.arange(groups, device=scores.device)[:, None] * (len(scores) // groups)).flatten().sort().values
-    )
+    starts = torch.arange(groups, device=scores.device)[:, None] * (len(scores) // groups)
+    return (best + starts).flatten().sort().values
 
 
 def by_turns(order: Tensor, groups: int) -> Tensor:

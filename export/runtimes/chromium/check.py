@@ -1,10 +1,11 @@
-"""An exported folder of the `web` profile in onnxruntime-web, in headless Chromium: a page that writes text as a user sees it.
+"""An exported folder of the `web` profile in onnxruntime-web, in headless Chromium: a page that writes text as a user
+sees it.
 
     python check.py FOLDER … [--json FILE]          SCREENSHOT=docs/browser.png keeps a picture of the page
 
-The page (page.html, page.mjs) is served from here with the runtime's files and the model, runs the reference's ids, and posts
-back logits, the tokens it wrote and its speed. Chromium is CHROMIUM, or the first of chromium, chromium-browser, google-chrome.
-`--serve` instead of a check: python check.py --serve FOLDER leaves the page at http://localhost:8000.
+The page (page.html, page.mjs) is served from here with the runtime's files and the model, runs the reference's ids, and
+posts back logits, the tokens it wrote and its speed. Chromium is CHROMIUM, or the first of chromium, chromium-browser,
+google-chrome. `--serve` instead of a check: python check.py --serve FOLDER leaves the page at http://localhost:8000.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ VERSIONS: dict[str, str] = {}
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves the page, /ort/ (the runtime), /model/ (the export) and request.json; /logits receives float32 rows, in their order,
-    and /answer the page's result."""
+    """Serves the page, /ort/ (the runtime), /model/ (the export) and request.json; /logits receives float32 rows, in
+    their order, and /answer the page's result."""
 
     def __init__(
         self,

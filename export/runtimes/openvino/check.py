@@ -1,11 +1,12 @@
-"""An exported folder in OpenVINO: its CPU plugin, the stateful form, openvino-genai, and the NPU's LLM pipeline run on the CPU.
+"""An exported folder in OpenVINO: its CPU plugin, the stateful form, openvino-genai, and the NPU's LLM pipeline run on
+the CPU.
 
     python check.py FOLDER … [--json FILE]
 
   onnx ─ read ─┬─ CPU, past and present as inputs and outputs
                └─ beam_idx ─ stateful (the cache becomes variables) ─┬─ CPU
                                                                      ├─ openvino-genai on the CPU: its own greedy search
-                                                                     └─ NPU plugin with NPUW on the CPU, and openvino-genai
+                                                                     └─ NPU plugin with NPUW on the CPU, openvino-genai
                                                                         on that (openvino-npu exports)
 
 The last run what an NPU runs (static prefill and decode models cut from the stateful one, int4 weights in its layout)
@@ -133,7 +134,8 @@ def _feeds(names: list[str], ids: np.ndarray, start: int, stop: int) -> dict[str
 
 
 def stateful(model: ov.Model, entries: int) -> ov.Model:
-    """Past inputs and present outputs become variables that `beam_idx` int32 [B] reorders; they start with 0 positions."""
+    """Past inputs and present outputs become variables that `beam_idx` int32 [B] reorders; they start with 0
+    positions."""
     inputs = {i.get_any_name(): i for i in model.inputs}
     names = [f"past_key_values.{j}.{kind}" for j in range(entries) for kind in ("key", "value")]
     beam = op.parameter(name="beam_idx", dtype=np.int32, shape=ov.PartialShape([-1]))

@@ -2,8 +2,8 @@
 
     python check.py FOLDER … [--reference DIR] [--json FILE]
 
-Prefill in chunks, then single steps behind the cache, on HTP with the CPU fallback off, against torch's logits; and as a
-figure the distance to ONNX Runtime's CPU provider on the same graphs, which is what HTP's own arithmetic adds. The
+Prefill in chunks, then single steps behind the cache, on HTP with the CPU fallback off, against torch's logits; and as
+a figure the distance to ONNX Runtime's CPU provider on the same graphs, which is what HTP's own arithmetic adds. The
 architecture compiled for is HTP_ARCH (73, 75, 79 or 81; default 75); a process can hold one.
 """
 

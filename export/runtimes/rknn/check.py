@@ -1,4 +1,5 @@
-"""An export of the `static` profile in Rockchip's RKNN: built for one chip and run in the toolkit's simulator, in float16.
+"""An export of the `static` profile in Rockchip's RKNN: built for one chip and run in the toolkit's simulator, in
+float16.
 
     python check.py FOLDER … [--reference DIR] [--json FILE]
 
@@ -27,7 +28,8 @@ from host import StaticSession
 
 STEPS = 4  # last ids of a window that are fed one by one
 TARGET = os.environ.get("RKNN_TARGET", "rk3588")
-SDPA_RULE = "fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa"  # ends in an IndexError where a layer has one KV head (toolkit 2.5.0)
+# ends in an IndexError where a layer has one KV head (toolkit 2.5.0)
+SDPA_RULE = "fuse_exmatmul_add_mul_exsoftmax13_exmatmul_to_sdpa"
 
 
 class Simulated:

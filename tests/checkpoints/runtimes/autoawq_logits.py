@@ -1,8 +1,10 @@
-"""Run in the venv of README.md: FOLDER IDS.json OUT.safetensors → the logits of a transformers Llama whose linears are AutoAWQ's own.
+"""Run in the venv of README.md: FOLDER IDS.json OUT.safetensors → the logits of a transformers Llama whose linears are
+AutoAWQ's own.
 
-Neither library loads such a folder on a CPU by itself: both put modules of intel_extension_for_pytorch in the place of the
-linears there, whose last release wants a torch older than this project's. So the modules are put in by hand, as AutoAWQ's loader
-does; without triton or its CUDA kernels WQLinear_GEMM unpacks with AutoAWQ's own dequantize_gemm. Prints the module's name.
+Neither library loads such a folder on a CPU by itself: both put modules of intel_extension_for_pytorch in the place of
+the linears there, whose last release wants a torch older than this project's. So the modules are put in by hand, as
+AutoAWQ's loader does; without triton or its CUDA kernels WQLinear_GEMM unpacks with AutoAWQ's own dequantize_gemm.
+Prints the module's name.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Run in the venv `autoawq` of README.md: MODEL TOKENS.safetensors OUT BITS GROUP → the AWQ folder that AutoAWQ itself makes on a CPU."""
+"""Run in the venv `autoawq` of README.md: MODEL TOKENS.safetensors OUT BITS GROUP → the AWQ folder that AutoAWQ itself
+makes on a CPU."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Run in the venv of README.md: FILE.gguf PROMPT N → JSON of the prompt's ids, N greedy ids and the text, by llama.cpp."""
+"""Run in the venv of README.md: FILE.gguf PROMPT N → JSON of the prompt's ids, N greedy ids and the text."""
 
 import json
 import sys

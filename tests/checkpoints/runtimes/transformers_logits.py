@@ -1,9 +1,9 @@
 """Run in the venv of README.md: FOLDER IDS.json OUT.safetensors → the logits that the format's own library computes.
 
-compressed-tensors and GPTQ folders are opened by transformers (the latter with GPTQModel's plain torch kernel: its fused
-one for CPUs ignores zero points). GPTQModel itself opens AWQ folders, because AutoAWQ's last version does not import beside
-transformers 4.57, and gptq_v2 folders, because transformers 4.57 hands `checkpoint_format` to optimum 2.1, which calls it `format`
-and takes them for version 1. Prints which module stands in the place of a linear.
+compressed-tensors and GPTQ folders are opened by transformers (the latter with GPTQModel's plain torch kernel: its
+fused one for CPUs ignores zero points). GPTQModel itself opens AWQ folders, because AutoAWQ's last version does not
+import beside transformers 4.57, and gptq_v2 folders, because transformers 4.57 hands `checkpoint_format` to optimum
+2.1, which calls it `format` and takes them for version 1. Prints which module stands in the place of a linear.
 """
 
 import json

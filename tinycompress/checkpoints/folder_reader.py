@@ -1,0 +1,223 @@
+"""A folder of safetensors files and JSON to a Graph: Hugging Face's, other tools' quantized ones, and `save`'s own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import files
+from ..errors import InputError
+from ..graph.config import HEAD, Config, shapes
+from ..graph.graph import Graph, LazyTensor, Weights
+from ..graph.quant_tensor import Grid, QuantTensor
+from .hf import config_from_hf, missing_biases
+from .json_fields import flag, token_id, token_ids
+from .layouts import read_packed
+from .safetensors_file import DTYPES, INTEGERS
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ..graph.graph import Weight
+
+    Entry = Weight | LazyTensor
+
+FORMAT = 1
+DESCRIPTION = "tinycompress.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the JSON files of a folder say.
+
+    Fields:
+        config: the model's config.
+        own: whether `save` wrote the folder in its native format.
+        history: the passes that the graph went through.
+        grids: of quantized weights by parameter, in the native format.
+        foreign: another tool's quantization_config, or None.
+    """
+
+    config: Config
+    own: bool = False
+    history: tuple[str, ...] = ()
+    grids: Mapping[str, Grid] = dataclasses.field(default_factory=dict)
+    foreign: Any = None
+
+
+def read_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
+    """The graph of a folder, its weights in `dtype` or (None) as they are stored."""
+    description = _read_description(folder)
+    config = description.config
+    stored = _open_weights(folder, DTYPES if description.foreign is None else DTYPES | INTEGERS)
+    entries: dict[str, Entry] = {}
+    if description.foreign is not None:
+        packed = _read_foreign(folder, stored, description)
+        entries |= {name: weight if dtype is None else weight.to(dtype=dtype) for name, weight in packed.items()}
+    for name, grid in description.grids.items():
+        weight = _read_quantized(folder, stored, name, grid, config)
+        entries[name] = weight if dtype in (None, weight.dtype) else weight.to(dtype=dtype)
+    entries |= _floats(folder, _without_extra(stored, description), dtype, description.own)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        accepted = f"at most vocab_size = {config.vocab_size}: the model has no row for the others"
+        raise InputError(str(folder / "tokenizer.json"), f"{tokenizer.vocab_size} tokens", accepted)
+    try:
+        return Graph(config, Weights(entries), description.history, tokenizer)
+    except InputError as error:  # missing, unexpected or misshapen tensors
+        raise InputError(f"{error.field} in {folder}", error.found, error.accepted) from None
+
+
+def _read_description(folder: Path) -> Description:
+    path = folder / DESCRIPTION
+    if path.exists():
+        return _read_own(path)
+    path = folder / "config.json"
+    data = files.read_json(path)
+    foreign = data.pop("quantization_config", None)
+    config = config_from_hf(data, str(path))
+    return Description(config, foreign=foreign)
+
+
+def _read_own(path: Path) -> Description:
+    """tinycompress.json, checked."""
+    data = files.read_json(path)
+    if data.get("format") != FORMAT:
+        raise InputError(f"format in {path}", repr(data.get("format")), FORMAT)
+    history = data.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(line, str) for line in history):
+        raise InputError(f"history in {path}", repr(history)[:80], "a list of strings")
+    try:
+        config = _own_config(data["config"], path)
+        grids = {name: Grid.from_dict(fields) for name, fields in data.get("quantized", {}).items()}
+        expected = shapes(config)
+    except InputError as error:
+        raise InputError(f"{error.field} in {path}", error.found, error.accepted) from None
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise InputError(str(path), f"{type(error).__name__} {error}", "what tinycompress writes there") from error
+    if unknown := [name for name in grids if len(expected.get(name, ())) != 2]:
+        raise InputError(f"quantized in {path}", unknown[0], "matrices of the config")
+    return Description(config, True, tuple(history), grids)
+
+
+def _own_config(data: Mapping[str, Any], path: Path) -> Config:
+    """The config in tinycompress.json, with a check of the fields that no shape checks later."""
+    return dataclasses.replace(
+        Config.from_dict(data),
+        tie_embeddings=flag(data, "tie_embeddings", str(path)),
+        bos_token_id=token_id(data, "bos_token_id", str(path), None),
+        eos_token_id=token_ids(data, "eos_token_id", str(path), None),
+        pad_token_id=token_id(data, "pad_token_id", str(path), None),
+    )
+
+
+def _read_foreign(folder: Path, stored: dict[str, LazyTensor], description: Description) -> dict[str, QuantTensor]:
+    """The packed weights of another tool; their tensors leave `stored`."""
+    if not isinstance(description.foreign, dict):
+        field = f"quantization_config in {folder / 'config.json'}"
+        raise InputError(field, repr(description.foreign)[:80], "an object")
+    return read_packed(stored, description.foreign, description.config, str(folder))
+
+
+def _read_quantized(folder: Path, stored: dict[str, LazyTensor], name: str, grid: Grid, config: Config) -> QuantTensor:
+    """A weight in the native format; its parts leave `stored`."""
+    suffixes = (".packed", ".scales") if grid.symmetric else (".packed", ".scales", ".zeros")
+    if lacking := [name + suffix for suffix in suffixes if name + suffix not in stored]:
+        accepted = f"the parts of {name}, which {DESCRIPTION} says is quantized"
+        raise InputError(str(folder), f"no tensor {lacking[0]}", accepted)
+    parts = {suffix: stored.pop(name + suffix).read() for suffix in suffixes}
+    N, K = shapes(config)[name]
+    try:
+        return QuantTensor.from_tensors(parts, grid, (N, K))
+    except InputError as error:
+        raise InputError(f"{name} in {folder}", error.found, error.accepted) from None
+
+
+def _weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """The safetensors files of a folder, and the tensors that the index says each has (None: all it has)."""
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": None}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return dict(_shards(folder, index))
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        given = f"only {pickles[0]}, a pickle, which can run code when opened"
+        raise InputError(str(folder), given, "safetensors (convert it: save_pretrained)")
+    given = "no model.safetensors and no model.safetensors.index.json"
+    raise InputError(str(folder), given, "a Hugging Face folder with safetensors weights")
+
+
+def _shards(folder: Path, index: Path) -> dict[str, list[str]]:
+    """The files that an index names, and the tensors of each."""
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"weight_map in {index}", repr(weight_map)[:80], "tensor names to file names")
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not files.inside(folder, file).exists():
+            raise InputError(f"{name} in {index}", f"no file {file}", "shards that lie beside the index")
+        shards.setdefault(file, []).append(name)
+    return shards
+
+
+def _open_weights(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, LazyTensor]:
+    """Every stored tensor by name.
+
+    A read gives a view of the memory map. None is read here, because safetensors asks the system to fetch what it hands
+    out, and a large checkpoint should not be fetched whole to be opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, LazyTensor] = {}
+    for file, names in _weight_files(folder).items():
+        path = folder / file
+        try:
+            handle = safe_open(path, framework="pt")  # stays open as long as a tensor may be asked for
+            if names and (lacking := set(names) - set(handle.keys())):
+                raise InputError(str(path), f"no tensor {min(lacking)}", "the tensors that the index says it has")
+            for name in names or handle.keys():
+                tensor = handle.get_slice(name)
+                kind = tensor.get_dtype()
+                if kind not in dtypes:
+                    raise InputError(f"dtype of {name} in {path}", kind, " | ".join(dtypes))
+                read = functools.partial(handle.get_tensor, name)
+                tensors[name] = LazyTensor(tuple(tensor.get_shape()), dtypes[kind], read)
+        except (SafetensorError, OSError) as error:
+            given = f"{error} ({path.stat().st_size:,} bytes)"
+            raise InputError(str(path), given, "a complete safetensors file") from error
+    return tensors
+
+
+def _without_extra(stored: Mapping[str, LazyTensor], description: Description) -> dict[str, LazyTensor]:
+    """The tensors without rotary buffers of old checkpoints, a tied head, and the zero biases that `save` adds."""
+    config = description.config
+    ignored = {f"{HEAD}.weight"} if config.tie_embeddings else set()
+    if description.own and config.uniform:
+        ignored |= set(missing_biases(config))
+    return {
+        name: entry
+        for name, entry in stored.items()
+        if name not in ignored and not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def _floats(
+    folder: Path, stored: Mapping[str, LazyTensor], dtype: torch.dtype | None, own: bool
+) -> dict[str, LazyTensor]:
+    """The float weights in `dtype`, or as they are stored."""
+    for name, entry in stored.items():
+        if not entry.dtype.is_floating_point:
+            raise InputError(f"dtype of {name} in {folder}", entry.dtype, "float32 | float16 | bfloat16 | float64")
+    dtypes = {entry.dtype for entry in stored.values()}
+    if dtype is None and not own and len(dtypes) > 1:  # one forward cannot mix them; the widest loses nothing
+        dtype = functools.reduce(torch.promote_types, dtypes)
+    return {name: entry if dtype in (None, entry.dtype) else _converted(entry, dtype) for name, entry in stored.items()}
+
+
+def _converted(entry: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(entry.shape, dtype, lambda: entry.read().to(dtype))
