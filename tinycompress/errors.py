@@ -1,4 +1,4 @@
-"""The error types of the library: `InputError` for bad input, `MissingExtra` for an optional package that is not installed.
+"""The errors of the library: `InputError` for bad input, `MissingExtra` for an optional package that is not installed.
 
 Anything else that escapes is a bug of ours; the command line shows both as one clean line.
 """

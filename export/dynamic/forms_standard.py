@@ -63,8 +63,8 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     if weight.zeros is None:
         zero = draw.constant("embed.zero", torch.tensor(float(weight.grid.zero)))
     else:
-        # type: ignore[arg-type, return-value]
-        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: weight.zeros)
+        stored = weight.zeros
+        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: stored)
         gathered = draw.op(f"{at}.zeros", "Cast", [draw.op(f"{at}.zeros", "Gather", [zeros, ids], axis=0)], to=FLOAT)
         zero = draw.op(f"{at}.zeros", "Unsqueeze", [gathered, ends])
     scales = draw.scales(f"{EMBEDDING}.scales", (V, G), lambda: weight.scales)

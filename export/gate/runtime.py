@@ -46,7 +46,8 @@ def python_of(name: str) -> Path:
         raise InputError(
             f"runtime {name}",
             "not installed",
-            f"`make runtime NAME={name}` in a checkout, or `{RUNTIMES / 'install'} {name}`, first; or no verification (--no-verify)",
+            f"`make runtime NAME={name}` in a checkout, or `{RUNTIMES / 'install'} {name}`, first; "
+            "or no verification (--no-verify)",
         )
     return python
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -112,6 +113,41 @@ def test_the_command_line_names_the_extra(tmp_path: Path) -> None:
     assert result.exit_code == 2
     line = result.output.strip().splitlines()[-1]
     assert line == "error: onnx_ir is not installed; install it with: pip install 'tinycompress[export]'"
+
+
+def draw_widths(path: Path) -> None:
+    from tinycompress.graph.config import SMOLLM2_135M
+    from tinycompress.pruning.plot import draw_widths
+
+    draw_widths(path, SMOLLM2_135M, SMOLLM2_135M, {})
+
+
+def heat_map(path: Path) -> None:
+    from tinycompress.evaluation.passkey import heat_map
+
+    heat_map({}, path)
+
+
+def from_torchao(path: Path) -> None:
+    from tinycompress.quantization.torchao import from_torchao
+
+    from_torchao(None)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("matplotlib", "plot", draw_widths),
+        ("matplotlib", "plot", heat_map),
+        ("torchao", "quantize", from_torchao),
+    ],
+)
+def test_the_library_names_the_extra(
+    package: str, extra: str, use: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"{package} is not installed; .*'tinycompress\[{extra}\]'"):
+        use(tmp_path / "figure.png")
 
 
 def test_everything_imports_without_the_module_resource() -> None:
