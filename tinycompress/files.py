@@ -102,6 +102,8 @@ def inside(folder: str | Path, name: str) -> Path:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder as a file
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

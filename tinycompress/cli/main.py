@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InputError
+from ..errors import InputError, MissingExtra
 from . import distill as cli_distill
 from .arguments import check_export, need_tokenizer, open_model, read_tokens, runnable
 
@@ -25,7 +25,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except typer.Exit:
             raise
-        except InputError as error:
+        except (InputError, MissingExtra) as error:
             _fail(error, 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
