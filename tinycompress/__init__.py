@@ -25,6 +25,7 @@ from .graph.graph import Graph, Pass
 from .graph.quant_tensor import QuantSpec, QuantTensor
 from .graph.rope import Rope
 from .graph.topology import Axis, Feed, axes, feeds
+from .model.cpu_memory import keep_memory
 from .pipeline import run
 from .pruning.prune import Prune
 from .pruning.prune_ffn import PruneFFN
@@ -76,6 +77,7 @@ __all__ = [
     "cut",
     "feeds",
     "gram",
+    "keep_memory",
     "load",
     "perplexity",
     "run",

@@ -20,7 +20,6 @@ from ..errors import InputError
 from ..graph.config import layer_prefix
 from ..graph.graph import Graph, Weight
 from ..graph.topology import Feed, feeds
-from ..model.cpu_memory import keep_heap
 from ..model.generation import check_ids
 from ..model.linear import linear
 from ..model.matmul import product
@@ -86,7 +85,6 @@ def walk(
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
-    keep_heap()
     device = tokens.device
     dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
     stream = _Stream(graph, tokens, device, dtype)
@@ -136,7 +134,6 @@ def walk_blocks(
     what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.
     """
     tokens = check_calibration(graph, tokens)
-    keep_heap()
     if (reference.config.n_layers, reference.config.hidden_size) != (graph.config.n_layers, graph.config.hidden_size):
         raise InputError(
             "reference",

@@ -23,7 +23,6 @@ from ..graph.config import layer_prefix
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
 from ..graph.rope import Rope
-from .cpu_memory import keep_heap
 from .fused_ops import embed, rms_norm, rotate, swiglu
 from .generation import decode, decode_room, end_tokens
 from .kv_cache import KVCache
@@ -210,7 +209,6 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.self_extend: SelfExtend | None = None
         self.eval()
-        keep_heap()
 
     @property
     def device(self) -> torch.device:

@@ -35,7 +35,6 @@ from ..graph.graph import Graph, Pass
 from ..graph.quant_tensor import QuantSpec, QuantTensor
 from ..graph.topology import Feed, feeds
 from ..knapsack import knapsack
-from ..model.cpu_memory import keep_heap
 from ..model.linear import linear
 from ..model.transformer import Block, Embedding, Norm, RotaryTables
 from .grid_search import find_grid, round_to_grid
@@ -135,7 +134,6 @@ def sensitivity(
     """
     tokens = check_calibration(graph, tokens)
     linear_shapes(graph, specs)
-    keep_heap()
     device, T = tokens.device, tokens.shape[1]
     dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
     tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, device, dtype)
