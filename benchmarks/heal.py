@@ -104,7 +104,7 @@ class Bench:
             return self.teacher, []
         start = self.pruned() if name.startswith("pruned") else self.teacher
         if before is None:
-            nearest = QuantSpec(self.spec.bits, self.spec.group_size, self.spec.symmetric, "mse")
+            nearest = QuantSpec(self.spec.bits, self.spec.group_size, self.spec.symmetric, search="mse")
             return (start if name == "pruned" else RTN(nearest)(start)), []
         way = name.split(", ")[1]
         how: dict[str, Any] = {

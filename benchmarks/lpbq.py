@@ -58,7 +58,7 @@ def main() -> None:
     graph = whole_blocks(load(args.model, dtype=torch.float32), max(args.groups))
     calibration = data.tokens(args.calibration, graph.tokenizer, 32, min(512, graph.config.max_position))
     ids = data.tokens(args.evaluation, graph.tokenizer, 1, args.tokens, split="test")[0]
-    specs = [QuantSpec(4, group, scale=scale) for group in args.groups for scale in ("lpbq", "minmax")]
+    specs = [QuantSpec(4, group, search=scale) for group in args.groups for scale in ("lpbq", "minmax")]
     rows = {str(spec): measure(graph, spec, calibration, ids) for spec in tqdm(specs, desc="grids")}
     protocol = {key: Path(str(value)).name for key, value in vars(args).items() if key != "groups"}
     write_json(RESULTS, {"protocol": protocol, "rows": rows, "environment": environment()})

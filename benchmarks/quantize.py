@@ -53,7 +53,7 @@ Make = Callable[[Graph, Tensor, QuantSpec], Graph]
 
 
 def minmax(spec: QuantSpec) -> QuantSpec:
-    return QuantSpec(spec.bits, spec.group_size, spec.symmetric, "minmax")
+    return QuantSpec(spec.bits, spec.group_size, spec.symmetric, search="minmax")
 
 
 BEST = "gptq + refine + qep"  # the default of `compress --quantize`
@@ -64,10 +64,10 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "the table alone": ("float", lambda g, t, s: QuantizeEmbedding(s)(g)),
     "the table alone, least-squares grid": (
         "the table alone",
-        lambda g, t, s: QuantizeEmbedding(replace(s, scale="mse"))(g),
+        lambda g, t, s: QuantizeEmbedding(replace(s, search="mse"))(g),
     ),
     "rtn": ("float", lambda g, t, s: RTN(s)(g)),
-    "rtn, least-squares grid": ("rtn", lambda g, t, s: RTN(replace(s, scale="mse"))(g)),
+    "rtn, least-squares grid": ("rtn", lambda g, t, s: RTN(replace(s, search="mse"))(g)),
     "hqq": ("rtn", lambda g, t, s: HQQ(s)(g)),
     "awq": ("rtn", lambda g, t, s: AWQ(t, s)(g)),
     "awq, min-max grid and clip search": ("awq", lambda g, t, s: AWQ(t, s, clip=True)(g)),
@@ -88,7 +88,7 @@ ROWS: dict[str, tuple[str | None, Make]] = {  # name: (the row it is compared wi
     "mixed bits at as many bytes, gptq + refine + qep": (BEST, lambda g, t, s: mixed(g, t, s)),
     "rtn on least-squares grids, block tuning": (
         "rtn",
-        lambda g, t, s: AutoRound(t, g, BlockTuning(steps=100, propagate=1.0))(RTN(replace(s, scale="mse"))(g)),
+        lambda g, t, s: AutoRound(t, g, BlockTuning(steps=100, propagate=1.0))(RTN(replace(s, search="mse"))(g)),
     ),
     "gptq + refine + qep, scales of each block tuned in the walk": (BEST, lambda g, t, s: tuned(g, t, s)),
     "gptq + refine + qep, scales tuned": (BEST, lambda g, t, s: tuned_scales(t, g)(best_gptq(t, s)(g))),

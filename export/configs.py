@@ -31,7 +31,7 @@ def paths(graph: Graph, profile: Profile) -> tuple[str, str]:
 
 def web_dtype(graph: Graph) -> str:
     """transformers.js' name for what a graph's weights are: that of its narrowest packed ones."""
-    widths = {w.spec.bits for w in graph.weights.entries.values() if isinstance(w, QuantTensor)}
+    widths = {w.grid.bits for w in graph.weights.entries.values() if isinstance(w, QuantTensor)}
     return TJS_DTYPES[min(widths, default=0)]
 
 

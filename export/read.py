@@ -19,7 +19,7 @@ from tinycompress.errors import InputError
 from tinycompress.files import inside, read_json
 from tinycompress.graph.config import Config, layer_prefix, shapes
 from tinycompress.graph.graph import Graph, Weights
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor, unpack
+from tinycompress.graph.quant_tensor import Grid, QuantTensor, unpack
 
 from .dynamic.draw import EMBEDDING, JOINED
 from .dynamic.emit import attention_layers
@@ -178,13 +178,13 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
     return torch.from_numpy(np.memmap(path, dtype, "c", offset, shape))
 
 
-def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, QuantSpec]:
+def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, Grid]:
     """The grid of every packed parameter."""
     try:
-        return {name: QuantSpec(**fields) for name, fields in manifest["quantized"].items()}
+        return {name: Grid.from_dict(fields) for name, fields in manifest["quantized"].items()}
     except TypeError as error:
         raise InputError(
-            f"quantized in {folder / MANIFEST}", str(error), "bits, group_size, symmetric and scale by parameter"
+            f"quantized in {folder / MANIFEST}", str(error), "bits, group_size and symmetric by parameter"
         ) from error
 
 
@@ -192,7 +192,7 @@ def _weight(
     name: str,
     shape: tuple[int, ...],
     stored: Mapping[str, Tensor],
-    spec: QuantSpec | None,
+    spec: Grid | None,
     config: Config,
     profile: Profile,
 ) -> Any:
@@ -207,7 +207,7 @@ def _weight(
 
 
 def _packed(
-    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of the emitter's `packed`: blocks back to groups, containers back to the grid's own bits."""
     (N, K), group, bits = shape, spec.group(name, shape[1]), profile.container(spec.bits)
@@ -233,7 +233,7 @@ def _packed(
 
 
 def _columns(
-    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to rows."""
     (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
@@ -258,7 +258,7 @@ def _columns(
 
 
 def _table(
-    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: QuantSpec, profile: Profile
+    name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of `forms_standard.rows`."""
     (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)

@@ -85,11 +85,11 @@ SCALES = {
 CASES: Mapping[str, Callable[[str], Graph]] = {  # of how scales are searched
     "dense": lambda scale: tiny(),
     "pruned, non-uniform": lambda scale: tiny(PRUNED),
-    "4 bits": lambda scale: RTN(QuantSpec(4, 64, scale=scale), head=True)(tiny()),
+    "4 bits": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),
     "8 bits": lambda scale: RTN(QuantSpec(8, 64), head=True)(tiny()),
     "YaRN 4×": lambda scale: tiny(rope=STRETCHED),
-    "4 bits, int8 cache": lambda scale: RTN(QuantSpec(4, 64, scale=scale), head=True)(tiny()),
-    "all together": lambda scale: RTN(QuantSpec(4, 64, scale=scale), head=True)(tiny(PRUNED, STRETCHED)),
+    "4 bits, int8 cache": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),
+    "all together": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny(PRUNED, STRETCHED)),
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"4 bits, int8 cache": {"kv": "int8"}}  # of the export
 

@@ -138,7 +138,7 @@ def _files(work: Path) -> list[str]:
 
 
 def _manifest(graph: Graph, profile: Profile, dtype: str, scales: str, accuracy_level: int) -> dict[str, Any]:
-    packed = {n: w.spec for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
+    packed = {n: w.grid for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
     return {
         "format": FORMAT,
         "profile": profile.name,

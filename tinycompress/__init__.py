@@ -1,41 +1,61 @@
 """Prune, quantize, distil, stretch and export Llama-family models on one shared graph.
 
-from tinycompress import GPTQ, PruneFFN, QuantSpec, load, tokens
+from tinycompress import GPTQ, Prune, load, tokens
 graph = load("smollm2-135m")
 text = tokens("pydoc", graph.tokenizer, n=32, seq_len=512)
-small = GPTQ(text, QuantSpec.parse("w4g64"))(PruneFFN(text, keep=0.75, multiple_of=64)(graph))
+small = GPTQ(text, "w4g64")(Prune(text, "params=0.8")(graph))
 """
 
-from .calibration.data import tokens
+from .calibration.data import as_tokens, tokens
 from .calibration.gram import gram
 from .calibration.walk import Inputs, walk
 from .checkpoints.checkpoint import load, save
 from .context.longrope import LongRope
 from .context.scale_rope import ChooseRope, ScaleRope
-from .distillation.distill import Distill, HiddenLoss
-from .distillation.fused_loss import Loss
+from .distillation.distill import Distill
+from .distillation.divergences import Loss
+from .distillation.hidden_losses import HiddenLoss
 from .distillation.lora import LoRA
 from .distillation.schedule import Ramp
 from .distillation.training import Training
 from .errors import InputError
 from .evaluation.perplexity import agreement, perplexity
-from .graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
-from .graph.edit import cut
-from .graph.graph import Graph, Pass
-from .graph.quant_tensor import QuantSpec, QuantTensor
-from .graph.rope import Rope
-from .graph.topology import Axis, Feed, axes, feeds
+from .graph import (
+    LLAMA_2_7B,
+    SMOLLM2_135M,
+    TINYLLAMA_1_1B,
+    Axis,
+    Config,
+    Feed,
+    Graph,
+    Grid,
+    Layer,
+    Linear,
+    Pass,
+    QuantSpec,
+    QuantTensor,
+    Rope,
+    axes,
+    cut,
+    feeds,
+    shapes,
+)
 from .model.cpu_memory import keep_memory
 from .pipeline import run
+from .pruning.drop import Drop
 from .pruning.prune import Prune
 from .pruning.prune_ffn import PruneFFN
+from .pruning.slice import Slice
 from .quantization.autoround import AutoRound
 from .quantization.awq import AWQ
 from .quantization.block_tuning import BlockTuning
+from .quantization.embedding import QuantizeEmbedding
 from .quantization.gptq import GPTQ
 from .quantization.hqq import HQQ
+from .quantization.mixed_bits import MixedBits
 from .quantization.rotate import Rotate
 from .quantization.rtn import RTN
+from .quantization.smoothquant import SmoothQuant
 
 __version__ = "0.1.0"
 
@@ -53,26 +73,34 @@ __all__ = [
     "ChooseRope",
     "Config",
     "Distill",
+    "Drop",
     "Feed",
     "Graph",
+    "Grid",
     "HiddenLoss",
     "InputError",
     "Inputs",
     "Layer",
+    "Linear",
     "LoRA",
     "LongRope",
     "Loss",
+    "MixedBits",
     "Pass",
     "Prune",
     "PruneFFN",
     "QuantSpec",
     "QuantTensor",
+    "QuantizeEmbedding",
     "Ramp",
     "Rope",
     "Rotate",
     "ScaleRope",
+    "Slice",
+    "SmoothQuant",
     "Training",
     "agreement",
+    "as_tokens",
     "axes",
     "cut",
     "feeds",

@@ -136,7 +136,7 @@ def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ
 def without_data(spec: QuantSpec) -> QuantSpec:
     """The grid search of the lowest perplexity in benchmarks/results/quantize.md where there is no text; eight bits cover the range, which
     keeps their scales positive, as some NPUs want them."""
-    return dataclasses.replace(spec, scale="mse") if spec.scale == "auto" and spec.bits < 8 else spec
+    return dataclasses.replace(spec, search="mse") if spec.search == "auto" and spec.bits < 8 else spec
 
 
 def tuned_scales(tokens: Tensor, teacher: Graph) -> Distill:

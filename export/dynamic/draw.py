@@ -86,7 +86,7 @@ class Draw:
         if not self.profile.joins or not all(isinstance(w, QuantTensor) for w in weights):
             return False
         return (
-            len({w.spec for w in weights}) == 1 and len({f"{name}.bias" in self.graph.weights for name in linears}) == 1
+            len({w.grid for w in weights}) == 1 and len({f"{name}.bias" in self.graph.weights for name in linears}) == 1
         )
 
     def dense(self, name: str, transposed: bool = False) -> ir.Value:

@@ -80,7 +80,7 @@ def emit(
 def features(graph: Graph, profile: Profile) -> set[str]:
     """What a prepared graph needs of the runtime beyond the base, as keys of `Profile.floors`."""
     packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
-    out = {f"bits_{profile.container(w.spec.bits)}" for w in packed.values()}
+    out = {f"bits_{profile.container(w.grid.bits)}" for w in packed.values()}
     return out | {"gather"} if EMBEDDING in packed else out
 
 
@@ -116,10 +116,10 @@ def check(graph: Graph, profile: Profile, accuracy_level: int = 4) -> None:
 
 
 def _check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
-    profile.check_zeros(name, weight.spec)
-    if name == EMBEDDING and weight.spec.float_zero:  # GatherBlockQuantized has no such form
+    profile.check_zeros(name, weight.grid)
+    if name == EMBEDDING and weight.grid.float_zero:  # GatherBlockQuantized has no such form
         raise InputError(
-            f"grid of {name}", f"{weight.spec}: float zero points", "integer ones (-asym), or none, for the embedding"
+            f"grid of {name}", f"{weight.grid}: float zero points", "integer ones (-asym), or none, for the embedding"
         )
     profile.block(name, weight.shape[1] // weight.scales.shape[1], weight.shape[1])
     if name == EMBEDDING and weight.shape[1] % 2:
@@ -132,7 +132,7 @@ def _half_scales(name: str, weight: QuantTensor) -> QuantTensor:
     half = weight.scales.half()
     if not torch.isfinite(half).all() or ((half == 0) & (weight.scales != 0)).any():
         raise InputError(f"scales of {name}", "values that float16 cannot hold", 'scales="float32"')
-    return QuantTensor(weight.packed, half.to(weight.scales.dtype), weight.zeros, weight.spec, weight.shape)
+    return QuantTensor(weight.packed, half.to(weight.scales.dtype), weight.zeros, weight.grid, weight.shape)
 
 
 # The walk -----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
             "model.embed_tokens", "Reshape", [table, draw.constant("rows", torch.tensor([weight.shape[0], -1]))]
         )
     attributes = {
-        "bits": draw.profile.container(weight.spec.bits),
+        "bits": draw.profile.container(weight.grid.bits),
         "block_size": block,
         "gather_axis": 0,
         "quantize_axis": 1,
@@ -136,7 +136,7 @@ def product(draw: Draw, name: str, parts: list[str], x: ir.Value) -> ir.Value:
 
 def _product(draw: Draw, at: str, name: str, weights: list[QuantTensor], x: ir.Value) -> ir.Value:
     (first, *_), N = weights, sum(w.shape[0] for w in weights)
-    bits, block = draw.profile.container(first.spec.bits), draw.profile.block(name, *groups(first))
+    bits, block = draw.profile.container(first.grid.bits), draw.profile.block(name, *groups(first))
     attributes = {
         "K": first.shape[1],
         "N": N,
@@ -151,7 +151,7 @@ def packed(draw: Draw, name: str, weights: list[QuantTensor], flat: bool = False
     """Packed parameters of one grid, one below the other, as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales float
     [N, blocks] and, when asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉] or float [N, blocks]."""
     weight = weights[0]
-    bits, (group, K) = draw.profile.container(weight.spec.bits), groups(weight)
+    bits, (group, K) = draw.profile.container(weight.grid.bits), groups(weight)
     block = draw.profile.block(name, group, K)
     N, blocks, width = sum(w.shape[0] for w in weights), -(-K // block), block * bits // 8
     repeats = -(-group // block)
@@ -168,7 +168,7 @@ def packed(draw: Draw, name: str, weights: list[QuantTensor], flat: bool = False
         ),
     ]
     zeros = [w.zeros for w in weights if w.zeros is not None]
-    if zeros and weight.spec.float_zero:
+    if zeros and weight.grid.float_zero:
         values.append(
             draw.lazy(f"{name}.zeros", torch.float32, (N, blocks), lambda: _below(zeros).repeat_interleave(repeats, 1))
         )
@@ -191,9 +191,9 @@ def groups(weight: QuantTensor) -> tuple[int, int]:
 def _blocks(weight: QuantTensor, bits: int, nbytes: int) -> Tensor:
     """uint8 [N, nbytes]: the packed integers as they are, 3-bit ones in 4-bit containers, padded to whole blocks."""
     packed = weight.packed
-    if bits != weight.spec.bits:
+    if bits != weight.grid.bits:
         shift = (
-            2 ** (bits - 1) - weight.spec.zero if weight.zeros is None else 0
+            2 ** (bits - 1) - weight.grid.zero if weight.zeros is None else 0
         )  # the container's zero is implied, so it moves
         packed = pack(weight.ints().reshape(*weight.scales.shape, -1) + shift, bits)
     rows = packed.flatten(1)[:, :nbytes]

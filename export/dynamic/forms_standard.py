@@ -47,7 +47,7 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     at, weight = "model.embed_tokens", draw.entry(EMBEDDING)
     if not isinstance(weight, QuantTensor):
         return draw.op(at, "Gather", [draw.dense(EMBEDDING), ids], axis=0)
-    (V, D), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.spec.bits)
+    (V, D), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
     table = draw.lazy(f"{EMBEDDING}.packed", torch.uint8, (V, -(-D * bits // 8)), lambda: rows(weight, bits))
     integers = draw.op(at, "Cast", [draw.op(at, "Gather", [table, ids], axis=0)], to=FLOAT)
     if bits == 4:
@@ -58,7 +58,7 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     ends = draw.constant("embed.column", torch.tensor([3]))
     zero: ir.Value
     if weight.zeros is None:
-        zero = draw.constant("embed.zero", torch.tensor(float(weight.spec.zero)))
+        zero = draw.constant("embed.zero", torch.tensor(float(weight.grid.zero)))
     else:
         zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: weight.zeros)  # type: ignore[arg-type, return-value]
         gathered = draw.op(f"{at}.zeros", "Cast", [draw.op(f"{at}.zeros", "Gather", [zeros, ids], axis=0)], to=FLOAT)
@@ -119,7 +119,7 @@ def linear(draw: Draw, name: str, x: ir.Value) -> ir.Value:
 def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
     """A packed parameter as integers [K, N] with scales [G, N] (per-channel: [N]) through DequantizeLinear."""
     weight: QuantTensor = draw.entry(name)
-    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.spec.bits)
+    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
     signed = weight.zeros is None
     shape = (N,) if G == 1 else (G, N)
     integers = _integers(draw, f"{name}.ints", (K, N), bits, signed, lambda: columns(weight, signed))
@@ -134,7 +134,7 @@ def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
 def multiplied(draw: Draw, at: str, name: str) -> ir.Value:
     """A packed symmetric parameter as integers [N, G, g] times scales [N, G, 1], turned to [K, N]."""
     weight: QuantTensor = draw.entry(name)
-    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.spec.bits)
+    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
     shape = (N, G, K // G) if G > 1 else (N, K)
     integers = _integers(draw, f"{name}.ints", shape, bits, True, lambda: columns(weight, True).T.reshape(shape))
     scales = draw.scales(f"{name}.rows.scales", (*shape[:-1], 1), lambda: weight.scales.reshape(*shape[:-1], 1))
@@ -147,13 +147,13 @@ def multiplied(draw: Draw, at: str, name: str) -> ir.Value:
 def columns(weight: QuantTensor, signed: bool) -> Tensor:
     """The integers of a weight as [K, N]: uint8, or int8 around zero."""
     q = weight.ints().T
-    return (q.to(torch.int16) - weight.spec.zero).to(torch.int8) if signed else q
+    return (q.to(torch.int16) - weight.grid.zero).to(torch.int8) if signed else q
 
 
 def rows(weight: QuantTensor, bits: int) -> Tensor:
     """The integers of a table as uint8 [V, bytes], whole rows, low bits first; a narrower grid in a wider container."""
     V, D = weight.shape
-    if bits == weight.spec.bits:
+    if bits == weight.grid.bits:
         return (
             weight.packed.reshape(V, -1)
             if weight.packed.numel() * 8 == V * D * bits

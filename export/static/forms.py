@@ -101,7 +101,7 @@ def check_static(config: Config, profile: Profile, spec: QuantSpec | None, input
     check(config, profile)
     if spec is None:
         return
-    if FORMS[profile.name].packed_weights and spec.scale not in ("lpbq", "minmax"):
+    if FORMS[profile.name].packed_weights and spec.search not in ("lpbq", "minmax"):
         raise InputError(
             "quantization",
             str(spec),
@@ -130,7 +130,7 @@ def check_spec(name: str, spec: QuantSpec, in_features: int, profile: Profile) -
 
 def check_grid(name: str, weight: QuantTensor, profile: Profile) -> None:
     """`check_spec`, and that the scales are positive: a negative one mirrors a grid that has no mirror image in int4."""
-    check_spec(name, weight.spec, weight.shape[1], profile)
+    check_spec(name, weight.grid, weight.shape[1], profile)
     if (weight.scales <= 0).any():
         found = f"{int((weight.scales <= 0).sum())} of {weight.scales.numel()} not positive"
         accepted = f"positive scales for the {profile.name} profile: quantize with a spec that ends in -lpbq, or with scale='minmax'"
@@ -149,7 +149,7 @@ def _untied(graph: Graph, table: str) -> Graph:
 
 def _rounded(graph: Graph) -> Graph:
     """Dense linears to w8, one scale a channel that covers its range."""
-    spec = QuantSpec(8, None, scale="minmax")
+    spec = QuantSpec(8, None, search="minmax")
     todo = [n for n in _linears(graph.config) if not isinstance(graph.weights.entries[n], QuantTensor)]
     changed = {}
     for name in tqdm(todo, desc="rounding to int8", unit="linear", delay=2, disable=not todo):
@@ -170,7 +170,7 @@ def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
         "kv_heads": [layer.n_kv_heads for layer in config.layers if layer.n_heads],
-        "embedding_bits": weight.spec.bits if isinstance(weight, QuantTensor) else 32,
+        "embedding_bits": weight.grid.bits if isinstance(weight, QuantTensor) else 32,
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, shapes
 from tinycompress.graph.graph import Weight
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor, unpack
+from tinycompress.graph.quant_tensor import Grid, QuantTensor, unpack
 
 from ..dynamic.draw import EMBEDDING
 from .host import HOST
@@ -32,12 +32,12 @@ def host_file(folder: str | Path) -> dict[str, Tensor]:
         raise InputError(str(path), f"not a safetensors file ({error})", "the file as it was exported") from error
 
 
-def static_weights(stored: Mapping[str, Tensor], specs: Mapping[str, QuantSpec], config: Config) -> dict[str, Weight]:
+def static_weights(stored: Mapping[str, Tensor], specs: Mapping[str, Grid], config: Config) -> dict[str, Weight]:
     """Every parameter from the initializers and the host's tensors."""
     return {name: _weight(name, shape, stored, specs.get(name)) for name, shape in shapes(config).items()}
 
 
-def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spec: QuantSpec | None) -> Weight:
+def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spec: Grid | None) -> Weight:
     if name == EMBEDDING:
         return _table(stored, spec, (shape[0], shape[1]))
     if spec is None:
@@ -65,7 +65,7 @@ def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spe
     return from_channel(ints, _get(stored, f"{name}.scales", (N,), torch.float32), spec)
 
 
-def _table(stored: Mapping[str, Tensor], spec: QuantSpec | None, shape: tuple[int, int]) -> Weight:
+def _table(stored: Mapping[str, Tensor], spec: Grid | None, shape: tuple[int, int]) -> Weight:
     if spec is None:
         return _get(stored, EMBEDDING, shape, torch.float32)
     parts = {

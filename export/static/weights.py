@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor, pack
+from tinycompress.graph.quant_tensor import Grid, QuantTensor, pack
 
 from ..dynamic.draw import Draw
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def channel_weight(draw: Draw, name: str, weight: QuantTensor) -> ir.Value:
     """A weight with one scale a channel as the float [K, N] that it stands for."""
-    (N, K), wide = weight.shape, weight.spec.bits == 8
+    (N, K), wide = weight.shape, weight.grid.bits == 8
     if wide:
         ints = draw.lazy(f"{name}.ints", torch.int8, (K, N), lambda: centred(weight).T)
     else:
@@ -55,23 +55,23 @@ def block_weight(draw: Draw, name: str, weight: QuantTensor) -> tuple[list[ir.Va
 
 def centred(weight: QuantTensor) -> Tensor:
     """int8 [N, K]: the integers with their zero point taken off."""
-    return (weight.ints().to(torch.int16) - weight.spec.zero).to(torch.int8)
+    return (weight.ints().to(torch.int16) - weight.grid.zero).to(torch.int8)
 
 
 def nibbles(weight: QuantTensor) -> Tensor:
     """uint8 [N, K/2]: the packed bytes, those of 2 and 3 bits widened to 4."""
-    if weight.spec.bits == 4:
+    if weight.grid.bits == 4:
         return weight.packed.flatten(1)
-    return pack(weight.ints() + (8 - weight.spec.zero), 4)
+    return pack(weight.ints() + (8 - weight.grid.zero), 4)
 
 
-def from_channel(ints: Tensor, scales: Tensor, spec: QuantSpec) -> QuantTensor:
+def from_channel(ints: Tensor, scales: Tensor, spec: Grid) -> QuantTensor:
     """The inverse of `channel_weight`: int8 [K, N] and scales [N]."""
     q = (ints.T.to(torch.int16) + spec.zero).to(torch.uint8)
     return QuantTensor.from_ints(q, scales[:, None], None, spec)
 
 
-def from_blocks(packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> QuantTensor:
+def from_blocks(packed: Tensor, scales: Tensor, spec: Grid, shape: tuple[int, int]) -> QuantTensor:
     """The inverse of `block_weight`: uint8 [N, blocks, b/2] and scales [N, blocks]."""
     from tinycompress.graph.quant_tensor import unpack
 

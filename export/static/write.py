@@ -178,9 +178,9 @@ def _manifest(graph: Graph, profile: Profile, dtype: str) -> dict[str, Any]:
         "history": list(graph.history),
         "fingerprint": graph.fingerprint(),
         "dtype": dtype,
-        "scheme": " + ".join(sorted({str(w.spec) for w in packed.values()})) or "float32",
+        "scheme": " + ".join(sorted({str(w.grid) for w in packed.values()})) or "float32",
         "block_scales": None if not blocks else "lpbq" if all(map(is_lpbq, blocks)) else "ordinary",
-        "quantized": {name: dataclasses.asdict(w.spec) for name, w in packed.items()},
+        "quantized": {name: dataclasses.asdict(w.grid) for name, w in packed.items()},
         "files": {},
         "checks": None,
     }

@@ -35,7 +35,7 @@ def test_folders(format, model, tmp_path):
     assert result.exit_code == 0, result.output
     about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert about["quant_method"] == format
-    back, ours = load(tmp_path / "out", dtype=torch.float32), RTN(QuantSpec(4, 32, scale="mse"))(load(model))
+    back, ours = load(tmp_path / "out", dtype=torch.float32), RTN(QuantSpec(4, 32, search="mse"))(load(model))
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(back.weights[name].ints(), ours.weights[name].ints())
 
@@ -50,7 +50,7 @@ def test_a_file_with_a_packed_embedding(model, tmp_path):
 
 def test_the_embedding_alone(model, tmp_path):
     assert invoke(model, "--quantize-embedding", "w4g16", "-o", tmp_path / "out").exit_code == 0
-    packed = {n: str(w.spec) for n, w in load(tmp_path / "out").weights.items() if isinstance(w, QuantTensor)}
+    packed = {n: str(w.grid) for n, w in load(tmp_path / "out").weights.items() if isinstance(w, QuantTensor)}
     assert packed == {"model.embed_tokens.weight": "w4g16", "lm_head.weight": "w4g16"}
 
 

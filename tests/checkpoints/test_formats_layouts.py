@@ -115,7 +115,7 @@ def test_folders_load_as_they_were_saved(format, grid, tmp_path):
     for name, weight in graph.weights.items():
         other = back.weights[name]
         if isinstance(weight, QuantTensor):
-            assert str(other.spec) == grid and torch.equal(other.ints(), weight.ints())
+            assert str(other.grid) == grid and torch.equal(other.ints(), weight.ints())
             assert torch.equal(other.scales, weight.scales)
             assert (weight.zeros is None and other.zeros is None) or torch.equal(other.zeros, weight.zeros)
         else:
@@ -222,7 +222,7 @@ def test_three_bits_are_v2_and_gptqmodels_v1_is_understood(tmp_path):
     assert torch.equal(load(folder, dtype=torch.float32).module()(IDS), graph.module()(IDS))
     settings_of(meta=None)(folder)
     assert (
-        not load(folder).weights["model.layers.0.mlp.up_proj.weight"].spec.symmetric
+        not load(folder).weights["model.layers.0.mlp.up_proj.weight"].grid.symmetric
     )  # AutoGPTQ's reading: other zero points
 
 

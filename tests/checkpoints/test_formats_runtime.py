@@ -93,7 +93,7 @@ def test_what_another_library_quantized_opens_packed_and_exports(library, shared
     run(venv, logits, folder, tmp_path / "ids.json", tmp_path / "logits", cwd=tmp_path)
     graph = load(folder, dtype=torch.float32)
     packed = [w for w in graph.weights.entries.values() if isinstance(w, QuantTensor)]
-    assert len(packed) == 14 and all(w.spec.bits == 4 and w.spec.group_size == 32 for w in packed)
+    assert len(packed) == 14 and all(w.grid.bits == 4 and w.grid.group_size == 32 for w in packed)
     ours = graph.module()(ids[:1, :24])
     assert (ours - load_file(tmp_path / "logits")["logits"]).abs().max() <= limit
     assert 1e-3 < (ours - dense.module()(ids[:1, :24])).abs().max() < 2

@@ -30,7 +30,7 @@ def test_rotation_is_the_default_where_it_costs_nothing(tiny, tied):
         Recipe(quantize=SPEC, rotate=True), tied
     ) == ["Rotate", "GPTQ"]
     assert steps(Recipe(quantize=SPEC, quantize_method="rtn"), tiny) == ["RTN"]
-    found = [Recipe(quantize=QuantSpec(bits, 16), quantize_method="rtn").passes(tiny)[0].spec.scale for bits in (3, 8)]
+    found = [Recipe(quantize=QuantSpec(bits, 16), quantize_method="rtn").passes(tiny)[0].spec.search for bits in (3, 8)]
     assert found == ["mse", "auto"]
     assert steps(Recipe(), tiny) == steps(Recipe(), tied) == []
     with pytest.raises(InputError, match="--rotate"):

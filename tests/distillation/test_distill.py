@@ -202,8 +202,8 @@ def test_the_packed_result_is_what_training_saw(nonuniform, monkeypatch, text, g
     out = Distill(windows(nonuniform), nonuniform, FAST, fake_quant=spec, grid=grid)(nonuniform)
     packed = {n: w for n, w in out.weights.items() if isinstance(w, QuantTensor)}
     assert len(packed) == sum(n.endswith("proj.weight") for n in shapes(nonuniform.config)) and {
-        w.spec for w in packed.values()
-    } == {spec}
+        w.grid for w in packed.values()
+    } == {spec.grid}
     for name, weight in packed.items():
         module = seen[0].transformer.get_submodule(name.removesuffix(".weight"))
         scales, zeros = module.grid(module.weight)
@@ -226,13 +226,13 @@ def test_linears_have_grids_of_their_own(nonuniform):
     name = "model.layers.0.mlp.up_proj"
     specs = {name: QuantSpec(3, 16), "model.layers.3.self_attn.q_proj": QuantSpec(8, None)}
     out = Distill(windows(nonuniform), nonuniform, FAST, fake_quant=specs)(nonuniform)
-    assert {n: w.spec for n, w in out.weights.items() if isinstance(w, QuantTensor)} == {
-        f"{n}.weight": spec for n, spec in specs.items()
+    assert {n: w.grid for n, w in out.weights.items() if isinstance(w, QuantTensor)} == {
+        f"{n}.weight": spec.grid for n, spec in specs.items()
     }
     with pytest.raises(InputError, match="a grid for lm_head"):
         Distill(windows(nonuniform), nonuniform, FAST, fake_quant={"lm_head": QuantSpec(4, 16)})(nonuniform)
     with pytest.raises(InputError, match="'learn' with lpbq"):
-        Distill(windows(nonuniform), nonuniform, FAST, fake_quant=QuantSpec(4, 16, scale="lpbq"), grid="learn")(
+        Distill(windows(nonuniform), nonuniform, FAST, fake_quant=QuantSpec(4, 16, search="lpbq"), grid="learn")(
             nonuniform
         )
 
@@ -280,7 +280,7 @@ def test_scales_learn_and_integers_stay(nonuniform, monkeypatch, tmp_path, text)
         if isinstance(before, QuantTensor):
             assert (
                 torch.equal(after.packed, before.packed)
-                and after.spec == spec
+                and after.grid == spec.grid
                 and not torch.equal(after.scales, before.scales)
             )
             assert (after.zeros is None) == (before.zeros is None) and (

@@ -48,7 +48,7 @@ def small(**changes) -> Graph:
 
 def quantized(graph: Graph, text: str, embedding: bool = False, scale: str = "mse") -> Graph:
     """Round to nearest, every linear of the layers; with `embedding` the table and the head too."""
-    spec = dataclasses.replace(QuantSpec.parse(text), scale=scale)
+    spec = dataclasses.replace(QuantSpec.parse(text), search=scale)
     names = [
         graph.config.weight_name(reader)
         for feed in feeds(graph.config)

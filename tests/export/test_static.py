@@ -180,7 +180,7 @@ def test_the_graphs_share_one_file_of_weights(tmp_path):
 
 @pytest.mark.parametrize("spec", ["w8", "w4", "w3", "w2", "w4g16-lpbq", "w2g16-lpbq", "w4g32-lpbq"])
 def test_packed_weights_travel_bit_for_bit(spec, tmp_path, short_chunks):
-    graph = RTN(dataclasses.replace(QuantSpec.parse(spec), scale="lpbq"), head=True)(small())
+    graph = RTN(dataclasses.replace(QuantSpec.parse(spec), search="lpbq"), head=True)(small())
     export(graph, tmp_path / "out", "qnn", check=False)
     back = read(tmp_path / "out")
     packed = {n: w for n, w in graph.weights.items() if isinstance(w, QuantTensor)}
@@ -190,15 +190,15 @@ def test_packed_weights_travel_bit_for_bit(spec, tmp_path, short_chunks):
         assert (
             torch.equal(found.packed, weight.packed)
             and torch.equal(found.scales, weight.scales)
-            and found.spec == weight.spec
+            and found.grid == weight.grid
         )
     stored = {t.name: t for t in onnx.load(tmp_path / "out" / "prefill.onnx").graph.initializer}
     name, weight = next(iter(packed.items()))
-    if weight.scales.shape[1] > 1 and weight.spec.bits == 4:  # MatMulNBits holds our very bytes
+    if weight.scales.shape[1] > 1 and weight.grid.bits == 4:  # MatMulNBits holds our very bytes
         assert stored[f"{name}.packed"].raw_data == weight.packed.numpy().tobytes()
     elif weight.scales.shape[1] == 1:
         ints = onnx.numpy_helper.to_array(stored[f"{name}.ints"]).astype(np.int16)
-        assert np.array_equal(ints.T, weight.ints().numpy().astype(np.int16) - weight.spec.zero)
+        assert np.array_equal(ints.T, weight.ints().numpy().astype(np.int16) - weight.grid.zero)
 
 
 def test_a_packed_embedding_stays_packed(tmp_path, short_chunks):
@@ -283,9 +283,9 @@ def test_what_a_profile_cannot_carry_fails_before_any_work(tmp_path):
     refused(r"grid of .*q_proj.*w4g16-asym; accepted: a symmetric one", RTN(QuantSpec.parse("w4g16-asym"))(graph), out)
     refused(r"found w8g16; accepted: w8, one scale a channel", RTN(QuantSpec.parse("w8g16"))(graph), out)
     refused(
-        r"scales of .*not positive; accepted: positive scales .* -lpbq", RTN(QuantSpec(4, 16, scale="mse"))(graph), out
+        r"scales of .*not positive; accepted: positive scales .* -lpbq", RTN(QuantSpec(4, 16, search="mse"))(graph), out
     )
-    refused("group_size of .*: found 8", RTN(QuantSpec(4, 8, scale="minmax"))(graph), out)
+    refused("group_size of .*: found 8", RTN(QuantSpec(4, 8, search="minmax"))(graph), out)
     refused("epcontext: found '12'", graph, out, static=StaticChoices(epcontext="12"))
     refused("the qnn profile", graph, out, "static", static=StaticChoices(epcontext="75"))
     with pytest.raises(InputError, match=r"ranges: found 'best'; accepted: minmax \| percentile \| mse"):
@@ -360,7 +360,7 @@ def test_dense_graphs_are_rotated_and_packed_ones_stay(tmp_path, short_chunks):
         assert any(step.startswith("Rotate(") for step in manifest["history"]) == (rotate is None)
         kl[rotate] = next(c["figure"] for c in manifest["checks"]["checks"] if c["check"] == "kl")
     assert kl[None] < kl[False] / 5
-    packed = RTN(QuantSpec(4, 16, scale="lpbq"), head=True)(small())
+    packed = RTN(QuantSpec(4, 16, search="lpbq"), head=True)(small())
     assert export(packed, tmp_path / "packed", "qnn", limits=WIDE, progress=False)["history"] == list(packed.history)
     with pytest.raises(InputError, match="quantized"):
         export(packed, tmp_path / "no", "qnn", progress=False, static=StaticChoices(rotate=True))
@@ -544,7 +544,7 @@ def test_lpbq_scales_are_a_float_times_an_integer(N, G, bits, weighted, seed):
         16, 1
     )
     importance = torch.rand(G * 16, generator=generator) if weighted else None
-    spec = QuantSpec(bits, 16, scale="lpbq")
+    spec = QuantSpec(bits, 16, search="lpbq")
     scales, zeros = find_grid("w", weight, spec, importance)
     multiple = scales / scales.amax(1, keepdim=True) * 16
     assert zeros is None and (scales > 0).all()
@@ -555,9 +555,9 @@ def test_lpbq_scales_are_a_float_times_an_integer(N, G, bits, weighted, seed):
 
 def test_is_lpbq_tells_ordinary_scales():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    assert not is_lpbq(rtn_quantize(weight, QuantSpec(4, 16, scale="minmax")))
+    assert not is_lpbq(rtn_quantize(weight, QuantSpec(4, 16, search="minmax")))
     assert not is_lpbq(rtn_quantize(weight, QuantSpec(4, 16, symmetric=False)))
-    assert is_lpbq(rtn_quantize(weight, QuantSpec(4, None, scale="minmax")))  # one block a row is its own factor
+    assert is_lpbq(rtn_quantize(weight, QuantSpec(4, None, search="minmax")))  # one block a row is its own factor
     quantized = rtn_quantize(weight, QuantSpec.parse("w4g16-lpbq"))
     assert is_lpbq(quantized) and not is_lpbq(dataclasses.replace(quantized, scales=-quantized.scales))
     assert not is_lpbq(dataclasses.replace(quantized, scales=quantized.scales * torch.tensor([1, 1, 1.03, 1])))
@@ -568,7 +568,7 @@ def test_searching_the_form_beats_rounding_to_it_afterwards():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.rand(
         64, 1, generator=torch.Generator().manual_seed(1)
     )
-    ordinary = rtn_quantize(weight, QuantSpec(4, 32, scale="minmax"))
+    ordinary = rtn_quantize(weight, QuantSpec(4, 32, search="minmax"))
     step = ordinary.scales.amax(1, keepdim=True) / 16
     compiled = dataclasses.replace(ordinary, scales=(ordinary.scales / step).round().clamp(1, 16) * step)
     native = rtn_quantize(weight, QuantSpec.parse("w4g32-lpbq"))
@@ -596,9 +596,9 @@ def test_gptq_rounds_on_the_lpbq_grid():
 
 def test_lpbq_in_the_spec():
     spec = QuantSpec.parse("w4g32-lpbq")
-    assert (spec.scale, str(spec), spec.symmetric) == ("lpbq", "w4g32-lpbq", True)
+    assert (spec.search, str(spec), spec.symmetric) == ("lpbq", "w4g32-lpbq", True)
     with pytest.raises(InputError, match="lpbq"):
-        QuantSpec(4, 32, symmetric=False, scale="lpbq")
+        QuantSpec(4, 32, symmetric=False, search="lpbq")
     with pytest.raises(InputError, match=r"\[-asym\|-floatzero\|-lpbq\]"):
         QuantSpec.parse("w4g32-asym-lpbq")
     with pytest.raises(InputError, match=r"scales: found \(2, 3\)"):
@@ -631,7 +631,7 @@ def test_htp_runs_the_graphs(spec, tmp_path):
 def test_htp_keeps_lpbq_scales_and_changes_ordinary_ones(tmp_path):
     """FFN layers only, so that nothing but the weights can differ between HTP and the CPU."""
     graph = small(layers=(Layer(0, 0, 128),) * 2, max_position=64)
-    specs = {"native": QuantSpec.parse("w4g32-lpbq"), "ordinary": QuantSpec(4, 32, scale="minmax")}
+    specs = {"native": QuantSpec.parse("w4g32-lpbq"), "ordinary": QuantSpec(4, 32, search="minmax")}
     found = {
         name: in_runtime(RTN(spec)(graph), tmp_path / name, "qnn", "qnn")["figures"]["htp_to_cpu"]
         for name, spec in specs.items()

@@ -228,7 +228,7 @@ def test_awq_rounds_on_grids_weighted_by_the_folded_inputs(nonuniform):
 
 def test_awq_clips_all_but_queries_and_keys(tokens):
     graph = biased(tied=False)
-    covering = AWQ(tokens, QuantSpec(3, 16, scale="minmax"), gqa=False)(graph)
+    covering = AWQ(tokens, QuantSpec(3, 16, search="minmax"), gqa=False)(graph)
     clipped = AWQ(tokens, QuantSpec(3, 16), gqa=False, clip=True)(graph)
     at = "model.layers.0"  # further on, the inputs differ already
     for name in ("self_attn.q_proj", "self_attn.k_proj"):

@@ -63,7 +63,7 @@ def test_tied_tables_are_packed_once(tied, text, tmp_path):
 
 def test_untied_tables_are_packed_separately(tiny):
     out = QuantizeEmbedding(QuantSpec(8, 64), head_spec=QuantSpec(4, 16))(tiny)
-    assert out.weights[EMBEDDING].spec.bits == 8 and out.weights[HEAD].spec.bits == 4
+    assert out.weights[EMBEDDING].grid.bits == 8 and out.weights[HEAD].grid.bits == 4
     table = out.weights[EMBEDDING].dequantize()
     assert torch.equal(out.module().model.embed_tokens(IDS), table[IDS])
     by_hand = tiny.replace(weights={EMBEDDING: table, HEAD: out.weights[HEAD].dequantize()})
@@ -112,7 +112,7 @@ def test_the_export_holds_the_same_integers(tie, bits, tmp_path):
         (lambda g: QuantizeEmbedding(QuantSpec(4, 48))(g), r"embed_tokens.*48.*64 inputs"),
         (lambda g: QuantizeEmbedding()(QuantizeEmbedding()(g)), r"embed_tokens.*already w8g64"),
         (lambda g: QuantizeEmbedding()(RTN(QuantSpec(4, 16), head=True)(g)), r"lm_head.*already w4g16.*head=False"),
-        (lambda g: QuantizeEmbedding(QuantSpec(scale="weighted")), r"spec\.scale.*weighted.*'mse'"),
+        (lambda g: QuantizeEmbedding(QuantSpec(search="weighted")), r"spec\.search.*weighted.*'mse'"),
         (lambda g: QuantizeEmbedding(head=False, head_spec=QuantSpec()), "head_spec"),
     ],
 )

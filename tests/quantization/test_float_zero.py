@@ -40,7 +40,7 @@ def error(w, h, s, z, bits):
 def test_the_search_comes_close_to_brute_force(bits):
     g = torch.Generator().manual_seed(bits)
     w, h = torch.randn(6, 32, generator=g) + torch.randn(6, 1, generator=g), torch.rand(32, generator=g) + 0.1
-    spec = QuantSpec(bits, 32, False, "weighted", float_zero=True)
+    spec = QuantSpec(bits, 32, False, search="weighted", float_zero=True)
     s, z = find_grid("w", w, spec, h)
     ours = error(w, h, s, z, bits)
     span = (w.amax(-1) - w.amin(-1))[:, None]
@@ -58,7 +58,7 @@ def test_a_float_zero_point_loses_less_than_an_integer_one(scale):
     w, h = torch.randn(64, 128, generator=g), torch.rand(128, generator=g).pow(2) + 0.01
     losses = []
     for float_zero in (False, True):
-        spec = QuantSpec(2, 32, False, scale, float_zero)
+        spec = QuantSpec(2, 32, False, scale, float_zero=float_zero)
         s, z = find_grid("w", w, spec, h)
         weight = QuantTensor.from_ints(round_to_grid(w, s, z, spec), s, z, spec)
         assert weight.zeros.dtype == (torch.float32 if float_zero else torch.uint8)
@@ -69,7 +69,7 @@ def test_a_float_zero_point_loses_less_than_an_integer_one(scale):
 @pytest.mark.parametrize("group", [torch.zeros(32), torch.full((32,), 0.7), torch.full((32,), -3.0)])
 def test_constant_groups_are_kept(group):
     for scale in ("minmax", "mse"):
-        weight = rtn_quantize(group[None], QuantSpec(2, 32, False, scale, float_zero=True))
+        weight = rtn_quantize(group[None], QuantSpec(2, 32, False, search=scale, float_zero=True))
         assert torch.allclose(weight.dequantize()[0], group, rtol=1e-6)
 
 
@@ -122,7 +122,7 @@ def tokens(nonuniform):
 @torch.inference_mode()
 def test_onnx_runtime_computes_with_them(text, tmp_path):
     """The stored tensors bit for bit; logits within 1e-4 at both accuracy levels, since the kernel stays in float."""
-    graph = RTN(dataclasses.replace(QuantSpec.parse(text), scale="mse"), head=True)(random_graph(CONFIG))
+    graph = RTN(dataclasses.replace(QuantSpec.parse(text), search="mse"), head=True)(random_graph(CONFIG))
     export(graph, tmp_path / "out", check=False)
     stored = apart(initializers(tmp_path / "out"), graph.config)
     packed = {name: w for name, w in graph.weights.items() if isinstance(w, QuantTensor)}

@@ -64,8 +64,8 @@ def some_specs(graph):
 def test_each_linear_has_its_own_grid(nonuniform, tokens, make, tmp_path):
     specs = some_specs(nonuniform)
     out = make(tokens, specs)(nonuniform)
-    packed = {n.removesuffix(".weight"): w.spec for n, w in out.weights.items() if isinstance(w, QuantTensor)}
-    assert packed == specs
+    packed = {n.removesuffix(".weight"): w.grid for n, w in out.weights.items() if isinstance(w, QuantTensor)}
+    assert packed == {name: spec.grid for name, spec in specs.items()}
     assert len(out.history[0]) < 200 and "× w3g16" in out.history[0]
     save(out, tmp_path / "m")
     assert load(tmp_path / "m").fingerprint() == out.fingerprint()
@@ -169,10 +169,10 @@ def test_budgets_that_cannot_be_met_name_the_nearest(nonuniform, tokens):
     with pytest.raises(InputError, match=f"bytes={least} or more"):
         MixedBits(tokens, RTN, bytes=least - 1, choices=CHOICES)(nonuniform)
     assert {
-        w.spec
+        w.grid
         for w in MixedBits(tokens, RTN, bytes=least, choices=CHOICES)(nonuniform).weights.values()
         if isinstance(w, QuantTensor)
-    } == {SPECS[0]}
+    } == {SPECS[0].grid}
     for options, message in (
         ({}, "one of the two"),
         ({"bits": 4.0, "bytes": 9}, "one of the two"),

@@ -22,7 +22,7 @@ FLOAT_ZERO = ("w2g64-floatzero", QuantSpec(2, 64, False, float_zero=True))
 groups, searches = st.sampled_from([None, 8, 16, 32]), st.sampled_from(["minmax", "mse"])
 specs = st.one_of(
     st.builds(QuantSpec, st.sampled_from(BITS), groups, st.booleans(), searches),
-    st.builds(QuantSpec, st.sampled_from([2, 3, 4]), groups, st.just(False), searches, st.just(True)),
+    st.builds(QuantSpec, st.sampled_from([2, 3, 4]), groups, st.just(False), searches, float_zero=st.just(True)),
 )
 
 
@@ -50,7 +50,7 @@ def test_quantized_weights_are_close_and_stable(spec, rows, cols, seed):
     assert back.shape == w.shape and int(q.ints().max()) < 2**spec.bits
     g = spec.group_size or cols
     peak = w.reshape(rows, -1, g).abs().amax(-1, keepdim=True)
-    if spec.scale == "minmax":
+    if spec.search == "minmax":
         span = (w.reshape(rows, -1, g).amax(-1).clamp_min(0) - w.reshape(rows, -1, g).amin(-1).clamp_max(0))[..., None]
         step = peak / max(2 ** (spec.bits - 1) - 1, 1) if spec.symmetric else span / (2**spec.bits - 1)
         # Half a step, or for integer zero points a little more at the ends of the range.
@@ -85,7 +85,7 @@ def test_the_weighted_grid_beats_minmax_where_it_counts(bits, symmetric):
     w, h = torch.randn(32, 128, generator=g), torch.rand(128, generator=g).pow(4) + 0.01
     errors = {}
     for scale in ("minmax", "mse", "weighted"):
-        spec = QuantSpec(bits, 64, symmetric, scale)
+        spec = QuantSpec(bits, 64, symmetric, search=scale)
         scales, zeros = find_grid("w", w, spec, h)
         errors[scale] = weighted_error(
             w, QuantTensor.from_ints(round_to_grid(w, scales, zeros, spec), scales, zeros, spec), h
@@ -96,7 +96,7 @@ def test_the_weighted_grid_beats_minmax_where_it_counts(bits, symmetric):
 def test_the_search_comes_close_to_brute_force():
     g = torch.Generator().manual_seed(1)
     w, h = torch.randn(1, 32, generator=g), torch.rand(32, generator=g) + 0.1
-    spec = QuantSpec(3, 32, True, "weighted")
+    spec = QuantSpec(3, 32, True, search="weighted")
     scales, zeros = find_grid("w", w, spec, h)
     ours = weighted_error(w, QuantTensor.from_ints(round_to_grid(w, scales, zeros, spec), scales, zeros, spec), h)
     best = min(
@@ -121,7 +121,7 @@ def test_large_matrices_are_rounded_in_pieces_to_the_same_bits(spec):
     for quantize, weights in ((rtn_quantize, 1 << 22), (hqq_quantize, 1 << 20)):  # more than are rounded at a time
         w = torch.randn(weights // 64 + 100, 64, generator=torch.Generator().manual_seed(0))
         whole, ends = quantize(w, spec), [quantize(w[rows], spec) for rows in (slice(0, 50), slice(-50, None))]
-        assert whole.shape == w.shape and whole.spec == spec
+        assert whole.shape == w.shape and whole.grid == spec.grid
         for part, rows in zip(ends, (whole.rows(0, 50), whole.rows(len(w) - 50, len(w)))):
             assert all(torch.equal(tensor, rows.tensors()[suffix]) for suffix, tensor in part.tensors().items())
 

@@ -47,7 +47,7 @@ def test_rounding_and_dequantization_are_torchaos(spec, rows, seed):
 @pytest.mark.parametrize("bits", BITS)
 def test_the_asymmetric_minmax_grid_is_torchaos(bits):
     w = torch.randn(16, 64, generator=torch.Generator().manual_seed(bits))
-    scales, zeros = find_grid("w", w, QuantSpec(bits, 16, False, "minmax"))
+    scales, zeros = find_grid("w", w, QuantSpec(bits, 16, False, search="minmax"))
     s, z = primitives.choose_qparams_affine(
         w,
         primitives.MappingType.ASYMMETRIC,
@@ -80,7 +80,7 @@ def test_what_torchao_quantized_is_taken_over():
     quantize_(linear, IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
     x = torch.randn(3, 64)
     weight = from_torchao(linear.weight)
-    assert str(weight.spec) == "w4g32"
+    assert str(weight.grid) == "w4g32"
     assert torch.allclose(torch.nn.functional.linear(x, weight.dequantize()), linear(x), atol=1e-5)
     with pytest.raises(InputError, match=r"a Parameter.*Intx"):
         from_torchao(torch.nn.Linear(8, 8).weight)
@@ -127,7 +127,7 @@ def test_training_through_fake_quantizers_lowers_the_loss_and_packs_what_was_see
     with torch.no_grad():
         seen = module.eval()(IDS)
     assert torch.allclose(trained.module()(IDS), seen, atol=1e-4)
-    assert {w.spec.bits for w in trained.weights.values() if isinstance(w, QuantTensor)} == {4}
+    assert {w.grid.bits for w in trained.weights.values() if isinstance(w, QuantTensor)} == {4}
 
 
 def test_asymmetric_training_and_packed_graphs_are_refused(tiny):

@@ -55,6 +55,25 @@ def tokens(
     return windows[torch.randperm(fits, generator=torch.Generator().manual_seed(seed))[:n]]
 
 
+def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
+    """Calibration windows [N, T] as passes take them: a tensor as it is; of an iterable (a list, a generator, a DataLoader)
+    the items one below the other, each ids [T] or [b, T], or a mapping with `input_ids`, as transformers' collators give it."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    rows: list[Tensor] = []
+    for item in tokens:
+        ids = torch.as_tensor(item["input_ids"] if isinstance(item, Mapping) else item)
+        rows.append(ids[None] if ids.dim() == 1 else ids)
+    if not rows:
+        raise InputError(
+            "tokens", "no windows", "ids [windows, seq_len], or an iterable of ids [seq_len] or [b, seq_len]"
+        )
+    lengths = {tuple(ids.shape[1:]) for ids in rows}
+    if len(lengths) > 1 or rows[0].dim() != 2:
+        raise InputError("tokens", f"windows of shapes {sorted(lengths)}", "windows of one length")
+    return torch.cat(rows)
+
+
 def text(source: str | Path, split: str = "train", max_chars: int | None = None) -> str:
     """The text of a source, newlines as "\\n". `split` is ignored for a file, which has only one; `max_chars` stops
     reading a hub data set once it has that many."""

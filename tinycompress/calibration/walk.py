@@ -4,65 +4,131 @@ A block is walked piece by piece (q,k,v → o → gate,up → down) and each pie
 visitor returned for it: so later pieces, and later layers, see the already compressed prefix (GPTQ's true-sequential
 order) for the price of one forward. Only one block's weights and one piece's activations are in memory.
 
-Letters: N windows, T window length, b windows a batch, K width of a feed.
+Letters: N windows, T window length, b windows of a batch, K width of a feed, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..graph.config import layer_prefix
+from ..graph.config import EMBEDDING, FINAL_NORM, layer_of, layer_prefix
 from ..graph.graph import Graph, Weight
 from ..graph.topology import Feed, feeds
 from ..model.generation import check_ids
-from ..model.linear import linear
 from ..model.matmul import product
 from ..model.transformer import Block, Embedding, Norm, RotaryTables
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory
 
 
+class Lease:
+    """Whether the activations behind some `Inputs` are still those of their feed."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one feed: iterate (as often as needed) over batches [b, T, K]. `reference` holds the same
-    positions' inputs in the untouched graph, when the walk was asked for them. `residual` are the batches [b, T, D] of
-    the residual stream that the readers' sublayer will add to."""
+    """The inputs of one feed: iterate (as often as needed) over batches [b, T, K].
+
+    They can be read while the visitor runs that they were given to; later their memory holds other activations, so reading
+    them then is an `InputError`.
+
+    Fields:
+        make: a new iterator over the batches.
+        reference: the same positions' inputs in the untouched graph, when the walk was asked for them.
+        residual: batches [b, T, D] of the residual stream that the readers' sublayer will add to.
+        lease: over once the visitor has returned; None for inputs that do not belong to a walk.
+    """
 
     make: Callable[[], Iterator[Tensor]]
     reference: Inputs | None = None
     residual: Sequence[Tensor] = ()
+    lease: Lease | None = field(default=None, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self.make()
+        for batch in self.make():
+            if self.lease is not None and self.lease.over:
+                raise InputError(
+                    "Inputs", "read after their visitor had returned", "what the visitor computes of them, or copies"
+                )
+            yield batch
 
     def balanced(self, weight: Tensor) -> Inputs:
         """The inputs of a writer of the residual stream (`weight` [D, K]), each position divided by the root mean square
         of the stream after it, in both graphs. What reads the stream divides by that as well, so squared errors count
         as they are read, and the few positions with massive activations do not drown the others."""
-        by = [
+        scales = [
             (h + product(x, weight.to(x.dtype))).square().mean(-1, keepdim=True).rsqrt()
             for x, h in zip(self, self.residual)
         ]
 
         def scaled(inputs: Inputs) -> Inputs:
-            residual = [h * r for h, r in zip(inputs.residual, by)]
-            return Inputs(
-                lambda: (x * r for x, r in zip(inputs, by)), inputs.reference and scaled(inputs.reference), residual
-            )
+            residual = [h * scale for h, scale in zip(inputs.residual, scales)]
+            reference = inputs.reference and scaled(inputs.reference)
+            return Inputs(lambda: (x * scale for x, scale in zip(inputs, scales)), reference, residual)
 
         return scaled(self)
 
 
 Visitor = Callable[[Feed, Inputs], Mapping[str, Weight] | None]
-
-
 Finish = Callable[[Graph, int, list[Tensor], list[Tensor], RotaryTables], Mapping[str, Weight]]
+BlockVisitor = Callable[[int, list[Tensor], list[Tensor], RotaryTables], Mapping[str, Weight] | None]
+
+
+class Stream:
+    """The hidden states of all windows on their way through one graph.
+
+    Fields:
+        hidden: batches [b, T, D], at most `BATCH_TOKENS` positions each; a step replaces or overwrites them.
+        tables: cos and sin of the windows' positions.
+        device, dtype: of the computation; by default those of the tokens, and `working_dtype`.
+    """
+
+    def __init__(
+        self, graph: Graph, tokens: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.graph = graph
+        self.device = tokens.device if device is None else device
+        self.dtype = working_dtype(graph, self.device) if dtype is None else dtype
+        T = tokens.shape[1]
+        embed = Embedding(graph.weights[EMBEDDING].to(self.device, self.dtype))
+        self.hidden = [embed(ids).to(self.dtype) for ids in tokens.split(max(1, BATCH_TOKENS // T))]
+        self.tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, self.device, self.dtype)
+
+    def step(self, block: Block) -> None:
+        """Runs a whole block."""
+        self.hidden = [block(h, self.tables) for h in self.hidden]
+
+    def check_finite(self, layer: int) -> None:
+        """An `InputError` where the block's output is not finite."""
+        if not all(torch.isfinite(h).all() for h in self.hidden):
+            accepted = "finite activations (look at the weights before it)"
+            raise InputError(f"output of {layer_prefix(layer)}", "NaN or infinite values", accepted)
+
+
+def blocks(graph: Graph, device: torch.device, dtype: torch.dtype, progress: str | None = None) -> Iterator[Block]:
+    """The blocks in order, one block's weights in memory at a time; `progress` names a bar over the layers."""
+    for layer in layers(graph, progress):
+        yield Block(graph, layer, device, dtype)
+
+
+def layers(graph: Graph, progress: str | None) -> Iterable[int]:
+    """The indices of the layers, with a bar named `progress` once it takes longer than two seconds."""
+    return tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None)
+
+
+def working_dtype(graph: Graph, device: torch.device | str | None) -> torch.dtype:
+    """The graph's own dtype, widened to float32 on a CPU, which has fast products only for that."""
+    on_cpu = torch.device(device or "cpu").type == "cpu"
+    return torch.promote_types(graph.dtype, torch.float32) if on_cpu else graph.dtype
 
 
 @torch.no_grad()
@@ -82,46 +148,46 @@ def walk(
     finish: behind the last feed of a block, `finish(changed, layer, inputs, targets, tables)` may replace parameters of the
     block once more, which then runs again: `changed` is the graph with what the visitor returned, inputs are the batches
     [b, T, D] that reached the block, targets what the untouched graph has behind it. It takes `reference`.
+    progress: the name of a bar over the layers; None shows none.
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
-    device = tokens.device
-    dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
-    stream = _Stream(graph, tokens, device, dtype)
-    other = _Stream(graph, tokens, device, dtype) if reference else None
+    stream = _Pieces(graph, tokens)
+    other = _Pieces(graph, tokens) if reference else None
     if finish and not other:
         raise InputError("walk(finish=…)", "without a reference", "reference=True")
+    streams = [stream] if other is None else [stream, other]
     changed: dict[str, Weight] = {}
-    todo: dict[int | None, list[Feed]] = {}
+    feeds_of: dict[int | None, list[Feed]] = {}
     for feed in feeds(graph.config):
-        todo.setdefault(feed.layer, []).append(feed)
-    for layer in tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None):
-        for s in (stream, other):
-            if s:
-                s.enter(layer)
+        feeds_of.setdefault(feed.layer, []).append(feed)
+
+    def shown(feed: Feed) -> Mapping[str, Weight]:
+        lease = Lease()
+        try:
+            return visit(feed, stream.inputs(feed, lease, other)) or {}
+        finally:
+            lease.over = True
+
+    for layer in layers(graph, progress):
+        for each in streams:
+            each.enter(layer)
         before = [h.clone() for h in stream.hidden] if finish else []
-        for feed in todo.get(layer, ()):
-            inputs = stream.inputs(feed, other)
-            new = visit(feed, inputs) or {}
+        for feed in feeds_of.get(layer, ()):
+            new = shown(feed)
             changed |= new
             stream.apply(new)
-            for s in (stream, other):
-                if s:
-                    s.advance(feed)
-        if (
-            finish
-            and other
-            and (new := finish(graph.replace(weights=changed), layer, before, other.hidden, stream.tables))
-        ):
-            changed |= new
-            stream.apply(new)
-            stream.again(before)
-    for feed in todo[None]:
-        changed |= visit(feed, stream.inputs(feed, other)) or {}
+            for each in streams:
+                each.advance(feed)
+        if finish and other:
+            new = finish(graph.replace(weights=changed), layer, before, other.hidden, stream.tables)
+            if new:
+                changed |= new
+                stream.apply(new)
+                stream.again(before)
+    for feed in feeds_of[None]:
+        changed |= shown(feed)
     return graph.replace(weights=changed)
-
-
-BlockVisitor = Callable[[int, list[Tensor], list[Tensor], RotaryTables], Mapping[str, Weight] | None]
 
 
 @torch.no_grad()
@@ -134,27 +200,21 @@ def walk_blocks(
     what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.
     """
     tokens = check_calibration(graph, tokens)
-    if (reference.config.n_layers, reference.config.hidden_size) != (graph.config.n_layers, graph.config.hidden_size):
-        raise InputError(
-            "reference",
-            reference,
-            f"a graph of {graph.config.n_layers} layers and hidden size {graph.config.hidden_size}",
-        )
+    expected = graph.config.n_layers, graph.config.hidden_size
+    if (reference.config.n_layers, reference.config.hidden_size) != expected:
+        accepted = f"a graph of {graph.config.n_layers} layers and hidden size {graph.config.hidden_size}"
+        raise InputError("reference", reference, accepted)
     device = tokens.device
-    dtype = torch.float32 if device.type == "cpu" and graph.dtype.itemsize < 4 else graph.dtype
-    here, there = (_Stream(g, tokens, device, dtype) for g in (graph, reference))
+    dtype = working_dtype(graph, device)
+    stream = Stream(graph, tokens, device, dtype)
+    targets = Stream(reference, tokens, device, dtype)
     changed: dict[str, Weight] = {}
-    for layer in tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None):
-        there.step(Block(reference, layer, device, dtype))
-        if not all(torch.isfinite(h).all() for h in there.hidden):
-            raise InputError(
-                f"output of {layer_prefix(layer)}",
-                "NaN or infinite values",
-                "finite activations (look at the weights before it)",
-            )
-        new = visit(layer, here.hidden, there.hidden, here.tables) or {}
+    for layer, block in enumerate(blocks(reference, device, dtype, progress)):
+        targets.step(block)
+        targets.check_finite(layer)
+        new = visit(layer, stream.hidden, targets.hidden, stream.tables) or {}
         changed |= new
-        here.step(Block(graph.replace(weights=new).dense(dtype), layer, device, dtype))
+        stream.step(Block(graph.replace(weights=new).dense(dtype), layer, device, dtype))
     return graph.replace(weights=changed)
 
 
@@ -164,31 +224,26 @@ def check_calibration(graph: Graph, tokens: Tensor) -> Tensor:
         raise InputError(
             "calibration tokens", f"{tokens.dtype} {tuple(tokens.shape)}", "integer ids [windows, seq_len]"
         )
-    if tokens.shape[1] < 2:
-        raise InputError("calibration tokens", f"windows of {tokens.shape[1]}", "windows of at least 2 tokens")
-    if tokens.shape[1] > graph.config.max_position:
-        raise InputError(
-            "calibration tokens", f"windows of {tokens.shape[1]}", f"at most the context, {graph.config.max_position}"
-        )
+    length = tokens.shape[1]
+    if length < 2:
+        raise InputError("calibration tokens", f"windows of {length}", "windows of at least 2 tokens")
+    if length > graph.config.max_position:
+        accepted = f"at most the context, {graph.config.max_position}"
+        raise InputError("calibration tokens", f"windows of {length}", accepted)
     check_ids(tokens, graph.config.vocab_size)
     return tokens
 
 
-class _Stream:
-    """The hidden states of all windows on their way through one graph, in batches [b, T, D]."""
+class _Pieces(Stream):
+    """A stream that goes through a block piece by piece."""
 
-    def __init__(self, graph: Graph, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.graph, self.device, self.dtype = graph, device, dtype
-        T = tokens.shape[1]
-        embed = Embedding(graph.weights["model.embed_tokens.weight"].to(device, dtype))
-        self.hidden = [embed(b).to(dtype) for b in tokens.split(max(1, BATCH_TOKENS // T))]
-        self.tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, device, dtype)
-        self.piece: list[Tensor] = []  # what the sublayer in progress handed to o_proj or down_proj
+    def __init__(self, graph: Graph, tokens: Tensor) -> None:
+        super().__init__(graph, tokens)
+        self.piece: list[Tensor] = []  # what the sublayer in progress hands to its last linear
         self.block: Block | None = None
 
-    def step(self, block: Block) -> None:
-        """Runs a whole block."""
-        self.hidden = [block(h, self.tables) for h in self.hidden]
+    def enter(self, layer: int) -> None:
+        self.block = Block(self.graph, layer, self.device, self.dtype)
 
     def again(self, hidden: list[Tensor]) -> None:
         """Runs the block that was entered from what reached it."""
@@ -196,52 +251,39 @@ class _Stream:
         self.hidden = hidden
         self.step(self.block)
 
-    def enter(self, layer: int) -> None:
-        self.block = Block(self.graph, layer, self.device, self.dtype)
-
     def apply(self, weights: Mapping[str, Weight]) -> None:
         """Puts new weights into the block, dense: a packed one would be unpacked again for every batch."""
         for name, weight in weights.items():
-            owner, what = name.rsplit(".", 1)
-            if self.block is None or not owner.startswith("model.layers."):
-                continue
-            path = owner.split(".")[3:]
-            parent: nn.Module = self.block
-            for step in path[:-1]:
-                parent = getattr(parent, step)
-            dense = weight if isinstance(weight, Tensor) else weight.dequantize()
-            dense = dense.to(self.device, self.dtype)
-            if what == "weight" and not isinstance(getattr(parent, path[-1]), Norm):
-                setattr(parent, path[-1], linear(dense, getattr(parent, path[-1]).bias))
-            else:
-                setattr(getattr(parent, path[-1]), what, nn.Parameter(dense, requires_grad=False))
+            if self.block is not None and layer_of(name) is not None:
+                dense = weight if isinstance(weight, Tensor) else weight.dequantize()
+                self.block.replace_parameter(name, dense.to(self.device, self.dtype))
 
-    def inputs(self, feed: Feed, other: _Stream | None) -> Inputs:
-        return Inputs(lambda: self._batches(feed), None if other is None else other.inputs(feed, None), self.hidden)
+    def inputs(self, feed: Feed, lease: Lease, other: _Pieces | None) -> Inputs:
+        reference = None if other is None else other.inputs(feed, lease, None)
+        return Inputs(lambda: self._batches(feed), reference, self.hidden, lease)
 
     def _batches(self, feed: Feed) -> Iterator[Tensor]:
-        norm = self._norm(feed)
-        if norm is not None:
+        if feed.behind_norm:
+            norm = self._norm(feed)
             yield from (norm(h) for h in self.hidden)
         else:
             yield from self.piece
 
-    def _norm(self, feed: Feed) -> Norm | None:
+    def _norm(self, feed: Feed) -> Norm:
         if feed.layer is None:
-            return Norm(self.graph.tensor("model.norm.weight").to(self.device, self.dtype), self.graph.config.norm_eps)
-        return getattr(self.block, feed.source.rsplit(".", 1)[1], None) if "layernorm" in feed.source else None
+            weight = self.graph.tensor(f"{FINAL_NORM}.weight").to(self.device, self.dtype)
+            return Norm(weight, self.graph.config.norm_eps)
+        assert self.block is not None
+        return self.block.norm_of(feed)
 
     def advance(self, feed: Feed) -> None:
         """Runs the readers of the feed on its inputs, once."""
         block = self.block
         assert block is not None
-        norm = self._norm(feed)
-        attention, mlp, reader = block.self_attn, block.mlp, feed.readers[0].rsplit(".", 1)[1]
-        if attention and norm and reader == "q_proj":
-            self.piece = [attention.heads(norm(h), self.tables) for h in self.hidden]
-        elif mlp and norm and reader == "gate_proj":
-            self.piece = [mlp.mid(norm(h)) for h in self.hidden]
-        else:
-            out = block.get_submodule(("self_attn." if reader == "o_proj" else "mlp.") + reader)
-            self.hidden = [h.add_(out(x)) for h, x in zip(self.hidden, self.piece)]
-            self.piece = []
+        if feed.behind_norm:
+            norm = self._norm(feed)
+            self.piece = [block.between(feed, norm(h), self.tables) for h in self.hidden]
+            return
+        reader = block.linears()[feed.readers[0]]
+        self.hidden = [h.add_(reader(x)) for h, x in zip(self.hidden, self.piece)]
+        self.piece = []

@@ -40,7 +40,7 @@ def parts(name: str, weight: QuantTensor) -> dict[str, Callable[[QuantTensor], T
 
 def settings(weights: Mapping[str, QuantTensor], skipped: list[str]) -> dict[str, Any]:
     """config.json's quantization_config for weights that share one grid; `skipped` names the dense linears."""
-    spec = next(iter(weights.values())).spec
+    spec = next(iter(weights.values())).grid
     if spec.bits != BITS:
         raise InputError("format awq", f"weights of {spec.bits} bits", "4 bits (gptq takes 2, 3, 4 and 8)")
     for name, weight in weights.items():
@@ -85,7 +85,7 @@ def check(about: Mapping[str, Any], where: str) -> None:
 
 
 def _zeros(weight: QuantTensor) -> Tensor:
-    return torch.full_like(weight.scales, weight.spec.zero, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+    return torch.full_like(weight.scales, weight.grid.zero, dtype=torch.uint8) if weight.zeros is None else weight.zeros
 
 
 def _interleave(q: Tensor) -> Tensor:

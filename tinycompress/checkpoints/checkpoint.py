@@ -30,7 +30,7 @@ from .. import files
 from ..errors import InputError
 from ..graph.config import Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
-from ..graph.quant_tensor import QuantSpec, QuantTensor
+from ..graph.quant_tensor import Grid, QuantTensor
 from . import gguf_reader as gguf_file
 from . import hf
 from . import layouts as formats
@@ -98,7 +98,7 @@ def save(
     layout = None if format == "native" else formats.layout_of(graph, format)
     config = graph.config
     entries: dict[str, Entry] = dict(graph.weights.entries)
-    packed = {} if dense else {name: weight.spec for name, weight in entries.items() if isinstance(weight, QuantTensor)}
+    packed = {} if dense else {name: weight.grid for name, weight in entries.items() if isinstance(weight, QuantTensor)}
     plain = config.uniform and (not packed or layout is not None)
     dtype = entries["model.norm.weight"].dtype
     if plain:  # transformers wants every bias of a group
@@ -207,7 +207,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    """tinycompress.json, checked: `config` a Config, `quantized` QuantSpecs by parameter."""
+    """tinycompress.json, checked: `config` a Config, `quantized` grids by parameter."""
     about = files.read_json(path)
     if about.get("format") != FORMAT:
         raise InputError(f"format in {path}", repr(about.get("format")), FORMAT)
@@ -223,7 +223,7 @@ def _read_about(path: Path) -> dict[str, Any]:
             eos_token_id=hf.token_ids(about["config"], "eos_token_id", str(path), None),
             pad_token_id=hf.token_id(about["config"], "pad_token_id", str(path), None),
         )
-        specs = {name: QuantSpec(**fields) for name, fields in quantized.items()}
+        specs = {name: Grid.from_dict(fields) for name, fields in quantized.items()}
         expected = shapes(config)
     except InputError as error:
         raise InputError(f"{error.field} in {path}", error.found, error.accepted) from None

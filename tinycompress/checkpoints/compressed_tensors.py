@@ -32,7 +32,7 @@ MARKER = ".weight_packed"
 
 def parts(name: str, weight: QuantTensor) -> dict[str, Callable[[QuantTensor], Tensor]]:
     """How each tensor of a linear is made of a packed weight, by suffix."""
-    bits = weight.spec.bits
+    bits = weight.grid.bits
     out: dict[str, Callable[[QuantTensor], Tensor]] = {
         ".weight_packed": lambda w: (
             row_words(w) if 32 % bits == 0 and w.packed[0].numel() % 4 == 0 else to_padded_words(w.ints(), bits)
@@ -49,7 +49,7 @@ def settings(weights: Mapping[str, QuantTensor], skipped: list[str]) -> dict[str
     """config.json's quantization_config: a group of linears for each grid; `skipped` names the dense linears."""
     grids: dict[QuantSpec, list[str]] = {}
     for name, weight in weights.items():
-        grids.setdefault(QuantSpec(weight.spec.bits, weight.spec.group_size, weight.spec.symmetric), []).append(name)
+        grids.setdefault(QuantSpec(weight.grid.bits, weight.grid.group_size, weight.grid.symmetric), []).append(name)
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(grids) == 1 else names,

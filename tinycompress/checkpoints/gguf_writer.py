@@ -106,7 +106,7 @@ def check_graph(graph: Graph, requantize: str | None = None) -> list[_Item]:
 
 def kind_of(name: str, weight: QuantTensor) -> str:
     """The block type that holds a packed weight's integers as they are; an `InputError` where none does."""
-    spec, group = weight.spec, weight.shape[1] // weight.scales.shape[1]
+    spec, group = weight.grid, weight.shape[1] // weight.scales.shape[1]
     if group % BLOCK:
         raise InputError(
             f"{name} for GGUF", f"groups of {group}", f"multiples of {BLOCK} (or write_gguf's requantize='Q8_0')"
@@ -128,7 +128,7 @@ def blocks(name: str, weight: QuantTensor) -> np.ndarray:
     q = weight.ints().reshape(N, K // BLOCK, BLOCK)
     if kind == "Q8_0":
         return _joined([scales], q ^ 128)  # as signed bytes: minus 128
-    q = q + (8 - weight.spec.zero if weight.zeros is None else 0)
+    q = q + (8 - weight.grid.zero if weight.zeros is None else 0)
     nibbles = q[..., :16] | (q[..., 16:] << 4)
     if weight.zeros is None:
         return _joined([scales], nibbles)

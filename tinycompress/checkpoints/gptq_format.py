@@ -47,7 +47,7 @@ def parts(name: str, weight: QuantTensor, v2: bool = False) -> dict[str, Callabl
 
 def settings(weights: Mapping[str, QuantTensor], head: bool) -> dict[str, Any]:
     """config.json's quantization_config for weights that share one grid."""
-    spec = next(iter(weights.values())).spec
+    spec = next(iter(weights.values())).grid
     for name, weight in weights.items():
         N, K = weight.shape
         if N * spec.bits % 32 or K * spec.bits % 32:
@@ -117,9 +117,9 @@ def check(about: Mapping[str, Any], where: str) -> None:
 
 def _qzeros(weight: QuantTensor, v2: bool) -> Tensor:
     zeros = (
-        torch.full_like(weight.scales, weight.spec.zero, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+        torch.full_like(weight.scales, weight.grid.zero, dtype=torch.uint8) if weight.zeros is None else weight.zeros
     )
-    return to_words((zeros if v2 else zeros - 1).T, weight.spec.bits)
+    return to_words((zeros if v2 else zeros - 1).T, weight.grid.bits)
 
 
 def _add_three_bit(words: Tensor) -> Tensor:

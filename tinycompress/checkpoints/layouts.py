@@ -87,10 +87,10 @@ def _packed(graph: Graph, format: str) -> dict[str, QuantTensor]:
     if not found:
         raise InputError(f"format {format}", "a graph without quantized weights", "a quantized one (or format native)")
     for name, weight in found.items():
-        if weight.spec.float_zero:
+        if weight.grid.float_zero:
             raise InputError(
                 f"{name} in format {format}",
-                f"{weight.spec}: float zero points",
+                f"{weight.grid}: float zero points",
                 "integer ones (-asym), or format native or gguf",
             )
     return {name.removesuffix(".weight"): weight for name, weight in found.items()}
@@ -98,7 +98,7 @@ def _packed(graph: Graph, format: str) -> dict[str, QuantTensor]:
 
 def _check_one_grid(weights: Mapping[str, QuantTensor], format: str) -> None:
     grids = {
-        (weight.spec.bits, weight.spec.group_size, weight.spec.symmetric): str(weight.spec)
+        (weight.grid.bits, weight.grid.group_size, weight.grid.symmetric): str(weight.grid)
         for weight in weights.values()
     }
     if len(grids) > 1:

@@ -230,7 +230,7 @@ class Distill:
         )  # still dense, and groups that divide
         if "lm_head" in specs:
             raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
-        if self.grid == "learn" and any(spec.scale == "lpbq" for spec in specs.values()):
+        if self.grid == "learn" and any(spec.search == "lpbq" for spec in specs.values()):
             raise InputError("Distill.grid", "'learn' with lpbq scales, which have a form of their own", "'refind'")
         if self.training.batch % world():
             raise InputError("Training.batch", self.training.batch, f"a multiple of the {world()} processes")

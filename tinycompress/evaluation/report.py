@@ -27,7 +27,7 @@ def parameters(graph: Graph) -> Iterator[Entry]:
     entries = graph.weights.entries
     for name in shapes(graph.config):
         entry = entries[name]
-        stored = str(entry.spec) if isinstance(entry, QuantTensor) else str(entry.dtype).removeprefix("torch.")
+        stored = str(entry.grid) if isinstance(entry, QuantTensor) else str(entry.dtype).removeprefix("torch.")
         size = entry.nbytes if isinstance(entry, QuantTensor) else math.prod(entry.shape) * entry.dtype.itemsize
         yield name, tuple(entry.shape), stored, size
 

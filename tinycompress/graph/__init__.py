@@ -1,9 +1,9 @@
 """The graph: a model as a value, what reads what in it, and what is cut together."""
 
-from .config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from .config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, Linear, shapes
 from .edit import cut, fold
 from .graph import Graph, LazyTensor, Pass, Weight, Weights
-from .quant_tensor import QuantSpec, QuantTensor
+from .quant_tensor import Grid, QuantSpec, QuantTensor
 from .rope import Rope
 from .topology import Axis, Feed, axes, feeds
 
@@ -15,8 +15,10 @@ __all__ = [
     "Config",
     "Feed",
     "Graph",
+    "Grid",
     "Layer",
     "LazyTensor",
+    "Linear",
     "Pass",
     "QuantSpec",
     "QuantTensor",

@@ -14,7 +14,20 @@ from typing import Any
 from ..errors import InputError
 from .rope import Rope
 
+EMBEDDING = "model.embed_tokens.weight"  # parameters that belong to no layer
+HEAD = "lm_head"
+FINAL_NORM = "model.norm"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYERS = "model.layers."
+KINDS = {  # of each linear: its kind, and the role of the feed that it reads
+    "q_proj": ("query", "attention_in"),
+    "k_proj": ("key", "attention_in"),
+    "v_proj": ("value", "attention_in"),
+    "o_proj": ("output", "attention_out"),
+    "gate_proj": ("gate", "ffn_in"),
+    "up_proj": ("up", "ffn_in"),
+    "down_proj": ("down", "ffn_out"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,32 @@ class Layer:
     def group(self) -> int:
         """Query heads a KV head: query head h reads KV head h // group."""
         return self.n_heads // self.n_kv_heads if self.n_kv_heads else 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a model.
+
+    Fields:
+        name: of its module, such as the names of `Feed.readers`.
+        kind: "query" | "key" | "value" | "output" | "gate" | "up" | "down" | "head".
+        role: of the feed that it reads: "attention_in" | "attention_out" | "ffn_in" | "ffn_out" | "head".
+        layer: its layer, None for the head.
+        shape: [out, in].
+        weight: the parameter that it multiplies by: a tied head reads the embedding.
+    """
+
+    name: str
+    kind: str
+    role: str
+    layer: int | None
+    shape: tuple[int, int]
+    weight: str
+
+    @property
+    def bias(self) -> str:
+        """The parameter that holds its bias, where it has one."""
+        return f"{self.name}.bias"
 
 
 @dataclass(frozen=True)
@@ -87,13 +126,37 @@ class Config:
     @property
     def n_body_params(self) -> int:
         """Non-embedding parameters: everything but the embedding and the head. Pruning budgets count these."""
-        ends = ("model.embed_tokens.weight", "lm_head.weight")
+        ends = (EMBEDDING, f"{HEAD}.weight")
         return sum(math.prod(shape) for name, shape in shapes(self).items() if name not in ends)
+
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear in model order, the head last. A tied head reads the embedding's table."""
+        out: list[Linear] = []
+        for index, layer in enumerate(self.layers):
+            at = layer_prefix(index)
+            if layer.n_heads:
+                for name, shape in attention_shapes(self, layer).items():
+                    out.append(
+                        Linear(f"{at}.self_attn.{name}", *KINDS[name], index, shape, f"{at}.self_attn.{name}.weight")
+                    )
+            if layer.ffn_dim:
+                for name, shape in ffn_shapes(self, layer).items():
+                    out.append(Linear(f"{at}.mlp.{name}", *KINDS[name], index, shape, f"{at}.mlp.{name}.weight"))
+        shape = (self.vocab_size, self.hidden_size)
+        out.append(Linear(HEAD, "head", "head", None, shape, self.weight_name(HEAD)))
+        return tuple(out)
+
+    def linear(self, name: str) -> Linear:
+        """The linear of that name; an `InputError` for a name that is none."""
+        for linear in self.linears():
+            if linear.name == name:
+                return linear
+        raise InputError("linear", repr(name), f"names such as {self.linears()[0].name}")
 
     def weight_name(self, linear: str) -> str:
         """The parameter a linear multiplies by: `lm_head` reads the embedding when the two are tied."""
-        if linear == "lm_head" and self.tie_embeddings:
-            return "model.embed_tokens.weight"
+        if linear == HEAD and self.tie_embeddings:
+            return EMBEDDING
         return f"{linear}.weight"
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +191,19 @@ class Config:
 
 
 def layer_prefix(index: int) -> str:
-    return f"model.layers.{index}"
+    return f"{LAYERS}{index}"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter, a linear or a norm belongs to; None for those of no layer."""
+    if not name.startswith(LAYERS):
+        return None
+    return int(name.removeprefix(LAYERS).split(".", 1)[0])
+
+
+def name_in_layer(name: str) -> str:
+    """A parameter's name without its layer; a name of no layer as it is."""
+    return name if layer_of(name) is None else name.removeprefix(LAYERS).split(".", 1)[1]
 
 
 def attention_shapes(config: Config, layer: Layer) -> dict[str, tuple[int, int]]:

@@ -37,7 +37,7 @@ def fold_norms(graph: Graph) -> Graph:
     """The same function with every norm at one; a tied head is untied, for it reads the last norm and the embedding does not."""
     graph = untie(graph)
     for feed in feeds(graph.config):
-        if "norm" in feed.source:
+        if feed.behind_norm:
             graph = graph.replace(weights=fold_norm(graph, feed))
     return graph
 
@@ -75,16 +75,16 @@ def cut(graph: Graph, axis: str | Axis, keep: Sequence[int] | Tensor) -> Graph:
             raise InputError("axis", repr(axis), ", ".join(known))
         axis = known[axis]
     index = _checked(axis, keep)
-    if axis.name == "layers":
+    if axis.kind == "layers":
         return _drop_layers(graph, index)
-    config = _cut_config(graph.config, axis.name, len(index))
+    config = _cut_config(graph.config, axis, len(index))
     changed: dict[str, Weight] = {}
     remaining = shapes(config)
     for name, (dim, stride) in axis.cuts.items():
         if name in remaining:
             positions = (index[:, None] * stride + torch.arange(stride)).flatten()
             changed[name] = _select(name, graph.weights[name], dim, positions)
-    if axis.name == "hidden":
+    if axis.kind == "hidden":
         ratio = axis.size / len(index)
         for name in changed:
             if len(remaining[name]) == 1 and not name.endswith(".bias"):
@@ -96,10 +96,10 @@ def _checked(axis: Axis, keep: Sequence[int] | Tensor) -> Tensor:
     index = torch.as_tensor(keep, dtype=torch.long).flatten().cpu()
     if (len(index) and (index.min() < 0 or index.max() >= axis.size)) or len(index.unique()) != len(index):
         raise InputError(f"keep of {axis.name}", f"{index.tolist()[:8]}…", f"distinct indices below {axis.size}")
-    if not len(index) and axis.name == "hidden":
+    if not len(index) and axis.kind == "hidden":
         raise InputError("keep of hidden", "nothing", "at least one channel")
     index = index.sort().values
-    if axis.groups > 1 or axis.name.endswith(".heads"):
+    if axis.groups > 1 or axis.kind == "heads":
         counts = torch.bincount(index // (axis.size // axis.groups), minlength=axis.groups)
         if len(counts.unique()) > 1:
             raise InputError(
@@ -108,17 +108,22 @@ def _checked(axis: Axis, keep: Sequence[int] | Tensor) -> Tensor:
     return index
 
 
-def _cut_config(config: Config, axis: str, size: int) -> Config:
-    if axis == "hidden":
-        return dataclasses.replace(config, hidden_size=size, norm_eps=config.norm_eps * config.hidden_size / size)
-    _, number, what = axis.split(".")
-    i, layer = int(number), config.layers[int(number)]
-    new = {
-        "ffn": lambda: Layer(layer.n_heads, layer.n_kv_heads, size),
-        "heads": lambda: Layer(size, layer.n_kv_heads if size else 0, layer.ffn_dim),
-        "kv_heads": lambda: Layer(size * layer.group, size, layer.ffn_dim),
-    }[what]()
-    return dataclasses.replace(config, layers=(*config.layers[:i], new, *config.layers[i + 1 :]))
+def _cut_config(config: Config, axis: Axis, size: int) -> Config:
+    if axis.layer is None:
+        norm_eps = config.norm_eps * config.hidden_size / size
+        return dataclasses.replace(config, hidden_size=size, norm_eps=norm_eps)
+    layers = list(config.layers)
+    layers[axis.layer] = resized(layers[axis.layer], axis.kind, size)
+    return dataclasses.replace(config, layers=tuple(layers))
+
+
+def resized(layer: Layer, kind: str, size: int) -> Layer:
+    """The layer with `size` units of the axis of that kind."""
+    if kind == "ffn":
+        return dataclasses.replace(layer, ffn_dim=size)
+    if kind == "heads":
+        return dataclasses.replace(layer, n_heads=size, n_kv_heads=layer.n_kv_heads if size else 0)
+    return dataclasses.replace(layer, n_heads=size * layer.group, n_kv_heads=size)
 
 
 def _drop_layers(graph: Graph, index: Tensor) -> Graph:

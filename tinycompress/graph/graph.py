@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .config import Config, shapes
+from .config import FINAL_NORM, Config, shapes
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ class Graph:
         """A parameter that must still be dense; a packed one is an InputError."""
         weight = self.weights[name]
         if not isinstance(weight, Tensor):
-            raise InputError(name, f"a weight quantized to {weight.spec}", "a dense one (quantize last)")
+            raise InputError(name, f"a weight quantized to {weight.grid}", "a dense one (quantize last)")
         return weight
 
     def linear(self, name: str) -> Weight:
@@ -113,7 +113,7 @@ class Graph:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations have: that of the norms, which are never quantized."""
-        return self.weights.entries["model.norm.weight"].dtype
+        return self.weights.entries[f"{FINAL_NORM}.weight"].dtype
 
     @property
     def nbytes(self) -> int:
@@ -149,11 +149,23 @@ class Graph:
         weight = self.weights[name]
         return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
-    def module(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Transformer:
-        """The graph as a zero-copy nn.Module: called on token ids [B, T] it returns logits [B, T, V]."""
+    def module(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        trainable: Sequence[str] = (),
+    ) -> Transformer:
+        """The graph as an nn.Module: called on token ids [B, T] it returns logits [B, T, V].
+
+        It shares the graph's tensors and learns nothing, but for the parameters that `trainable` names: these are copies
+        with gradients. A name is a parameter's or a module's, and may have wildcards: "model.layers.3", "*.mlp.*", "*norm*".
+        """
         from ..model.transformer import Transformer
 
-        return Transformer(self, device=device, dtype=dtype)
+        module = Transformer(self, device=device, dtype=dtype)
+        if trainable:
+            module.train_only(trainable)
+        return module
 
     @staticmethod
     def random(config: Config, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32) -> Graph:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .config import LINEARS, Config, layer_prefix, shapes
+from .config import FINAL_NORM, HEAD, LINEARS, Config, layer_prefix, shapes
 
 
 @dataclass(frozen=True)
@@ -22,40 +22,76 @@ class Feed:
 
     source: str
     readers: tuple[str, ...]
+    role: str
     repeat: int = 1
     layer: int | None = None
+
+    @property
+    def writes_stream(self) -> bool:
+        """Whether what its reader gives is added to the residual stream."""
+        return self.role in ("attention_out", "ffn_out")
+
+    @property
+    def behind_norm(self) -> bool:
+        """Whether its source is a norm, which reads the residual stream."""
+        return not self.writes_stream
+
+    @property
+    def norm(self) -> str | None:
+        """The weight of the norm that writes it; None where the source is a linear."""
+        return f"{self.source}.weight" if self.behind_norm else None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes whose units its reader reads as channels."""
+        kinds = {"attention_out": ("heads", "kv_heads"), "ffn_out": ("ffn",)}.get(self.role, ())
+        return tuple(axis_name(self.layer, kind) for kind in kinds if self.layer is not None)
 
 
 @dataclass(frozen=True)
 class Axis:
     """Everything that is cut together. Index j of the axis is, in each parameter of `cuts`, the slice
-    [j·stride, (j+1)·stride) of dimension `dim`. `groups` > 1: each of that many equal runs keeps the same count."""
+    [j·stride, (j+1)·stride) of dimension `dim`. `groups` > 1: each of that many equal runs keeps the same count.
+    `kind` is "ffn" | "heads" | "kv_heads", of layer `layer`, or "hidden" | "layers", of none."""
 
     name: str
+    kind: str
+    layer: int | None
     size: int
     cuts: Mapping[str, tuple[int, int]]
     groups: int = 1
 
     @property
     def reader(self) -> str:
-        """The weight that reads an axis of a layer, channel by channel: of o_proj or down_proj."""
+        """The weight that reads an axis of a layer, channel by channel: of the output or the down projection."""
         return next(name for name, (dim, _) in self.cuts.items() if dim == 1)
 
 
 def feeds(config: Config) -> tuple[Feed, ...]:
     """Every activation that linears read, in the order the model computes them; every linear is read exactly once."""
+    readers: dict[tuple[int | None, str], list[str]] = {}
+    for linear in config.linears():
+        readers.setdefault((linear.layer, linear.role), []).append(linear.name)
     out: list[Feed] = []
     for i, layer in enumerate(config.layers):
         at = layer_prefix(i)
-        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
-        if layer.n_heads:
-            out.append(Feed(f"{at}.input_layernorm", (f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"), layer=i))
-            out.append(Feed(f"{attn}.v_proj", (f"{attn}.o_proj",), repeat=layer.group, layer=i))
-        if layer.ffn_dim:
-            out.append(Feed(f"{at}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), layer=i))
-            out.append(Feed(f"{mlp}.up_proj", (f"{mlp}.down_proj",), layer=i))
-    out.append(Feed("model.norm", ("lm_head",)))
+        sources = {
+            "attention_in": f"{at}.input_layernorm",
+            "attention_out": f"{at}.self_attn.v_proj",
+            "ffn_in": f"{at}.post_attention_layernorm",
+            "ffn_out": f"{at}.mlp.up_proj",
+        }
+        for role, source in sources.items():
+            if (i, role) in readers:
+                repeat = layer.group if role == "attention_out" else 1
+                out.append(Feed(source, tuple(readers[i, role]), role, repeat, i))
+    out.append(Feed(FINAL_NORM, (HEAD,), "head"))
     return tuple(out)
+
+
+def axis_name(layer: int | None, kind: str) -> str:
+    """`hidden` and `layers` as they are; an axis of a layer with its index."""
+    return kind if layer is None else f"layers.{layer}.{kind}"
 
 
 def axes(config: Config) -> dict[str, Axis]:
@@ -78,22 +114,22 @@ def axes(config: Config) -> dict[str, Axis]:
         elif len(shape) == 2:
             hidden[name] = (1, 1)  # the embedding, the head, and the columns that read the residual stream
     out = {
-        "hidden": Axis("hidden", config.hidden_size, hidden),
-        "layers": Axis("layers", config.n_layers, {}),
+        "hidden": Axis("hidden", "hidden", None, config.hidden_size, hidden),
+        "layers": Axis("layers", "layers", None, config.n_layers, {}),
     }
     for i, layer in enumerate(config.layers):
-        attn, mlp = f"{layer_prefix(i)}.self_attn", f"{layer_prefix(i)}.mlp"
-        q, k, v, o = (f"{attn}.{n}.weight" for n in LINEARS[:4])
-        gate, up, down = (f"{mlp}.{n}.weight" for n in LINEARS[4:])
+        attention, ffn = f"{layer_prefix(i)}.self_attn", f"{layer_prefix(i)}.mlp"
+        q, k, v, o = (f"{attention}.{n}.weight" for n in LINEARS[:4])
+        gate, up, down = (f"{ffn}.{n}.weight" for n in LINEARS[4:])
+        found: list[Axis] = []
         if layer.n_heads:
             wide = d * layer.group
             kv_cuts = {k: (0, d), v: (0, d), q: (0, wide), o: (1, wide)}
-            out[f"layers.{i}.kv_heads"] = Axis(f"layers.{i}.kv_heads", layer.n_kv_heads, present(kv_cuts))
-            out[f"layers.{i}.heads"] = Axis(
-                f"layers.{i}.heads", layer.n_heads, present({q: (0, d), o: (1, d)}), layer.n_kv_heads
-            )
+            found.append(Axis(axis_name(i, "kv_heads"), "kv_heads", i, layer.n_kv_heads, present(kv_cuts)))
+            head_cuts = present({q: (0, d), o: (1, d)})
+            found.append(Axis(axis_name(i, "heads"), "heads", i, layer.n_heads, head_cuts, layer.n_kv_heads))
         if layer.ffn_dim:
-            out[f"layers.{i}.ffn"] = Axis(
-                f"layers.{i}.ffn", layer.ffn_dim, present({gate: (0, 1), up: (0, 1), down: (1, 1)})
-            )
+            ffn_cuts = present({gate: (0, 1), up: (0, 1), down: (1, 1)})
+            found.append(Axis(axis_name(i, "ffn"), "ffn", i, layer.ffn_dim, ffn_cuts))
+        out |= {axis.name: axis for axis in found}
     return out

@@ -17,7 +17,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.spec, self.shape = weight.spec, weight.shape
+        self.spec, self.shape = weight.grid, weight.shape
         self.packed: Tensor  # buffers, so that they move with the module
         self.scales: Tensor
         self.out_features, self.in_features = weight.shape

@@ -11,7 +11,8 @@ F ffn, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..graph.config import layer_prefix
+from ..graph.config import EMBEDDING, HEAD, LINEARS, layer_prefix, name_in_layer
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
 from ..graph.rope import Rope
+from ..graph.topology import Feed
 from .fused_ops import embed, rms_norm, rotate, swiglu
 from .generation import decode, decode_room, end_tokens
 from .kv_cache import KVCache
@@ -164,16 +166,63 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
-        if self.self_attn is not None:
-            x = _added(self.self_attn(self.input_layernorm(x), tables, cache, self.index), x)
-        if self.mlp is not None and torch.is_grad_enabled():
-            x = _added(self.mlp(self.post_attention_layernorm(x)), x)
-        elif self.mlp is not None:
-            for rows in x.view(-1, x.shape[-1]).split(
-                ROWS
-            ):  # in place: the intermediates stay small enough to be reused
-                rows.add_(self.mlp(self.post_attention_layernorm(rows)))
+        return self.ffn(self.attention(x, tables, cache))
+
+    def attention(self, x: Tensor, tables: RotaryTables, cache: KVCache | None = None) -> Tensor:
+        """x [B, T, D] plus what attention adds to it; x itself where the layer has none."""
+        if self.self_attn is None:
+            return x
+        return _added(self.self_attn(self.input_layernorm(x), tables, cache, self.index), x)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """x [B, T, D] plus what the FFN adds to it; x itself where the layer has none. Without gradients x is written to."""
+        if self.mlp is None:
+            return x
+        if torch.is_grad_enabled():
+            return _added(self.mlp(self.post_attention_layernorm(x)), x)
+        for rows in x.view(-1, x.shape[-1]).split(ROWS):  # in place: the intermediates stay small enough to be reused
+            rows.add_(self.mlp(self.post_attention_layernorm(rows)))
         return x
+
+    def norm_of(self, feed: Feed) -> Norm:
+        """The norm that writes a feed of this layer."""
+        norm = self.input_layernorm if feed.role == "attention_in" else self.post_attention_layernorm
+        return norm
+
+    def between(self, feed: Feed, x: Tensor, tables: RotaryTables) -> Tensor:
+        """What the readers of a feed behind a norm, given its activation x [B, T, D], hand to the sublayer's last linear:
+        the heads' outputs [B, T, H·d], or silu(gate) · up [B, T, F]."""
+        if feed.role == "attention_in":
+            assert self.self_attn is not None
+            return self.self_attn.heads(x, tables)
+        assert self.mlp is not None
+        return self.mlp.mid(x)
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The modules of its linears by their names in the graph, in model order."""
+        at = layer_prefix(self.index)
+        parts = {f"{at}.self_attn": self.self_attn, f"{at}.mlp": self.mlp}
+        return {
+            f"{path}.{name}": getattr(part, name)
+            for path, part in parts.items()
+            if part is not None
+            for name in LINEARS
+            if hasattr(part, name)
+        }
+
+    def replace_linear(self, name: str, module: nn.Module) -> None:
+        """Puts `module` where the linear of that name in the graph was."""
+        owner, leaf = name_in_layer(name).rsplit(".", 1)
+        setattr(self.get_submodule(owner), leaf, module)
+
+    def replace_parameter(self, name: str, value: Tensor) -> None:
+        """Puts a dense value where the parameter of that name in the graph was: into a new module, if it is a linear's weight."""
+        owner, part = name_in_layer(name).rsplit(".", 1)
+        module: nn.Module = self.get_submodule(owner)
+        if part == "weight" and not isinstance(module, Norm):
+            self.replace_linear(name.rsplit(".", 1)[0], linear(value, module.bias))  # type: ignore[arg-type]
+        else:
+            setattr(module, part, nn.Parameter(value, requires_grad=False))
 
 
 def _added(branch: Tensor, x: Tensor) -> Tensor:
@@ -201,14 +250,46 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = graph.config
-        embedding = graph.weights["model.embed_tokens.weight"].to(device, dtype)
+        embedding = graph.weights[EMBEDDING].to(device, dtype)
         self.model = Decoder(graph, Embedding(embedding), device, dtype)
-        head = embedding if config.tie_embeddings else graph.weights["lm_head.weight"].to(device, dtype)
+        head = embedding if config.tie_embeddings else graph.linear(HEAD).to(device, dtype)
         self.lm_head = linear(head, None)
         if config.tie_embeddings and isinstance(head, Tensor):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.self_extend: SelfExtend | None = None
         self.eval()
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Copies of the parameters that are named get gradients; all others stay the graph's own and learn nothing.
+
+        A name is that of a parameter or of a module, in the graph's words, and may have wildcards (fnmatch)."""
+        parameters = dict(self.named_parameters())
+        chosen: set[str] = set()
+        for name in names:
+            matches = {full for full in parameters if fnmatchcase(full, name) or full.startswith(f"{name}.")}
+            if not matches:
+                raise InputError(
+                    "trainable", repr(name), "names of dense parameters or modules, such as model.layers.0 or *.mlp.*"
+                )
+            chosen |= matches
+        for full, parameter in parameters.items():
+            if full in chosen:
+                parameter.data = parameter.data.clone()
+            parameter.requires_grad_(full in chosen)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, each a `Block`."""
+        return self.model.layers
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The modules of all linears of the layers by their names in the graph, in model order; without the head."""
+        return {name: module for block in self.blocks for name, module in block.linears().items()}  # type: ignore[operator]
+
+    def replace_linear(self, name: str, module: nn.Module) -> None:
+        """Puts `module` where the linear of that name was, the head included."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, module)
 
     @property
     def device(self) -> torch.device:
@@ -246,7 +327,7 @@ class Transformer(nn.Module):
         start = cache.length if cache else 0
         x = self.model.embed_tokens(ids)
         tables = self.tables(start, start + ids.shape[1])
-        for block in self.model.layers:
+        for block in self.blocks:
             x = block(x, tables, cache)
         if cache:
             cache.length += ids.shape[1]
@@ -294,5 +375,5 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.table is None:
             return embed(ids, self.weight)
-        flat = self.table.weight.select("model.embed_tokens.weight", 0, ids.flatten())
+        flat = self.table.weight.select(EMBEDDING, 0, ids.flatten())
         return flat.dequantize().unflatten(0, ids.shape)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..graph.config import Config, Layer, attention_shapes, ffn_shapes
+from ..graph.edit import resized
 from ..graph.topology import axes
 from ..knapsack import knapsack
 
@@ -89,15 +90,6 @@ class Item:
     sizes: tuple[int, ...]
     prices: tuple[int, ...]
     now: int
-
-
-def resized(layer: Layer, axis: str, size: int) -> Layer:
-    """The layer with `size` units of an axis (its short name)."""
-    if axis == "ffn":
-        return dataclasses.replace(layer, ffn_dim=size)
-    if axis == "heads":
-        return dataclasses.replace(layer, n_heads=size, n_kv_heads=layer.n_kv_heads if size else 0)
-    return dataclasses.replace(layer, n_heads=size * layer.group, n_kv_heads=size)
 
 
 def items(

@@ -191,7 +191,7 @@ class Prune:
         """An InputError for whatever could not work, from the config alone."""
         for name, entry in graph.weights.entries.items():
             if not isinstance(entry, Tensor | LazyTensor):
-                raise InputError(name, f"a weight quantized to {entry.spec}", "a dense one (quantize last)")
+                raise InputError(name, f"a weight quantized to {entry.grid}", "a dense one (quantize last)")
         self.budget.items(self.budget.reshaped(graph.config), graph.dtype.itemsize)
 
     def reshape(self, graph: Graph) -> Graph:

@@ -53,10 +53,10 @@ class AWQ:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", named_specs(self.spec))
         for spec in self.spec.values() if isinstance(self.spec, Mapping) else (self.spec,):
-            if self.clip and spec.scale not in ("auto", "minmax"):
+            if self.clip and spec.search not in ("auto", "minmax"):
                 raise InputError(
                     "AWQ.clip",
-                    f"True with the {spec.scale} scales of {spec}",
+                    f"True with the {spec.search} scales of {spec}",
                     "clip=False, or a spec that leaves the scales open",
                 )
 
@@ -160,7 +160,7 @@ def clip_grid(
 
 
 def _covering(spec: QuantSpec) -> QuantSpec:
-    return replace(spec, scale="minmax")
+    return replace(spec, search="minmax")
 
 
 def _round(name: str, weight: Tensor, importance: Tensor, spec: QuantSpec) -> QuantTensor:

@@ -36,6 +36,7 @@ from ..graph.graph import Graph, Weight
 from ..graph.quant_tensor import QuantTensor
 from ..model.matmul import product
 from ..model.transformer import Block, Norm, RotaryTables
+from .lpbq import is_lpbq
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ class RoundedLinear(nn.Module):
         self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype, near: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.spec, self.shape, self.bias = weight.spec, weight.shape, bias
+        self.spec, self.shape, self.bias = weight.grid, weight.shape, bias
         self.zeros: Tensor | float = (
-            float(weight.spec.zero) if weight.zeros is None else weight.zeros.to(dtype)[..., None]
+            float(weight.grid.zero) if weight.zeros is None else weight.zeros.to(dtype)[..., None]
         )
         self.start = weight.scales.to(dtype)
         u = weight.ints().view(*self.start.shape, -1).to(dtype)
@@ -141,7 +142,7 @@ class RoundedLinear(nn.Module):
             u = torch.maximum(torch.minimum(at, u + 0.499), u - 0.499)
         self.u = nn.Parameter(u)
         # All scales of a row alike, where the integers between them are what the runtime stores.
-        self.delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if weight.spec.scale == "lpbq" else self.start))
+        self.delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if is_lpbq(weight) else self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         scales = self.start * (1 + self.delta)

@@ -33,9 +33,9 @@ class QuantizeEmbedding:
 
     def __post_init__(self) -> None:
         for name, spec in (("spec", self.spec), ("head_spec", self.head_spec)):
-            if spec and spec.scale == "weighted":
+            if spec and spec.search == "weighted":
                 raise InputError(
-                    f"QuantizeEmbedding.{name}.scale",
+                    f"QuantizeEmbedding.{name}.search",
                     "'weighted', which takes activation statistics",
                     "'auto', 'minmax' or 'mse'",
                 )
@@ -72,7 +72,7 @@ class QuantizeEmbedding:
             entry = graph.weights.entries[name]
             if isinstance(entry, QuantTensor):
                 remedy = "a dense table" + (", or head=False" if name == HEAD else "")
-                raise InputError(name, f"a table that is already {entry.spec}", remedy)
+                raise InputError(name, f"a table that is already {entry.grid}", remedy)
             spec.group(name, entry.shape[1])
         return out
 

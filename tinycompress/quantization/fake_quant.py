@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..graph.quant_tensor import QuantSpec, QuantTensor
 from ..model.matmul import product
 from .grid_search import find_grid, round_to_grid
+from .lpbq import is_lpbq
 
 GRIDS = ("refind", "learn")
 
@@ -69,7 +70,7 @@ class FakeQuantLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         zeros: Tensor | None = None
         if learn:
-            start = dataclasses.replace(spec, scale="mse") if spec.scale in ("auto", "weighted") else spec
+            start = dataclasses.replace(spec, search="mse") if spec.search in ("auto", "weighted") else spec
             scales, zeros = find_grid(name, base.weight.detach(), start)
             self.start: Tensor
             self.register_buffer("start", scales)
@@ -102,7 +103,7 @@ class _Unpack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
         weight: QuantTensor = ctx.weight
         q = weight.ints().view(*weight.scales.shape, -1).to(grads[0].dtype)
-        zero: Any = weight.spec.zero if weight.zeros is None else weight.zeros.to(q.dtype)[..., None]
+        zero: Any = weight.grid.zero if weight.zeros is None else weight.zeros.to(q.dtype)[..., None]
         return None, q.sub_(zero).mul_(grads[0].view(q.shape)).sum(-1), None, None, None
 
 
@@ -112,18 +113,16 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec, self.shape, self.bias = weight.spec, weight.shape, bias
+        self.spec, self.shape, self.bias = weight.grid, weight.shape, bias
         self.integers: Tensor
         self.start: Tensor
         self.zeros: Tensor | None
         self.register_buffer("integers", weight.packed)
         self.register_buffer("start", weight.scales.to(dtype))
         self.register_buffer(
-            "zeros", weight.zeros.to(dtype) if weight.zeros is not None and weight.spec.float_zero else weight.zeros
+            "zeros", weight.zeros.to(dtype) if weight.zeros is not None and weight.grid.float_zero else weight.zeros
         )
-        self.scales_delta = nn.Parameter(
-            torch.zeros_like(self.start[:, :1] if weight.spec.scale == "lpbq" else self.start)
-        )
+        self.scales_delta = nn.Parameter(torch.zeros_like(self.start[:, :1] if is_lpbq(weight) else self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         scales = learned_scales(self.start, self.scales_delta)

@@ -43,13 +43,13 @@ def find_grid(
     g = spec.group(name, weight.shape[1])
     if not torch.isfinite(weight).all():
         raise InputError(name, "NaN or infinite weights", "finite weights")
-    if spec.scale == "lpbq":
+    if spec.search == "lpbq":
         how = "mse" if importance is None else "weighted"
     else:
-        how = spec.scale if spec.scale != "auto" else ("minmax" if importance is None else "weighted")
+        how = spec.search if spec.search != "auto" else ("minmax" if importance is None else "weighted")
     if how == "weighted" and importance is None:
         raise InputError(
-            "QuantSpec.scale",
+            "QuantSpec.search",
             "'weighted' without activation statistics",
             "'minmax' or 'mse', or a pass that calibrates",
         )
@@ -65,7 +65,7 @@ def find_grid(
         s, z = find(w, h, spec.bits, search=how != "minmax")
         scales.append(s)
         zeros.append(z)
-    if spec.scale == "lpbq":
+    if spec.search == "lpbq":
         return snap_scales(weight, torch.cat(scales), spec.bits, importance), None
     return torch.cat(scales), None if spec.symmetric else torch.cat(zeros)  # type: ignore[arg-type]
 

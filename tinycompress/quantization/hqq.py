@@ -41,7 +41,7 @@ class HQQ:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", named_specs(self.spec))
         for spec in self.spec.values() if isinstance(self.spec, Mapping) else [self.spec]:
-            if spec.scale == "lpbq":
+            if spec.search == "lpbq":
                 raise InputError("HQQ.spec", spec, "a grid without -lpbq; RTN or GPTQ search such scales")
 
     def __call__(self, graph: Graph) -> Graph:
@@ -64,7 +64,7 @@ def hqq_quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> Quant
 
 
 def _half_quadratic(weight: Tensor, spec: QuantSpec, name: str) -> QuantTensor:
-    scales, zeros = find_grid(name, weight, dataclasses.replace(spec, scale="minmax"))
+    scales, zeros = find_grid(name, weight, dataclasses.replace(spec, search="minmax"))
     w = weight.reshape(*scales.shape, -1)  # (N, G, g)
     top = 2**spec.bits - 1
     s, z = (

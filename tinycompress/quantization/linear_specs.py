@@ -61,7 +61,7 @@ def targets(graph: Graph, spec: QuantSpec | Mapping[str, QuantSpec], head: bool 
         weight = graph.weights.entries[graph.config.weight_name(name)]
         if isinstance(weight, QuantTensor):
             raise InputError(
-                name, f"a weight that is already {weight.spec}", "a dense weight (quantize once, from the float model)"
+                name, f"a weight that is already {weight.grid}", "a dense weight (quantize once, from the float model)"
             )
         own.group(name, weight.shape[1])
     return specs

@@ -4,7 +4,7 @@
 
 HTP's compiler brings any block scales to this form, with f_n = max_g s_ng / 16. Scales that already have it pass unchanged, so what was optimised is
 what runs; others are rounded once more, by up to half a step of i. So the form is imposed first, and the weights are
-rounded (by GPTQ or to the nearest) on the grid that is left: `QuantSpec(..., scale="lpbq")`, or w4g64-lpbq.
+rounded (by GPTQ or to the nearest) on the grid that is left: `QuantSpec(..., search="lpbq")`, or w4g64-lpbq.
 
 For each row some f near max_g(s_ng) / 16 are tried; for each f every block takes the integer near s_ng / f with the least
 error (the one with the largest scale takes 16), and the row the f with the least sum

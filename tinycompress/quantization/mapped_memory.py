@@ -30,7 +30,7 @@ def spilled(weight: QuantTensor) -> QuantTensor:
     if weight.device.type != "cpu":
         return weight
     return QuantTensor.from_tensors(
-        {suffix: mapped(tensor) for suffix, tensor in weight.tensors().items()}, weight.spec, weight.shape
+        {suffix: mapped(tensor) for suffix, tensor in weight.tensors().items()}, weight.grid, weight.shape
     )
 
 

@@ -37,7 +37,7 @@ def refine(
     offsets = (
         torch.full((1, 1), float(spec.zero), dtype=H.dtype, device=H.device) if zeros is None else zeros.to(H.dtype)
     )
-    refit = refit_lpbq if spec.scale == "lpbq" else refit_scales
+    refit = refit_lpbq if spec.search == "lpbq" else refit_scales
     for done in range(rounds + 1):
         if rounds:
             scales = refit(ints, H, target, scales, offsets)

@@ -37,7 +37,7 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
     with. Eight times the memory of 1 bit a byte: it is for computing and exporting, not for keeping."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    dtype, spec = dtype or weight.dtype, weight.spec
+    dtype, spec = dtype or weight.dtype, weight.grid
     if dtype not in FLOATS:
         raise InputError("dtype for torchao", dtype, " | ".join(map(str, FLOATS)))
     if spec.float_zero:

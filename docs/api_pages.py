@@ -1,0 +1,92 @@
+"""Writes the pages of the API reference as the site is built: one page for each room, one section for each module."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "graph": "What a model is: its shapes, its weights, what reads what, and what is cut together.",
+    "model": "The transformer in PyTorch that a graph becomes, and generation.",
+    "checkpoints": "Folders and files to graphs, and back.",
+    "calibration": "Windows of tokens, and the walk that shows a visitor the inputs of every linear.",
+    "quantization": "The passes, and the mathematics that they share.",
+    "pruning": "The passes, and how a budget becomes widths.",
+    "distillation": "The pass, its losses, its teachers and the training loop.",
+    "context": "The passes that stretch a context.",
+    "evaluation": "Perplexity, agreement, paired intervals, long contexts.",
+    "pipeline": "Passes in order with a work folder, the recipe behind `tinycompress compress`, errors and files.",
+    "export": "A graph to a folder that a runtime opens, read back and verified. Imported as `tinycompress.export`.",
+}
+TOP = ("pipeline", "recipe", "errors", "files", "knapsack")  # modules of the package that belong to no room
+
+
+def modules(room: str) -> list[str]:
+    """The modules of a room by the name they are imported by."""
+    if room == "pipeline":
+        return [f"tinycompress.{name}" for name in TOP if (ROOT / "tinycompress" / f"{name}.py").exists()]
+    folder = ROOT / "export" if room == "export" else ROOT / "tinycompress" / room
+    paths = [path for path in sorted(folder.rglob("*.py")) if "runtimes" not in path.parts]
+    names = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
+    return [f"tinycompress.{room}.{name}" for name in names if not name.endswith("__init__") and name != "support"]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for room, purpose in ROOMS.items():
+        sections = [f"# {room.capitalize()}", purpose]
+        sections += [f"::: {name}\n    options:\n      heading_level: 2" for name in modules(room)]
+        files.append(File.generated(config, f"api/{room}.md", content="\n\n".join(sections) + "\n"))
+    return files
+
+
+NAMES = "<!-- names -->"
+
+
+def row(name: str, places: list[str]) -> str:
+    """A table row for a name that is defined in the first of the modules that has it."""
+    for module in places:
+        source = ROOT / (module.replace(".", "/") + ".py")
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            about = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+            if about and getattr(node, "name", "") == name:
+                paragraph = " ".join(about.split("\n\n")[0].split())
+                sentence = re.sub(r"([\[|])", r"\\\1", re.split(r"(?<=\.) ", paragraph)[0])
+                return f"| [`{name}`][{module}.{name}] | {sentence} |"
+    return f"| `{name}` | in `{places[0]}` |"
+
+
+def names() -> str:
+    """What `tinycompress` exports, a table for each room: the name and the first sentence of its docstring."""
+    rooms: dict[str, list[str]] = {}
+    for statement in ast.parse((ROOT / "tinycompress" / "__init__.py").read_text(encoding="utf-8")).body:
+        if not isinstance(statement, ast.ImportFrom) or statement.module is None:
+            continue
+        room = statement.module.split(".")[0]
+        places = [f"tinycompress.{statement.module}", *(modules(room) if room in ROOMS else ())]
+        for alias in statement.names:
+            rooms.setdefault(room, []).append(row(alias.name, places))
+    tables = [f"## {room.capitalize()}\n\n| name | |\n|---|---|\n" + "\n".join(rows) for room, rows in rooms.items()]
+    return "\n\n".join(tables)
+
+
+FIELDS = re.compile(r"^<!-- fields: ([\w.]+) -->$", re.MULTILINE)
+OF_A_PASS = """::: {}
+    options:
+      heading_level: 3
+      members: false
+      show_root_full_path: false
+      show_symbol_type_heading: false
+      skip_local_inventory: true"""
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """`<!-- fields: tinycompress.….GPTQ -->` on a page becomes that class's signature and fields, from its docstring;
+    `<!-- names -->` becomes the tables of `names`."""
+    if NAMES in markdown:
+        markdown = markdown.replace(NAMES, names())
+    return FIELDS.sub(lambda match: OF_A_PASS.format(match[1]), markdown)
