@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ from .lora import LoRA, add_lora, merge
 from .objective import Lesson
 from .stable_embedding import stable_rows
 from .student import Network, add_fake_quant, add_packed, add_stable_embedding
-from .training import Training, train
+from .training import Training
+from .training_loop import train
 
 if TYPE_CHECKING:
     from .teacher_cache import TeacherCache
@@ -62,6 +63,7 @@ class Distill:
     by the sum of its weights.
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
+    stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised (stopping.py). None: never.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -79,7 +81,8 @@ class Distill:
     teacher_context: int | None = None
     token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     work: Path | None = field(default=None, repr=False, compare=False)
-    log: Path | None = field(default=None, repr=False, compare=False)
+    log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
+    stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if self.fake_quant is not None:
@@ -189,6 +192,7 @@ class Distill:
             work=None if self.work is None else Path(self.work),
             log=None if self.log is None else Path(self.log),
             key=self.key(graph) if self.work else "",
+            stop=self.stop,
         )
         with torch.no_grad():
             changed = self._weights(graph, network, parameters)
