@@ -29,7 +29,7 @@ from tinycompress.graph.graph import Graph
 from tinycompress.graph.rope import Rope
 from tinycompress.model.kv_cache import quantize_rows
 from tinycompress.model.self_extend import SelfExtend
-from tinycompress.model.transformer import attend
+from tinycompress.model.attention import attend
 
 MIXED = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
 
