@@ -131,7 +131,7 @@ def distill(
       torchrun --nproc-per-node 8 -m tinycompress.cli.main distill tinyllama --teacher llama-2-7b --data big.jsonl --seq-len 2048 -o healed
     """
     from ..distillation.distill import Distill
-    from ..distillation.distributed import joined, rank
+    from ..distillation.distributed import process_group, rank
     from ..distillation.lora import LoRA
     from ..distillation.training import Training
     from ..files import check_free
@@ -163,7 +163,7 @@ def distill(
         save_every=save_every,
         patience=patience,
     )
-    with joined() as device:
+    with process_group() as device:
         before = open_model(student)
         tokens = windows_of(before, data, length, windows or (known.windows if known else about * batch))
         measured = {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..evaluation.perplexity import CHUNK
 from ..model.cpu_memory import held
-from .distributed import anywhere, rank, summed, whole, world
+from .distributed import full_tensor, rank, sum_over_processes, true_anywhere, world_size
 from .student import Network
 from .training_log import TrainLog, peak_memory_mb
 from .training_state import latest_state, load_state, optimizer_tensors, save_state, set_optimizer_step
@@ -197,7 +197,7 @@ class Run:
                 line["perplexity"] = self.evaluate()
                 self.judge(line["perplexity"])
             log.step(**line)
-            asked = anywhere(stop(), self.device)
+            asked = true_anywhere(stop(), self.device)
             if self.work and (last or asked or self.done or _due(step + 1, self.training.save_every)):
                 self.save(step + 1)
             if asked:
@@ -209,14 +209,14 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.rate(step, self.total)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        mine = index[rank() :: world()]
+        mine = index[rank() :: world_size()]
         for some in mine.split(self.training.micro_batch or len(mine)):
             part = self.objective(self.tokens[some.to(self.tokens.device)].to(self.device), some, step)
-            (part * world()).backward()  # sharded gradients are means over the processes; these are sums
+            (part * world_size()).backward()  # sharded gradients are means over the processes; these are sums
             loss += part.detach().double()
         parameters = list(self.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value, size = summed(loss).item(), whole(norm).item()
+        value, size = sum_over_processes(loss).item(), full_tensor(norm).item()
         if not (math.isfinite(value) and math.isfinite(size)):
             self._refuse(step, index, value, size)
         if (
@@ -305,10 +305,10 @@ def held_out_nll(network: Network, windows: Tensor, device: torch.device) -> Ten
     """Mean NLL of each window [N, T], float64 [N], in float32; the windows are shared out among the processes."""
     out = torch.zeros(len(windows), dtype=torch.float64, device=device)
     rounds = -(
-        -len(windows) // world()
+        -len(windows) // world_size()
     )  # every process computes as often as any other: a sharded forward is collective
     for i in range(rounds):
-        at = i * world() + rank()
+        at = i * world_size() + rank()
         ids = windows[min(at, len(windows) - 1)][None].to(device)
 
         def nll(hidden: Tensor, head: Tensor, _: list[Tensor], ids: Tensor = ids) -> Tensor:
@@ -320,7 +320,7 @@ def held_out_nll(network: Network, windows: Tensor, device: torch.device) -> Ten
         value = network(ids, nll) / (ids.shape[1] - 1)
         if at < len(windows):
             out[at] = value
-    return summed(out).cpu()
+    return sum_over_processes(out).cpu()
 
 
 def _due(step: int, every: int) -> bool:
