@@ -278,7 +278,9 @@ class Distill:
             table = parameters.get(f"transformer.{owner}.table")
             if table is not None:
                 embedding: Any = network.transformer.get_submodule(owner)
-                folded = stable_rows(full_tensor(table), embedding.length, full_tensor(parameters[f"transformer.{owner}.gain"]))
+                folded = stable_rows(
+                    full_tensor(table), embedding.length, full_tensor(parameters[f"transformer.{owner}.gain"])
+                )
                 out[name] = folded.to(_device(entry), entry.dtype)
                 continue
             if isinstance(entry, QuantTensor):
