@@ -24,9 +24,7 @@ def cache_teacher(
     ] = None,
     kind: Annotated[
         str,
-        typer.Option(
-            help="What is kept of each distribution: sample (unbiased random draws), or topk (the largest)."
-        ),
+        typer.Option(help="What is kept of each distribution: sample (unbiased random draws), or topk (the largest)."),
     ] = "sample",
     draws: Annotated[int, typer.Option(min=1, help="With --kind sample: draws per token.")] = 50,
     k: Annotated[int, typer.Option(min=1, help="With --kind topk: probabilities per token.")] = 50,

@@ -178,7 +178,7 @@ def distill(
       torchrun --nproc-per-node 8 -m tinycompress distill tinyllama --teacher llama-2-7b --data big.jsonl -o healed
     """
     from ..distillation.distill import Distill
-    from ..distillation.distributed import joined, rank
+    from ..distillation.distributed import process_group, rank
     from ..distillation.lora import LoRA
     from ..distillation.stopping import stop_on_sigterm
     from ..distillation.training import Training
@@ -213,7 +213,7 @@ def distill(
         save_every=save_every,
         patience=patience,
     )
-    with joined() as device, keep_memory(), stop_on_sigterm() as stop:
+    with process_group() as device, keep_memory(), stop_on_sigterm() as stop:
         before = open_model(student)
         tokens = training_windows(before, data, length, windows or (known.windows if known else about * batch))
         measured = {

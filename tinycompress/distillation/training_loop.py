@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..evaluation.perplexity import CHUNK
 from ..files import read_json
-from .distributed import anywhere, rank, summed, whole, world
+from .distributed import full_tensor, rank, sum_over_processes, true_anywhere, world_size
 from .stopping import Stopped
 from .student import Network
 from .training import Training
@@ -122,7 +122,7 @@ class Run:
                 line["perplexity"] = self.evaluate()
                 self.judge(line["perplexity"])
             log.step(**line)
-            asked = stop is not None and anywhere(stop(), self.device)
+            asked = stop is not None and true_anywhere(stop(), self.device)
             if self.work and (last or asked or self.done or _due(step + 1, self.training.save_every)):
                 self.save(step + 1)
             if asked:
@@ -134,16 +134,16 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.rate(step, self.total)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        share = index[rank() :: world()]
+        share = index[rank() :: world_size()]
         for micro in share.split(self.training.micro_batch or len(share)):
             windows = self.tokens[micro.to(self.tokens.device)].to(self.device)
             part = self.objective(windows, micro, step)
-            (part * world()).backward()  # sharded gradients are means over the processes; these are sums
+            (part * world_size()).backward()  # sharded gradients are means over the processes; these are sums
             loss += part.detach().double()
         parameters = list(self.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value = summed(loss).item()
-        size = whole(norm).item()
+        value = sum_over_processes(loss).item()
+        size = full_tensor(norm).item()
         if not (math.isfinite(value) and math.isfinite(size)):
             self._refuse(step, index, value, size)
         if self.training.clip and size > self.training.clip:  # a product with 1 would read and write all gradients
@@ -234,9 +234,9 @@ def adamw(named: Mapping[str, nn.Parameter], training: Training) -> torch.optim.
 def held_out_nll(network: Network, windows: Tensor, device: torch.device) -> Tensor:
     """Mean NLL of each window [N, T], float64 [N], in float32; the windows are shared out among the processes."""
     out = torch.zeros(len(windows), dtype=torch.float64, device=device)
-    rounds = math.ceil(len(windows) / world())  # the same for every process: a sharded forward is collective
+    rounds = math.ceil(len(windows) / world_size())  # the same for every process: a sharded forward is collective
     for i in range(rounds):
-        number = i * world() + rank()
+        number = i * world_size() + rank()
         ids = windows[min(number, len(windows) - 1)][None].to(device)
 
         def nll(hidden: Tensor, head: Tensor, _: list[Tensor], ids: Tensor = ids) -> Tensor:
@@ -247,7 +247,7 @@ def held_out_nll(network: Network, windows: Tensor, device: torch.device) -> Ten
         value = network(ids, nll) / (ids.shape[1] - 1)
         if number < len(windows):
             out[number] = value
-    return summed(out).cpu()
+    return sum_over_processes(out).cpu()
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .distributed import rank, shared_folder, world
+from .distributed import rank, shared_folder, world_size
 
 STEP = re.compile(r"step-(\d{8})")
 FILE_BYTES = 1 << 29  # of whole tensors: the writer holds copies of all that goes into one file
@@ -34,7 +34,7 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
     with shared_folder(target) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
-        save(dict(tensors), storage_writer=writer, no_dist=world() == 1)
+        save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
         if rank() == 0:
             write_json(folder / "state.json", {"step": step, **about})
     if rank() == 0:
@@ -82,7 +82,7 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world() == 1)
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world_size() == 1)
     return read_json(folder / "state.json")
 
 
