@@ -57,7 +57,7 @@ def test_text_and_objects_are_the_same_spec(tiny, tokens, make):
 
 def test_choices_and_tables_take_text_or_objects_too(tiny, tokens):
     texts = MixedBits(tokens, RTN, bits=5.0, choices=("w2g16", "w4g16"))
-    objects = MixedBits(tokens, RTN, bits=6.0, choices=[QuantSpec(2, 16), "w4g16"])
+    objects = MixedBits(tokens, RTN, bits=5.0, choices=[QuantSpec(2, 16), "w4g16"])
     assert texts.specs == objects.specs and texts(tiny).fingerprint() == objects(tiny).fingerprint()
     assert QuantizeEmbedding("w8g32", head_spec="w4g16") == QuantizeEmbedding(QuantSpec(8, 32), head_spec=SPEC)
     with pytest.raises(InputError, match="w4g64"):
