@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench docs
+.PHONY: help demo test test-all check wheel bench docs runtime runtimes support
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,11 +20,14 @@ test: $(STAMP) ## the test suite, minutes
 test-all: $(STAMP) ## with the slow tests and whatever third-party runtimes are installed
 	$(PYTHON) -m pytest -m "slow or runtime or not slow"
 
-check: $(STAMP) ## ruff, mypy, file sizes
+check: $(STAMP) ## ruff, mypy over tinycompress and export, file sizes
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(PYTHON) -m mypy
+	@.ci/types
 	@.ci/check-size
+
+wheel: $(STAMP) ## builds the wheel, installs it into an empty environment, runs compress, export and verify there
+	@PYTHON=$(PYTHON) .ci/wheel
 
 bench: $(STAMP) ## measurements against transformers
 	$(PYTHON) benchmarks/forward.py

@@ -36,10 +36,11 @@ from tqdm import tqdm
 from tinycompress.distillation.distill import Distill
 from tinycompress.distillation.objective import Lesson
 from tinycompress.distillation.student import Network
-from tinycompress.distillation.training import Run, Training
+from tinycompress.distillation.training import Training
+from tinycompress.distillation.training_loop import Run
 from tinycompress.graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
 from tinycompress.graph.graph import Graph, Weights
-from tinycompress.model.cpu_memory import held
+from tinycompress.model.cpu_memory import keep_memory
 
 ENGINES = ("ours", "transformers")
 WARM = 3  # steps before the first that counts: in those the process grows
@@ -97,7 +98,7 @@ def worker(engine: str, args: argparse.Namespace) -> None:
         if engine == "ours"
         else plain(student, teacher, tokens, args.batch)
     )
-    with held() if engine == "ours" else contextlib.nullcontext():  # as `train` does
+    with keep_memory() if engine == "ours" else contextlib.nullcontext():  # as the command line does
         for number in range(WARM):
             make(number)
         print("ready", flush=True)

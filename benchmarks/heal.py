@@ -27,7 +27,7 @@ import torch
 
 from tinycompress import Prune
 from tinycompress.checkpoints.checkpoint import load, save
-from tinycompress.cli.distill import windows_of
+from tinycompress.cli.arguments import training_windows
 from tinycompress.distillation.distill import Distill
 from tinycompress.distillation.fused_loss import Loss
 from tinycompress.distillation.teacher_cache import TeacherCache, write_cache
@@ -49,9 +49,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.args, self.spec = args, QuantSpec.parse(args.spec)
         self.teacher = load(args.model, dtype=torch.float32)
-        self.tokens = windows_of(self.teacher, args.train, args.seq_len, -(-args.tokens // args.seq_len))
+        self.tokens = training_windows(self.teacher, args.train, args.seq_len, -(-args.tokens // args.seq_len))
         self.held_out = {
-            Path(name).stem: windows_of(self.teacher, name, 512, args.windows, "test") for name in args.held_out
+            Path(name).stem: training_windows(self.teacher, name, 512, args.windows, "test") for name in args.held_out
         }
         shown = {k: v for k, v in vars(args).items() if k not in ("work", "rows", "quick")}
         shown |= {

@@ -38,7 +38,10 @@ def weighted_rtn(graph: Graph, tokens: Tensor, spec: QuantSpec) -> Graph:
         names = [name for name in feed.readers if name in todo]
         hessian = gram(feed, inputs) if names else None
         packed.update(
-            {f"{name}.weight": weighted_rounding(graph.tensor(f"{name}.weight").float(), hessian, spec) for name in names}
+            {
+                f"{name}.weight": weighted_rounding(graph.tensor(f"{name}.weight").float(), hessian, spec)
+                for name in names
+            }
         )
 
     walk(graph, tokens, visit, progress=f"weighted {spec}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tinycompress.errors import InputError
-from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.graph.quant_tensor import Grid, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Profile:
         """The narrowest width the runtime has that holds `bits`."""
         return min(b for b in self.bits if b >= bits)
 
-    def check_zeros(self, name: str, spec: QuantSpec) -> None:
+    def check_zeros(self, name: str, spec: QuantSpec | Grid) -> None:
         """An `InputError` for zero points that the runtime does not take."""
         if self.symmetric and not spec.symmetric:
             raise InputError(f"grid of {name}", str(spec), f"a symmetric one (no -asym) for the {self.name} profile")

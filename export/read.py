@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.files import inside, read_json
 from tinycompress.graph.config import EMBEDDING, Config, layer_names, shapes
 from tinycompress.graph.graph import Graph, Weights
@@ -81,7 +81,7 @@ def read(folder: str | Path) -> Graph:
     weights = {
         name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()
     }
-    return Graph(config, weights, tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
+    return Graph(config, Weights(weights), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
 
 
 def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -111,7 +111,8 @@ def kv_scales(folder: str | Path) -> dict[str, Tensor]:
     stored, manifest = initializers(folder), read_manifest(folder)
     if not manifest.get("kv"):
         return {}
-    config, out = Config.from_dict(manifest["config"]), {}
+    config = Config.from_dict(manifest["config"])
+    out: dict[str, Tensor] = {}
     for names, i in zip(scale_names(config), attention_layers(config)):
         shape = (1, config.layers[i].n_kv_heads, 1, config.head_dim)
         out |= {name: _get(stored, name, shape, torch.float32) for name in names}
@@ -132,6 +133,7 @@ def initializers(folder: str | Path) -> dict[str, Tensor]:
 
 def load_proto(folder: str | Path) -> Any:
     """The model without its external data."""
+    need("onnx", "export")
     import onnx
     from google.protobuf.message import DecodeError
 

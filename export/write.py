@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.files import new_folder, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
@@ -112,6 +112,7 @@ def export(
 
 def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profile, progress: bool) -> None:
     """The model and its data, one initializer in memory at a time."""
+    need("onnx_ir", "export")
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]

@@ -40,6 +40,7 @@ from .graph import (
     feeds,
     shapes,
 )
+from .model.cpu_memory import keep_memory
 from .pipeline import run
 from .pruning.drop import Drop
 from .pruning.prune import Prune
@@ -104,6 +105,7 @@ __all__ = [
     "cut",
     "feeds",
     "gram",
+    "keep_memory",
     "load",
     "perplexity",
     "run",

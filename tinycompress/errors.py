@@ -1,9 +1,12 @@
-"""The one error type for bad input: it names the field, what was found and what is accepted.
+"""The errors of the library: `InputError` for bad input, `MissingExtra` for an optional package that is not installed.
 
-Anything else that escapes is a bug of ours; the command line shows an `InputError` as one clean line.
+Anything else that escapes is a bug of ours; the command line shows both as one clean line.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 
 class InputError(ValueError):
@@ -12,3 +15,31 @@ class InputError(ValueError):
     def __init__(self, field: object, found: object, accepted: object) -> None:
         self.field, self.found, self.accepted = str(field), str(found), str(accepted)
         super().__init__(f"{self.field}: found {self.found}; accepted: {self.accepted}")
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message is one line with the command that installs it.
+
+    Fields:
+        package: name of the module that could not be imported.
+        extra: the extra of tinycompress that brings it, or None where the package is installed by its own name.
+    """
+
+    def __init__(self, package: str, extra: str | None) -> None:
+        self.package = package
+        self.extra = extra
+        source = package if extra is None else f"tinycompress[{extra}]"
+        super().__init__(f"{package} is not installed; install it with: pip install '{source}'", name=package)
+
+
+def need(package: str, extra: str | None) -> Any:
+    """Imports an optional package and returns the module; `MissingExtra` where it is not installed.
+
+    Arguments are those of `MissingExtra`. A package that is installed but fails to import keeps its own error.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise MissingExtra(package, extra) from None

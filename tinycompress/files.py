@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +24,9 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(target).absolute()
     check_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    work = _temporary_name(target)
+    work.mkdir()
     try:
-        work.chmod(0o777 & ~_umask())
         yield work
         for path in work.rglob("*"):
             if path.is_file():
@@ -48,9 +48,7 @@ def check_free(target: str | Path, overwrite: bool = False) -> None:
     if target.is_file():
         raise InputError("output folder", f"{target}, a file", "a folder name")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise InputError(
-            "output folder", f"{target}, which is not empty", "a new or empty folder, or overwriting (--overwrite)"
-        )
+        raise InputError("output folder", f"{target}, which is not empty", "a new or empty folder, or overwrite=True")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -62,21 +60,21 @@ def write_bytes(path: str | Path, parts: Iterable[bytes | memoryview]) -> None:
     """Replaces a file, by the `parts` one after the other, in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    temporary = _temporary_name(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: str | Path, data: Any) -> None:
+    """Replaces a JSON file in one step."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -101,18 +99,19 @@ def inside(folder: str | Path, name: str) -> Path:
     return base / name
 
 
+def _temporary_name(target: Path) -> Path:
+    """A new hidden name beside `target`: what is renamed must lie on the same disk."""
+    return target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+
+
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder as a file
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager
@@ -121,16 +120,15 @@ def new_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(target).absolute()
     check_free_file(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
-    os.close(handle)
+    temporary = _temporary_name(target)
+    temporary.touch(exist_ok=False)
     try:
-        yield Path(name)
-        _flush(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
         _flush(target.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_free_file(target: str | Path, overwrite: bool = False) -> None:
@@ -139,4 +137,4 @@ def check_free_file(target: str | Path, overwrite: bool = False) -> None:
     if target.is_dir():
         raise InputError("output file", f"{target}, a folder", "a file name")
     if target.exists() and not overwrite:
-        raise InputError("output file", f"{target}, which exists", "a new name, or overwriting (--overwrite)")
+        raise InputError("output file", f"{target}, which exists", "a new name, or overwrite=True")

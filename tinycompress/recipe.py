@@ -119,10 +119,9 @@ class Recipe:
             elif isinstance(step, Rotate):
                 config = dataclasses.replace(config, tie_embeddings=False)
             elif isinstance(step, QuantizeEmbedding):
-                dataclasses.replace(step, spec=dataclasses.replace(step.spec, group_size=None)).tables(
-                    graph
-                )  # still dense?
-                step.spec.group("model.embed_tokens.weight", config.hidden_size)
+                spec = QuantSpec.of(step.spec)
+                dataclasses.replace(step, spec=dataclasses.replace(spec, group_size=None)).tables(graph)  # still dense?
+                spec.group("model.embed_tokens.weight", config.hidden_size)
         if self.quantize:
             targets(graph, dataclasses.replace(self.quantize, group_size=None))  # still dense?
             for name, width in linear_inputs(config).items():

@@ -142,12 +142,12 @@ def attention(
         for n, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads))
     )
     q = _rotate(draw, f"{at}.q", q, where.cos, where.sin)
-    if where.key_cos is None:
+    if where.key_cos is None or where.key_sin is None:
         k = _rotate(draw, f"{at}.k", k, where.cos, where.sin)
     present = [draw.op(f"{at}.{n}", "Concat", [old, new], axis=2) for n, old, new in zip("kv", past, (k, v))]
-    keys = (
-        present[0] if where.key_cos is None else _rotate(draw, f"{at}.keys", present[0], where.key_cos, where.key_sin)
-    )
+    keys = present[0]
+    if where.key_cos is not None and where.key_sin is not None:
+        keys = _rotate(draw, f"{at}.keys", keys, where.key_cos, where.key_sin)
     scaled = draw.op(f"{at}.q", "Mul", [q, draw.constant("attention.scale", torch.tensor(d**-0.5))])
     rows = _reshape(draw, f"{at}.rows", scaled, [0, kv_heads, -1, d])  # (B, K, G·T, d)
     scores = draw.op(f"{at}.scores", "MatMul", [rows, draw.op(f"{at}.keys", "Transpose", [keys], perm=[0, 1, 3, 2])])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tinycompress.errors import need
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
@@ -47,6 +48,7 @@ class Draw:
     """Draws one graph. Every method appends nodes to the tape and returns the value they end in."""
 
     def __init__(self, graph: Graph, profile: Profile, choices: Choices) -> None:
+        need("onnx_ir", "export")
         import onnx_ir as ir
 
         self.ir, self.graph, self.config = ir, graph, graph.config
@@ -87,14 +89,14 @@ class Draw:
         """A float32 parameter; matrices of linears are stored [K, N]."""
         shape = tuple(self.entry(name).shape)
         if transposed:
-            return self.lazy(name, torch.float32, shape[::-1], lambda: self.graph.weights[name].T)
-        return self.lazy(name, torch.float32, shape, partial(self.graph.weights.__getitem__, name))
+            return self.lazy(name, torch.float32, shape[::-1], lambda: self.graph.tensor(name).T)
+        return self.lazy(name, torch.float32, shape, partial(self.graph.tensor, name))
 
     def dense_rows(self, name: str, parts: Sequence[str]) -> ir.Value:
         """float32 parameters one below the other, as one."""
         shape = (sum(self.entry(part).shape[0] for part in parts), *self.entry(parts[0]).shape[1:])
         return self.lazy(
-            name, torch.float32, tuple(shape), lambda: torch.cat([self.graph.weights[part] for part in parts])
+            name, torch.float32, tuple(shape), lambda: torch.cat([self.graph.tensor(part) for part in parts])
         )
 
     def scales(self, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:

@@ -99,7 +99,8 @@ def attention(
             widths = torch.tensor([n * draw.config.head_dim for n in (heads, kv_heads, kv_heads)])
             sizes = draw.constant("split." + "x".join(map(str, widths.tolist())), widths)
             qkv = draw.ops(at, "Split", [*qkv, sizes], 3, axis=-1)
-        return plain.attention(draw, at, *qkv, past, shared, heads, kv_heads)
+        q, k, v = qkv
+        return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,

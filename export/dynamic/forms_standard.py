@@ -17,7 +17,7 @@ positions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     if weight.zeros is None:
         zero = draw.constant("embed.zero", torch.tensor(float(weight.grid.zero)))
     else:
-        # type: ignore[arg-type, return-value]
-        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: weight.zeros)
+        stored = weight.zeros
+        zeros = draw.lazy(f"{EMBEDDING}.zeros", torch.uint8, (V, G), lambda: stored)
         gathered = draw.op(f"{at}.zeros", "Cast", [draw.op(f"{at}.zeros", "Gather", [zeros, ids], axis=0)], to=FLOAT)
         zero = draw.op(f"{at}.zeros", "Unsqueeze", [gathered, ends])
     scales = draw.scales(f"{EMBEDDING}.scales", (V, G), lambda: weight.scales)
@@ -92,7 +92,8 @@ def attention(
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The heads' outputs [B, T, H·d] and the present key and value [B, K, S, d]."""
     if isinstance(shared, plain.Positions):
-        return plain.attention(draw, at, *qkv, past, shared, heads, kv_heads)
+        q, k, v = qkv
+        return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
     (q, k, v), (place, allowed) = qkv, shared
     q, k = (
         draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), place], num_heads=count)
@@ -131,7 +132,7 @@ def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
     if weight.zeros is not None:
         zeros = weight.zeros
         values.append(_integers(draw, f"{name}.columns.zeros", shape, bits, False, lambda: zeros.T.reshape(shape)))
-    attributes = {"axis": 1} if G == 1 else {"axis": 0, "block_size": K // G}
+    attributes: dict[str, Any] = {"axis": 1} if G == 1 else {"axis": 0, "block_size": K // G}
     return draw.op(at, "DequantizeLinear", values, **attributes)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
 from tinycompress.model.generation import Sampling, check_ids, generate
 
@@ -65,6 +65,7 @@ class OrtModel:
         *,
         float_cache: bool = False,
     ) -> None:
+        need("onnxruntime", "export")
         import onnxruntime as ort
 
         self.folder = Path(folder)
@@ -83,7 +84,7 @@ class OrtModel:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = model_path(folder)
         source: str | bytes = str(path)
-        level = manifest.get("accuracy_level") if accuracy_level is None else accuracy_level
+        level: Any = manifest.get("accuracy_level") if accuracy_level is None else accuracy_level
         if profile.form == "standard":  # the runtime fuses DequantizeLinear and MatMul and asks here for the level
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
         elif accuracy_level is not None or (float_cache and manifest.get("kv")):

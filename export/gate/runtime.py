@@ -44,7 +44,10 @@ def python_of(name: str) -> Path:
     python = RUNTIMES / name / ".venv" / "bin" / "python"
     if not python.is_file():
         raise InputError(
-            f"runtime {name}", "not installed", f"`make runtime NAME={name}` first, or no verification (--no-verify)"
+            f"runtime {name}",
+            "not installed",
+            f"`make runtime NAME={name}` in a checkout, or `{RUNTIMES / 'install'} {name}`, first; "
+            "or no verification (--no-verify)",
         )
     return python
 

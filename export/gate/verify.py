@@ -159,7 +159,7 @@ def _in_runtime(
     """The check of the runtime that the profile is for: what it wrote, as one check."""
     windows, positions = text_of(runtime)
     ids = ids[:windows, :positions]
-    ids = ids[: fitting(*ids.shape, graph.config.vocab_size)]
+    ids = ids[: fitting(len(ids), ids.shape[1], graph.config.vocab_size)]
     result = run_check(runtime, folder, graph, report["profile"], ids, progress=progress)
     report["versions"] |= result.get("versions", {})
     report[runtime] = result["figures"]

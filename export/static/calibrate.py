@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.calibration.walk import check_calibration
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
 
@@ -121,6 +121,8 @@ class _Watcher:
     def __init__(
         self, model: Any, folder: Path, named: Mapping[str, str], seen: dict[str, Observer], method: str
     ) -> None:
+        need("onnx_ir", "export")
+        need("onnxruntime", "export")
         import onnx_ir as ir
         import onnxruntime as ort
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,7 +69,9 @@ def observed(
     emitter = _Static(graph, profile, length, None)
     emitter.key_scales = key_scales
     emitter.draw_model()
-    draw, named, given = emitter.draw, {}, {}
+    draw = emitter.draw
+    named: dict[str, str] = {}
+    given: dict[str, ir.Value] = {}
     for key, values in emitter.points.items():
         for value in values:
             node = value.producer()
@@ -90,7 +92,7 @@ class _Static:
         self.draw = Draw(graph, profile, Choices(accuracy_level=0))
         self.graph, self.config, self.profile, self.form = graph, graph.config, profile, FORMS[profile.name]
         self.S, self.C = length, graph.config.max_position
-        self.grids: Mapping[str, ActivationGrid] | None = activations and activations.grids
+        self.grids: Mapping[str, ActivationGrid] | None = activations.grids if activations else None
         self.key_scales: Mapping[str, Tensor] = activations.key_scales if activations else {}
         self.attention_bits = activations.attention_bits if activations else None
         self.points: Points = {}  # activations by key
@@ -101,8 +103,8 @@ class _Static:
         D, S, C, half = self.config.hidden_size, self.S, self.C, self.config.head_dim // 2
         x = self.act(self.draw.input("hidden", "FLOAT", (1, S, D)), "hidden")
         if attention_layers(self.config):
-            for name, shape in ((MASK, (1, 1, S, C + S)), (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
-                self.host[name] = self.act(self.draw.input(name, "FLOAT", shape), name)
+            for name, sizes in ((MASK, (1, 1, S, C + S)), (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
+                self.host[name] = self.act(self.draw.input(name, "FLOAT", sizes), name)
         caches: list[tuple[str, ir.Value, tuple[int, ...]]] = []
         for i, layer in enumerate(self.config.layers):
             at = layer_prefix(i)
@@ -230,7 +232,7 @@ class _Static:
 
     # Nodes ----------------------------------------------------------------------------------------------------------
 
-    def op(self, key: str, kind: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+    def op(self, key: str, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         """A node whose output lies on the grid of `key`."""
         return self.act(self.draw.op(self.at(key, kind), kind, inputs, **attributes), key)
 

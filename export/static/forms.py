@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tinycompress.errors import InputError
 from tinycompress.graph.config import EMBEDDING, Config
 from tinycompress.graph.graph import Graph
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
+from tinycompress.graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from tinycompress.graph.topology import feeds
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
@@ -111,7 +111,7 @@ def check_static(config: Config, profile: Profile, spec: QuantSpec | None, input
         check_spec(name, spec, width, profile)
 
 
-def check_spec(name: str, spec: QuantSpec, in_features: int, profile: Profile) -> None:
+def check_spec(name: str, spec: QuantSpec | Grid, in_features: int, profile: Profile) -> None:
     """An `InputError` for a grid that the profile cannot carry as it is."""
     if not FORMS[profile.name].packed_weights:
         return

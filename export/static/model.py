@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
 from tinycompress.model.generation import Sampling, check_ids, generate
 
@@ -94,6 +94,7 @@ class StaticModel:
 
 
 def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnable:
+    need("onnxruntime", "export")
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -113,6 +114,7 @@ def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnab
 
 def without_rounding(path: Path) -> bytes:
     """A graph with every pair of Quantize- and DequantizeLinear bypassed: the same weights, activations in float."""
+    need("onnx", "export")
     import onnx
 
     proto: Any = onnx.load(path, load_external_data=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, need
 from tinycompress.files import new_folder, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
@@ -133,11 +133,13 @@ def write_graphs(
     graph: Graph, profile: Profile, activations: Activations | None, work: Path, progress: bool = True
 ) -> None:
     """Both graphs, their shared weights, and the host's file."""
+    need("onnx_ir", "export")
     import onnx_ir as ir
     from safetensors.torch import save_file
 
     model = emit_static(graph, profile, layout(graph, profile)["chunk"], activations)
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
         ir.save(
             model, work / GRAPHS["prefill"], external_data=WEIGHTS, callback=lambda tensor, _: bar.update(tensor.nbytes)

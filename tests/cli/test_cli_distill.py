@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tinycompress.checkpoints import checkpoint
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.cli.distill import parse_hidden, parse_losses
+from tinycompress.cli.loss_options import parse_hidden, parse_losses
 from tinycompress.cli.main import app
 from tinycompress.distillation.fused_loss import Loss
 from tinycompress.distillation.hidden_losses import HiddenLoss

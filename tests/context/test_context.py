@@ -27,9 +27,9 @@ from tinycompress.evaluation.perplexity import perplexity
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.rope import Rope
+from tinycompress.model.attention import attend
 from tinycompress.model.kv_cache import quantize_rows
 from tinycompress.model.self_extend import SelfExtend
-from tinycompress.model.transformer import attend
 
 MIXED = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
 

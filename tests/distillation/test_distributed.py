@@ -29,7 +29,7 @@ TRAINING = dict(steps=6, lr=1e-2, batch=4, micro_batch=1, save_every=3, eval_eve
 RUN = """
 import sys, torch
 from tinycompress.checkpoints.checkpoint import load, save
-from tinycompress.distillation.distributed import joined, rank, world
+from tinycompress.distillation.distributed import process_group, rank, world_size
 from tinycompress.distillation.distill import Distill, HiddenLoss
 from tinycompress.quantization.rtn import RTN
 from tinycompress.graph.quant_tensor import QuantSpec
@@ -37,8 +37,8 @@ from tinycompress.distillation.training import Training
 torch.set_num_threads(1)
 folder = sys.argv[1]
 tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
-with joined("cpu") as device:
-    assert world() == 2
+with process_group("cpu") as device:
+    assert world_size() == 2
     for work in ("new", "continued"):
         pass_ = Distill(tokens, load(folder + "/teacher"), Training(**%r), hidden=(HiddenLoss(last=2), HiddenLoss("relation")), held_out=tokens[:3],
                         work=f"{folder}/{work}", log=f"{folder}/{work}")

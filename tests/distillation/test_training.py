@@ -167,6 +167,7 @@ from tinycompress.distillation.fused_loss import Loss
 from tinycompress.distillation.distill import Distill, HiddenLoss
 from tinycompress.distillation.schedule import Ramp
 from tinycompress.distillation.training import Training
+from tinycompress.distillation.stopping import stop_on_sigterm
 from tinycompress.distillation.lora import LoRA
 from tinycompress.quantization.rtn import RTN
 from tinycompress.graph.quant_tensor import QuantSpec
@@ -178,9 +179,13 @@ ramps = {"losses": (Loss("kl", Ramp(0.2, 1, "cosine")), Loss("ce", Ramp(0.5, 0))
 extra = {"plain": {}, "ramps": ramps, "lora": {"lora": LoRA(2)}, "scales": {"scales": True},
          "learn": {"fake_quant": QuantSpec(4, 16), "grid": "learn"}}[how]
 training = Training(steps=25, lr=1e-2, batch=4, micro_batch=3, save_every=4, eval_every=7, patience=50)
-pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work, **extra)
 student = load(folder + "/student")
-save(pass_(RTN(QuantSpec(3, 16))(student) if how == "scales" else student), out)
+if how == "scales":
+    student = RTN(QuantSpec(3, 16))(student)
+with stop_on_sigterm() as stop:
+    pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work, stop=stop, **extra)
+    student = pass_(student)
+save(student, out)
 """
 
 

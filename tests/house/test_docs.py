@@ -154,7 +154,7 @@ def check_command(line: str) -> str | None:
     words = shlex.split(line, comments=True)
     while words and (re.fullmatch(r"\w+=\S*", words[0]) or words[0] == "torchrun"):
         words = words[words.index("-m") :] if words[0] == "torchrun" else words[1:]
-    if words[:2] == ["-m", "tinycompress.cli.main"]:
+    if words[:2] == ["-m", "tinycompress"]:
         words = ["tinycompress", *words[2:]]
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

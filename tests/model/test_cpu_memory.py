@@ -1,4 +1,4 @@
-"""Large blocks are used again within `held`, never while anything still reads them, and given back afterwards."""
+"""Large blocks are used again within `keep_memory`, never while anything still reads them, and given back afterwards."""
 
 import subprocess
 import sys
@@ -6,47 +6,47 @@ import sys
 import pytest
 import torch
 
-from tinycompress.model import cpu_memory as heap
+from tinycompress.model import cpu_memory
 
 CPU = torch.device("cpu")
-SHAPE = (1024, heap.MAPPED // 4096)  # float32: just what glibc maps
+SHAPE = (1024, cpu_memory.MAPPED // 4096)  # float32: just what glibc maps
 
 
 def block(fill: float) -> torch.Tensor:
-    return heap.empty(SHAPE, torch.float32, CPU).fill_(fill)
+    return cpu_memory.empty(SHAPE, torch.float32, CPU).fill_(fill)
 
 
 def test_a_freed_block_is_used_again():
-    with heap.held():
+    with cpu_memory.keep_memory():
         first = block(1)
         at, part = first.data_ptr(), first[5:]
         del first
         second = block(2)  # a view still reads the first
         assert second.data_ptr() != at and bool((part == 1).all())
         del part
-        third = heap.zeros(SHAPE, torch.float32, CPU)
+        third = cpu_memory.zeros(SHAPE, torch.float32, CPU)
         assert third.data_ptr() == at and not third.any() and bool((second == 2).all())
 
 
-def test_outlives_held():
-    with heap.held(), heap.held():  # entered twice: the outer one counts
+def test_a_block_outlives_the_context():
+    with cpu_memory.keep_memory(), cpu_memory.keep_memory():  # entered twice: the outer one counts
         kept = block(3)
-    assert heap._free is None
+    assert cpu_memory._free_blocks is None
     assert bool((kept == 3).all())
     del kept
     assert bool((block(4) == 4).all())
 
 
 def test_small_blocks_and_other_dtypes():
-    with heap.held():
-        assert heap.empty((3, 5), torch.int64, CPU).shape == (3, 5)
-        large = heap.zeros((heap.MAPPED,), torch.uint8, CPU)
+    with cpu_memory.keep_memory():
+        assert cpu_memory.empty((3, 5), torch.int64, CPU).shape == (3, 5)
+        large = cpu_memory.zeros((cpu_memory.MAPPED,), torch.uint8, CPU)
         assert large.dtype == torch.uint8 and not large.any()
 
 
 def test_autograd_adds_in_place_to_a_block():
     """Else a tied embedding would need a third table of its size."""
-    with heap.held():
+    with cpu_memory.keep_memory():
         given: list[int] = []
 
         class Once(torch.autograd.Function):
@@ -70,12 +70,12 @@ def test_autograd_adds_in_place_to_a_block():
 def test_no_page_is_asked_for_twice():
     script = """
 import resource, torch
-from tinycompress.model import cpu_memory as heap
+from tinycompress.model import cpu_memory
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work(n):
-    large = heap.empty((64 << 20,), torch.uint8, torch.device("cpu")).fill_(1)
+    large = cpu_memory.empty((64 << 20,), torch.uint8, torch.device("cpu")).fill_(1)
     small = [torch.ones(1 << 20) for _ in range(n)]  # 4 MB each, the last ones at the top of the heap
-with heap.held():
+with cpu_memory.keep_memory():
     for n in (10, 20, 40, 80): work(n)
     before = faults()
     work(80)

@@ -103,7 +103,10 @@ def test_damping_escalates_and_then_says_which_hessian():
 
 def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
     out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
-    options = "order='act', damping=0.01, propagate=0.0, correction='qep', stream=False, refine=0, balance=False, tuning=None, head=False"
+    options = (
+        "order='act', damping=0.01, propagate=0.0, correction='qep', stream=False, refine=0, balance=False, "
+        "tuning=None, head=False"
+    )
     assert out.history == (f"GPTQ(spec={QuantSpec(3, 16)!r}, {options})",)
     reference = nonuniform.module()(tokens)
     error = lambda g: (g.module()(tokens) - reference).square().mean().item()  # noqa: E731
@@ -305,10 +308,8 @@ def test_descent_leaves_no_single_better_integer():
 
 
 def test_calibration_shorter_than_a_width_names_the_linear_before_any_work(nonuniform, tokens):
-    with pytest.raises(
-        InputError,
-        match=r"calibration tokens for model\.layers\.0\.mlp\.down_proj: found 64 positions for its 96 inputs.*at least 96",
-    ):
+    found = r"calibration tokens for model\.layers\.0\.mlp\.down_proj: found 64 positions for its 96 inputs"
+    with pytest.raises(InputError, match=rf"{found}.*at least 96"):
         GPTQ(tokens[:2], SPEC)(nonuniform)
     assert GPTQ(tokens[:3], SPEC)(nonuniform).history  # 96 positions are enough
 

@@ -22,10 +22,10 @@ from tinycompress.quantization.mixed_bits import (
     MixedBits,
     choose,
     linear_shapes,
-    weighted_rounding,
     packed_bytes,
     quadratic_cost,
     sensitivity,
+    weighted_rounding,
 )
 from tinycompress.quantization.rtn import RTN
 

@@ -1,4 +1,5 @@
-"""What every quantization pass shares: specs as text or objects, equal grids whatever their search, tokens from iterables, bars."""
+"""What every quantization pass shares: specs as text or objects, equal grids whatever their search, tokens from
+iterables, bars."""
 
 import dataclasses
 
@@ -32,7 +33,7 @@ CALIBRATING = [
     lambda tokens: GPTQ(tokens, SPEC),
     lambda tokens: AWQ(tokens, SPEC),
     SmoothQuant,
-    lambda tokens: MixedBits(tokens, RTN, bits=5.0, choices=("w2g16", "w4g16")),
+    lambda tokens: MixedBits(tokens, RTN, bits=6.0, choices=("w2g16", "w4g16")),
 ]
 
 
@@ -60,7 +61,7 @@ def test_choices_and_tables_take_text_or_objects_too(tiny, tokens):
     assert texts.specs == objects.specs and texts(tiny).fingerprint() == objects(tiny).fingerprint()
     assert QuantizeEmbedding("w8g32", head_spec="w4g16") == QuantizeEmbedding(QuantSpec(8, 32), head_spec=SPEC)
     with pytest.raises(InputError, match="w4g64"):
-        MixedBits(tokens, RTN, bits=5.0, choices=("4bit",))
+        MixedBits(tokens, RTN, bits=6.0, choices=("4bit",))
 
 
 def test_grids_are_equal_whatever_their_search(tiny):
@@ -102,7 +103,7 @@ def test_without_progress_nothing_is_printed(tiny, tokens, progress, capsys, mon
         SmoothQuant(tokens, progress=progress),
         Rotate(progress=progress),
         QuantizeEmbedding("w8g32", progress=progress),
-        MixedBits(tokens, lambda specs: RTN(specs, progress=progress), bits=5.0, choices=("w4g16",), progress=progress),
+        MixedBits(tokens, lambda specs: RTN(specs, progress=progress), bits=6.0, choices=("w4g16",), progress=progress),
     ):
         assert "progress" not in repr(step) and "device" not in repr(step)
         step(tiny)

@@ -20,7 +20,6 @@ from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, layer_of, layer_prefix
 from ..graph.graph import Graph, Weight
 from ..graph.topology import Feed, feeds
-from ..model.cpu_memory import keep_heap
 from ..model.generation import check_ids
 from ..model.matmul import product
 from ..model.transformer import Block, Embedding, Norm, RotaryTables
@@ -156,7 +155,6 @@ def walk(
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
-    keep_heap()
     stream = _Pieces(graph, tokens)
     other = _Pieces(graph, tokens) if reference else None
     if finish and not other:
@@ -205,7 +203,6 @@ def walk_blocks(
     what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.
     """
     tokens = check_calibration(graph, tokens)
-    keep_heap()
     expected = graph.config.n_layers, graph.config.hidden_size
     if (reference.config.n_layers, reference.config.hidden_size) != expected:
         accepted = f"a graph of {graph.config.n_layers} layers and hidden size {graph.config.hidden_size}"

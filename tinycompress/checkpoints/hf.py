@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, need
 from ..graph.config import EMBEDDING, FINAL_NORM, HEAD, Config, Layer, shapes
 from ..graph.graph import Graph, Weights
 from .hf_rope import rope_from_hf, rope_to_hf
@@ -122,6 +122,7 @@ def graph_from_model(model: Any) -> Graph:
 
 def model_from_graph(graph: Graph) -> Any:
     """A live transformers LlamaForCausalLM that shares the graph's tensors (quantized ones are dequantized)."""
+    need("transformers", "hf")
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""What the commands' arguments stand for: a model, its runtime, its tokenizer, tokens of a text, an export that will work."""
+"""What the commands' arguments stand for: a model, its runtime and tokenizer, windows of a text, an export."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_model(name: str) -> Graph:
 
 
 def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
-    """What the export would refuse, before the work of compressing: emits a graph of the final shapes without weights."""
+    """What the export would refuse, before the work of compressing: draws the final shapes without weights."""
     import torch
 
     from tinycompress.export import PROFILES, check_static, emit
@@ -74,6 +74,7 @@ def runnable(name: str, graph: Graph) -> Any:
 
 
 def need_tokenizer(graph: Graph) -> Any:
+    """The tokenizer; an `InputError` for a model without one."""
     if graph.tokenizer is None:
         raise InputError("tokenizer", "none in this model", "a model with one (tokenizer.json beside the weights)")
     return graph.tokenizer
@@ -89,3 +90,21 @@ def read_tokens(
     if seq_len and seq_len > context:
         raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
     return tokens(source, need_tokenizer(graph), n, seq_len or min(default, context), seed=seed, split=split)
+
+
+def training_windows(graph: Graph, source: str, seq_len: int | None, at_most: int, split: str = "train") -> Tensor:
+    """The first windows [n, seq_len] of a text: as many as it has, and at most `at_most`."""
+    import torch
+
+    from ..calibration.data import text
+
+    context = graph.config.max_position
+    if seq_len and seq_len > context:
+        raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
+    length = seq_len or min(512, context)
+    enough = 40 * at_most * length  # characters: some four make a token
+    ids = need_tokenizer(graph).encode(text(source, split, max_chars=enough)[:enough])[: at_most * length]
+    if len(ids) < length:
+        raise InputError(f"tokens in {source}", len(ids), f"at least one window of {length}")
+    n = len(ids) // length
+    return torch.tensor(ids[: n * length]).view(n, length)

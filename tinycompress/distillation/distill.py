@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,15 @@ from ..graph.quant_tensor import QuantSpec, QuantTensor
 from ..graph.topology import feeds
 from ..quantization.fake_quant import GRIDS, learned_scales, packed
 from ..quantization.linear_specs import named_specs, targets
-from .distributed import shard, whole, world
+from .distributed import full_tensor, shard, world_size
 from .fused_loss import Loss
 from .hidden_losses import HiddenLoss
 from .lora import LoRA, add_lora, merge
 from .objective import Lesson
 from .stable_embedding import stable_rows
 from .student import Network, add_fake_quant, add_packed, add_stable_embedding
-from .training import Training, train
+from .training import Training
+from .training_loop import train
 
 if TYPE_CHECKING:
     from .teacher_cache import TeacherCache
@@ -62,6 +63,7 @@ class Distill:
     by the sum of its weights.
     on_policy: the share of steps whose second half the student writes itself, at temperature 1.
     work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
+    stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised (stopping.py). None: never.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -79,7 +81,8 @@ class Distill:
     teacher_context: int | None = None
     token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     work: Path | None = field(default=None, repr=False, compare=False)
-    log: Path | None = field(default=None, repr=False, compare=False)
+    log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
+    stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if self.fake_quant is not None:
@@ -161,7 +164,7 @@ class Distill:
         self.check(graph)
         device = (
             torch.device("cuda", torch.cuda.current_device())
-            if world() > 1 and torch.cuda.is_available()
+            if world_size() > 1 and torch.cuda.is_available()
             else self.tokens.device
         )
         dtype = torch.promote_types(graph.dtype, torch.float32)
@@ -189,6 +192,7 @@ class Distill:
             work=None if self.work is None else Path(self.work),
             log=None if self.log is None else Path(self.log),
             key=self.key(graph) if self.work else "",
+            stop=self.stop,
         )
         with torch.no_grad():
             changed = self._weights(graph, network, parameters)
@@ -228,12 +232,12 @@ class Distill:
             raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
         if self.grid == "learn" and any(spec.search == "lpbq" for spec in specs.values()):
             raise InputError("Distill.grid", "'learn' with lpbq scales, which have a form of their own", "'refind'")
-        if self.training.batch % world():
-            raise InputError("Training.batch", self.training.batch, f"a multiple of the {world()} processes")
-        if self.on_policy and world() > 1:
+        if self.training.batch % world_size():
+            raise InputError("Training.batch", self.training.batch, f"a multiple of the {world_size()} processes")
+        if self.on_policy and world_size() > 1:
             raise InputError(
                 "Distill.on_policy",
-                f"{self.on_policy} on {world()} processes",
+                f"{self.on_policy} on {world_size()} processes",
                 "one process: the student generates whole",
             )
         if self.training.lr == 0:
@@ -278,28 +282,30 @@ class Distill:
             table = parameters.get(f"transformer.{owner}.table")
             if table is not None:
                 embedding: Any = network.transformer.get_submodule(owner)
-                folded = stable_rows(whole(table), embedding.length, whole(parameters[f"transformer.{owner}.gain"]))
+                folded = stable_rows(
+                    full_tensor(table), embedding.length, full_tensor(parameters[f"transformer.{owner}.gain"])
+                )
                 out[name] = folded.to(_device(entry), entry.dtype)
                 continue
             if isinstance(entry, QuantTensor):
                 delta = parameters.get(f"transformer.{owner}.scales_delta")
                 if delta is not None:  # else a table, which stays
-                    learned = learned_scales(entry.scales.to(delta.dtype), whole(delta).detach().to(entry.device))
+                    learned = learned_scales(entry.scales.to(delta.dtype), full_tensor(delta).detach().to(entry.device))
                     out[name] = replace(entry, scales=learned.to(entry.dtype))
                 continue
             parameter = parameters[f"transformer.{name}"]
             lora_a = parameters.get(f"transformer.{owner}.lora_a") if what == "weight" else None
             if not parameter.requires_grad and lora_a is None:
                 continue  # frozen: the very tensor that was given
-            weight = whole(parameter).detach()
+            weight = full_tensor(parameter).detach()
             if lora_a is not None:
-                b = whole(parameters[f"transformer.{owner}.lora_b"])
+                b = full_tensor(parameters[f"transformer.{owner}.lora_b"])
                 assert self.lora
-                weight = merge(weight, whole(lora_a), b, self.lora.alpha / self.lora.rank)
+                weight = merge(weight, full_tensor(lora_a), b, self.lora.alpha / self.lora.rank)
             if what == "weight" and owner in quantized:
                 delta = parameters.get(f"transformer.{owner}.scales_delta")
                 module: Any = network.transformer.get_submodule(owner)
-                scales = None if delta is None else learned_scales(module.start, whole(delta).detach())
+                scales = None if delta is None else learned_scales(module.start, full_tensor(delta).detach())
                 out[name] = packed(owner, weight, quantized[owner], scales, module.zeros).to(_device(entry))
             else:
                 out[name] = weight.to(_device(entry), entry.dtype)

@@ -1,7 +1,8 @@
-"""Several processes as one: who am I, what is shared, and a network split over all of them.
+"""Several processes as one: which one am I, what is shared, and a network that is split over all of them.
 
-FSDP2 (torch.distributed.fsdp.fully_shard) splits every parameter along its first dimension over the processes; a block's
-parameters are whole only while it computes. Without a process group every function here is the one-process case.
+FSDP2 (torch.distributed.fsdp.fully_shard) splits every parameter along its first dimension over the processes. The
+parameters of a block are whole only while the block computes. Without a process group, every function here does what
+is right for a single process.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ from ..files import new_folder
 
 
 def rank() -> int:
-    return dist.get_rank() if _together() else 0
+    """The number of this process, from 0."""
+    return dist.get_rank() if _in_group() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes work together; 1 without a process group."""
-    return dist.get_world_size() if _together() else 1
+    return dist.get_world_size() if _in_group() else 1
 
 
-def _together() -> bool:
+def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
-def joined(device: torch.device | str | None = None) -> Iterator[torch.device]:
-    """The process group that torchrun's environment describes, for the length of the block; yields the device to work on.
+def process_group(device: torch.device | str | None = None) -> Iterator[torch.device]:
+    """The process group that torchrun's environment describes, for the length of the block. Yields the device to use.
 
-    device None is CUDA (one GPU a process) where there is any, else the CPU. Without torchrun, or inside a group that is
-    there already, nothing is joined.
+    device: None means CUDA where there is any (one GPU for each process), and the CPU elsewhere. Without torchrun, or
+    inside a process group that exists already, no group is made.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device is None:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(device)
-    if _together() or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if _in_group() or "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
     if device.type == "cuda":
@@ -55,42 +57,45 @@ def joined(device: torch.device | str | None = None) -> Iterator[torch.device]:
 
 
 def shard(network: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
-    """Splits `network` over the processes: each of `blocks` a unit that is gathered when it computes, the rest one more.
-    Nothing to do for one process but to move it to the device."""
-    if world() == 1:
+    """Splits `network` over the processes: each of `blocks` is a unit that is gathered when it computes, and all other
+    parameters are one more unit. With one process, the network only moves to `device`."""
+    if world_size() == 1:
         network.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         if any(True for _ in block.parameters()):  # a layer may have lost both sublayers
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes (a collective call), or itself if it was never split."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes (a collective call), or the tensor itself if it was never split."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def summed(tensor: Tensor) -> Tensor:
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def anywhere(flag: bool, device: torch.device) -> bool:
-    """True for all as soon as it is true for one."""
-    return bool(summed(torch.tensor(float(flag), device=device)) > 0) if world() > 1 else flag
+def true_anywhere(flag: bool, device: torch.device) -> bool:
+    """True in every process as soon as `flag` is true in one of them."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
 
 
 @contextmanager
 def shared_folder(target: Path) -> Iterator[Path]:
-    """`files.new_folder` for all processes together: all write into the folder that the first one makes and renames."""
-    if world() == 1:
+    """`files.new_folder` for all processes together: all write into the folder that the first process makes and
+    renames."""
+    if world_size() == 1:
         with new_folder(target, overwrite=True) as folder:
             yield folder
         return

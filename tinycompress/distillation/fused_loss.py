@@ -1,20 +1,22 @@
-"""Distillation losses whose [tokens × vocabulary] logits never exist: fused with the head, a chunk of tokens at a time.
+"""Distillation losses whose [tokens × vocabulary] logits never exist: they are fused with the head, chunk by chunk.
 
 For a chunk of c tokens with hidden states h [c, D] and the head W [V, D],
 
     z = h Wᵀ,   L += Σ loss(z, target),   G = ∂L/∂z,   ∂L/∂h = G W,   ∂L/∂W += Gᵀ h
 
-all in the forward: G overwrites z, and backward only scales what is there. So one chunk of logits exists (and one of the
-teacher's, made from its hidden states and its head), whatever the number of tokens, and a mixture of losses shares them.
-The same idea: Liger-Kernel, arXiv:2410.10989. Softmax and losses are in float32 (float64 for float64 inputs).
+all in the forward: G overwrites z, and backward only scales what was computed. So one chunk of logits exists (and one
+of the teacher's, made from its hidden states and its head), whatever the number of tokens, and all losses of a mixture
+share them. The same idea: Liger-Kernel, arXiv:2410.10989. Softmax and losses are in float32 (float64 for float64
+inputs).
 
-Where the losses come from stands in divergences.py; those on hidden states are in hidden_losses.py. Letters: n tokens,
-c tokens of a chunk, D hidden size, V vocabulary, k stored ids, B batch, T positions.
+The losses themselves and their papers are in divergences.py, the forms of a teacher's answer in teacher_targets.py,
+and the losses on hidden states in hidden_losses.py. Letters: n tokens, c tokens of a chunk, r tokens whose softmax is
+made at a time, D hidden size, V vocabulary, k stored ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,81 +27,20 @@ from torch.autograd.function import once_differentiable
 from ..errors import InputError
 from ..graph.quant_tensor import QuantTensor
 from ..model import cpu_memory
-from ..model.matmul import PREFER_ONEDNN, outer, product
 from .divergences import Loss, Softmax, bucketed, full, labelled, sampled
-from .hidden_losses import hidden_loss, layer_pairs, relation_loss
+from .head_products import add_head_gradient, head_logits, product_dtype, through_head
 from .schedule import Ramp
+from .teacher_targets import HiddenTarget, SampledTarget, TeacherTarget, TopKTarget
 
-__all__ = [
-    "HiddenTarget",
-    "Loss",
-    "SampledTarget",
-    "Target",
-    "TopKTarget",
-    "fused_loss",
-    "hidden_loss",
-    "layer_pairs",
-    "relation_loss",
-]
+__all__ = ["HiddenTarget", "Loss", "SampledTarget", "TeacherTarget", "TopKTarget", "fused_loss"]
 
 IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
-HEAD_ROWS = 4096  # rows of a head that are converted or unpacked at a time
 BLOCK = 1 << 19  # logits whose softmax is made at a time: on a CPU the intermediates stay in its cache
 GPU_BLOCK = 1 << 25
 
-
-@dataclass(frozen=True, eq=False)
-class HiddenTarget:
-    """A teacher's last hidden states [n, D_t] (after the norm) and its head [V, D_t]: all of its distribution."""
-
-    hidden: Tensor
-    head: Tensor | QuantTensor
-
-    def rows(self, index: Tensor | slice) -> HiddenTarget:
-        return HiddenTarget(self.hidden[index], self.head)
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """[n, V], float32 or better: for a few rows."""
-        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
-        out = torch.empty(len(self.hidden), self.head.shape[0], dtype=dtype, device=self.hidden.device)
-        _logits(self.hidden.to(_product_dtype(self.hidden, dtype)), self.head, out)
-        return out
-
-
-@dataclass(frozen=True, eq=False)
-class SampledTarget:
-    """Token ids drawn from a teacher, int [n, k], and their shares of the draws, float [n, k], padded with share 0
-    (random sampling KD, arXiv:2503.16870)."""
-
-    ids: Tensor
-    probs: Tensor
-
-    def rows(self, index: Tensor | slice) -> SampledTarget:
-        return SampledTarget(self.ids[index], self.probs[index])
-
-    def to(self, device: torch.device) -> SampledTarget:
-        return SampledTarget(self.ids.to(device), self.probs.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class TopKTarget:
-    """A teacher's k most probable ids [n, k], distinct, and their probabilities [n, k]; all else is one outcome of mass 1 - Σ."""
-
-    ids: Tensor
-    probs: Tensor
-
-    def rows(self, index: Tensor | slice) -> TopKTarget:
-        return TopKTarget(self.ids[index], self.probs[index])
-
-    def to(self, device: torch.device) -> TopKTarget:
-        return TopKTarget(self.ids.to(device), self.probs.to(device))
-
-
-Target: TypeAlias = HiddenTarget | SampledTarget | TopKTarget
-Known: TypeAlias = (
+ChunkTarget: TypeAlias = (
     Tensor | SampledTarget | TopKTarget | None
-)  # a target of one chunk: the teacher's logits, or what a cache holds
+)  # of one chunk: logits [c, V], or what a cache holds
 
 
 def fused_loss(
@@ -108,22 +49,27 @@ def fused_loss(
     losses: Sequence[Loss],
     *,
     labels: Tensor | None = None,
-    teacher: Target | None = None,
+    teacher: TeacherTarget | None = None,
     token_weights: Tensor | Mapping[str, Tensor] | None = None,
     denominator: Tensor | float | None = None,
     chunk: int = 1024,
 ) -> Tensor:
-    """The weighted sum of `losses` over tokens, divided by `denominator`: a scalar to call backward on (once).
+    """The weighted sum of `losses` over tokens, divided by `denominator`: a scalar to call backward on, once.
 
-    hidden: the student's last hidden states [n, D], after the norm; head: its weight [V, D], a parameter, the result of
-    other operations, or packed (then it gets no gradient). bfloat16, float16, float32 or float64; a scalar float32 or
-    float64 comes out.
-    labels: int [n], the next tokens, -100 where there is none; needed by ce, and a mask for all losses.
-    teacher: needed by all other losses, n rows. token_weights: float or bool [n], how much each token counts (0: not at all),
-    or such by the kind of loss (a kind that is not there counts all).
-    denominator: the sum of these weights over the whole step, all of its micro-batches and processes; by default those here,
-    each loss by its own.
-    chunk: tokens whose logits exist at a time. Raises InputError for arguments that do not fit together.
+    Arguments:
+        hidden: the student's last hidden states [n, D], after the norm; bfloat16, float16, float32 or float64.
+        head: the student's head [V, D]: a parameter, the result of other operations, or packed (then without gradient).
+        losses: at least one `Loss`, with numbers as weights.
+        labels: int [n], the next tokens, -100 where there is none. The loss ce needs them; for every loss a token
+            without a label does not count.
+        teacher: what the teacher says of the n positions; every loss but ce needs it.
+        token_weights: float or bool [n], how much each token counts (0: not at all), or one such tensor for each kind
+            of loss (for a kind that is missing, all tokens count 1).
+        denominator: the sum of the token weights over the whole step, with all of its micro-batches and processes. By
+            default the sum of those given here, for each loss its own.
+        chunk: the number of tokens whose logits exist at a time.
+
+    Returns a scalar in float32, or float64 for float64 inputs. Raises InputError for arguments that do not fit together.
     """
     _check(hidden, head, losses, labels, teacher, chunk)
     counting = tuple(loss for loss in losses if loss.weight)
@@ -135,12 +81,17 @@ def fused_loss(
         denominator = 1.0
     index = torch.stack([w > 0 for w in weights.values()]).any(0).nonzero()[:, 0]
     if all(loss.kind == "ce" for loss in counting):
-        teacher = None  # nothing asks it
+        teacher = None  # no loss needs it
     elif isinstance(teacher, SampledTarget | TopKTarget):
         teacher = teacher.to(hidden.device)  # a cache is read on the CPU
     work = _Work(counting, labels, teacher, weights, index, chunk)
-    total = _Fused.apply(hidden, head, work) if torch.is_grad_enabled() else work.run(hidden, head, False, False)[0]
-    return total / ((next(iter(weights.values())).sum().item() or 1.0) if denominator is None else denominator)
+    if torch.is_grad_enabled():
+        total = _Fused.apply(hidden, head, work)
+    else:
+        total = work.run(hidden, head, False, False)[0]
+    if denominator is None:
+        denominator = next(iter(weights.values())).sum().item() or 1.0
+    return total / denominator
 
 
 def _of_kind(weights: Tensor | Mapping[str, Tensor] | None, kind: str) -> Tensor | None:
@@ -170,7 +121,7 @@ def _check(
     head: Tensor | QuantTensor,
     losses: Sequence[Loss],
     labels: Tensor | None,
-    teacher: Target | None,
+    teacher: TeacherTarget | None,
     chunk: int,
 ) -> None:
     if hidden.dim() != 2 or len(head.shape) != 2 or hidden.shape[1] != head.shape[1]:
@@ -181,7 +132,8 @@ def _check(
         raise InputError("losses", "none", "at least one Loss")
     if chunk < 1:
         raise InputError("chunk", chunk, "a positive number of tokens")
-    n, V = len(hidden), head.shape[0]
+    n = len(hidden)
+    V = head.shape[0]
     if labels is not None:
         if tuple(labels.shape) != (n,):
             raise InputError("labels", tuple(labels.shape), f"[{n}], one for each token")
@@ -200,7 +152,7 @@ def _check(
             _check_teacher(loss, teacher, n, V)
 
 
-def _check_teacher(loss: Loss, teacher: Target | None, n: int, V: int) -> None:
+def _check_teacher(loss: Loss, teacher: TeacherTarget | None, n: int, V: int) -> None:
     if teacher is None:
         raise InputError("teacher", "none", f"a target for the loss {loss.kind}")
     if isinstance(teacher, HiddenTarget):
@@ -254,13 +206,13 @@ class _Fused(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """All that is not differentiated."""
+    """The arguments of `fused_loss` that are not differentiated."""
 
     losses: tuple[Loss, ...]
     labels: Tensor | None
-    teacher: Target | None
+    teacher: TeacherTarget | None
     weights: Mapping[str, Tensor]  # of the tokens [n], by kind of loss
-    index: Tensor  # of the tokens that count for any
+    index: Tensor  # of the tokens that count for any of the losses
     chunk: int
 
     def run(
@@ -268,34 +220,37 @@ class _Work:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The sum of the losses and, where wanted, its gradients, in float32 (float64 for float64 inputs)."""
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
-        V, device = head.shape[0], hidden.device
+        V = head.shape[0]
+        device = hidden.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if want_hidden else None
         chunks: Sequence[Tensor] = self.index.split(self.chunk) if self.losses and len(self.index) else ()
-        grad_head = (
-            (cpu_memory.empty if chunks else cpu_memory.zeros)(tuple(head.shape), dtype, device) if want_head else None
-        )
+        grad_head: Tensor | None = None
+        if want_head:
+            new = cpu_memory.empty if chunks else cpu_memory.zeros
+            grad_head = new(tuple(head.shape), dtype, device)
         c = min(self.chunk, len(self.index))
         spaces = [cpu_memory.empty((c, V), dtype, device) for _ in range(1 + isinstance(self.teacher, HiddenTarget))]
-        with torch.autocast(device.type, enabled=False):  # it would choose other dtypes than those below
+        with torch.autocast(device.type, enabled=False):  # autocast would choose other dtypes than those below
             for rows in chunks:
-                h = hidden[rows].to(_product_dtype(hidden, dtype))
+                h = hidden[rows].to(product_dtype(hidden, dtype))
                 z, *t = (space[: len(rows)] for space in spaces)
-                _logits(h, head, z)
+                head_logits(h, head, z)
                 total += self._losses(z, t[0] if t else None, rows)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = _times_head(z, head, h.dtype)
+                    grad_hidden[rows] = through_head(z, head, h.dtype)
                 if grad_head is not None:
-                    _add_head_gradient(grad_head, z, h, 0 if rows is chunks[0] else 1)
+                    add_head_gradient(grad_head, z, h, 0 if rows is chunks[0] else 1)
         return total.to(dtype), grad_hidden, grad_head
 
     def _losses(self, z: Tensor, t: Tensor | None, rows: Tensor) -> Tensor:
         """The sum over a chunk's logits z [c, V], which become the gradients; `t` is space for the teacher's logits."""
         labels = None if self.labels is None else self.labels[rows]
-        target: Known = None
+        target: ChunkTarget = None
         if isinstance(self.teacher, HiddenTarget):
             assert t is not None
-            _logits(self.teacher.hidden[rows].to(_product_dtype(self.teacher.hidden, t.dtype)), self.teacher.head, t)
+            teacher_hidden = self.teacher.hidden[rows]
+            head_logits(teacher_hidden.to(product_dtype(teacher_hidden, t.dtype)), self.teacher.head, t)
             target = t
         elif self.teacher is not None:
             target = self.teacher.rows(rows)
@@ -303,15 +258,21 @@ class _Work:
         step = max(1, (BLOCK if z.device.type == "cpu" else GPU_BLOCK) // z.shape[1])
         total = z.new_zeros((), dtype=torch.float64)
         for i in range(0, len(z), step):
-            some = slice(i, i + step)
-            known = target[some] if isinstance(target, Tensor) else None if target is None else target.rows(some)
-            answers = None if labels is None else labels[some]
-            total += _mixture(self.losses, z[some], answers, {kind: w[some] for kind, w in weights.items()}, known)
+            block = slice(i, i + step)
+            block_labels = None if labels is None else labels[block]
+            block_weights = {kind: w[block] for kind, w in weights.items()}
+            total += _mixture(self.losses, z[block], block_labels, block_weights, _rows(target, block))
         return total
 
 
+def _rows(target: ChunkTarget, index: slice) -> ChunkTarget:
+    if target is None or isinstance(target, Tensor):
+        return None if target is None else target[index]
+    return target.rows(index)
+
+
 def _mixture(
-    losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Mapping[str, Tensor], target: Known
+    losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Mapping[str, Tensor], target: ChunkTarget
 ) -> Tensor:
     """The weighted losses over logits z [r, V] of tokens of `weights` [r] by kind, summed in float64; z becomes the gradient."""
     total = z.new_zeros((), dtype=torch.float64)
@@ -342,51 +303,3 @@ def _mixture(
     assert gradient is not None
     z.copy_(gradient)
     return total
-
-
-def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What matrices are multiplied in: `dtype`, except 16-bit states on a GPU, which has fast products for those."""
-    return x.dtype if x.device.type != "cpu" and x.dtype.itemsize == 2 else dtype
-
-
-def _head_parts(head: Tensor | QuantTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`, some rows at a time where it must be converted or unpacked, or is multiplied in parts."""
-    if isinstance(head, Tensor) and head.dtype == dtype and not _in_parts(head):
-        yield slice(None), head
-        return
-    for i in range(0, head.shape[0], HEAD_ROWS):
-        rows = slice(i, i + HEAD_ROWS)
-        yield rows, head[rows].to(dtype) if isinstance(head, Tensor) else head.rows(i, i + HEAD_ROWS).dequantize(dtype)
-
-
-def _logits(h: Tensor, head: Tensor | QuantTensor, out: Tensor) -> None:
-    """out [c, V] = h headᵀ."""
-    for rows, weight in _head_parts(head, h.dtype):
-        if h.dtype == out.dtype and not _in_parts(h):
-            torch.mm(h, weight.T, out=out[:, rows])
-        else:
-            out[:, rows] = product(h, weight, min_rows=1)
-
-
-def _times_head(gradient: Tensor, head: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
-    """gradient [c, V] · head: [c, D], with products in `dtype` and their sum in the gradient's."""
-    total = gradient.new_zeros(len(gradient), head.shape[1])
-    for rows, weight in _head_parts(head, dtype):
-        part = gradient[:, rows].to(dtype)
-        total += product(part.contiguous(), weight.T.contiguous(), min_rows=1) if _in_parts(part) else part @ weight
-    return total
-
-
-def _add_head_gradient(total: Tensor, gradient: Tensor, h: Tensor, keep: int) -> None:
-    """total [V, D] = keep · total + gradientᵀ h; where keep is 0, what is there does not matter."""
-    if h.dtype == total.dtype and not _in_parts(h):
-        total.addmm_(gradient.T, h, beta=keep)
-        return
-    for some, part in zip(total.split(HEAD_ROWS), gradient.split(HEAD_ROWS, 1)):
-        here = outer(part.to(h.dtype), h)
-        some.add_(here) if keep else some.copy_(here)
-
-
-def _in_parts(x: Tensor) -> bool:
-    """oneDNN has no output argument: a part's product is copied to its place, and parts stay in the processor's cache."""
-    return PREFER_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..graph.graph import Graph
 from .distributed import shard
-from .fused_loss import IGNORED, HiddenTarget, Target, fused_loss
+from .fused_loss import IGNORED, HiddenTarget, TeacherTarget, fused_loss
 from .hidden_losses import HiddenLoss, hidden_loss, relation_sum
 from .schedule import weight_at
 from .student import Network
@@ -107,7 +107,7 @@ class Lesson:
         return relation_sum(how.kind, heads, mine, theirs, (self.network.turned, self.teacher.turned))
 
     @torch.no_grad()
-    def _target(self, ids: Tensor, index: Tensor) -> tuple[Target | None, list[Tensor]]:
+    def _target(self, ids: Tensor, index: Tensor) -> tuple[TeacherTarget | None, list[Tensor]]:
         """What the teacher says of ids [B, T]: a target of B·T rows, and the states of its layers in the pairs."""
         if self.teacher is None:
             cache = self.of.teacher

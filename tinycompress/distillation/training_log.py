@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,8 @@ class TrainLog:
     def __init__(self, folder: Path | None, start: int, total: int, quiet: bool = False) -> None:
         self.bar = tqdm(total=total, initial=start, desc="distill", unit="step", delay=2, disable=quiet)
         self.perplexities: dict[str, float] = {}
-        self.file, self.board = None, None
+        self.file = None
+        self.board = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class TrainLog:
 
             self.board = SummaryWriter(str(folder), purge_step=start or None)
         else:
-            tqdm.write(f"{path}: JSON lines only (tensorboard is not installed)", file=sys.stderr)
+            tqdm.write(f"{path}: JSON lines only (for TensorBoard: pip install 'tinycompress[train]')", file=sys.stderr)
 
     def step(self, **values: Any) -> None:
         """One step's line."""
@@ -77,7 +77,12 @@ def _step(line: str) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far: of the GPU, or of the whole process on the CPU."""
+    """The most memory held so far: of the GPU, or of the whole process on the CPU; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if find_spec("resource") is None:  # Windows
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, kibibytes on Linux

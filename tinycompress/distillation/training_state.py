@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .distributed import rank, shared_folder, world
+from .distributed import rank, shared_folder, world_size
 
 STEP = re.compile(r"step-(\d{8})")
 FILE_BYTES = 1 << 29  # of whole tensors: the writer holds copies of all that goes into one file
@@ -35,7 +34,7 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
     with shared_folder(target) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
-        save(dict(tensors), storage_writer=writer, no_dist=world() == 1)
+        save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
         if rank() == 0:
             write_json(folder / "state.json", {"step": step, **about})
     if rank() == 0:
@@ -46,28 +45,35 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
 
 def file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The number, from 1, of the file that each tensor goes to."""
-    out, number, filled = {}, 1, 0
+    out: dict[str, int] = {}
+    number = 1
+    filled = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         if filled and filled + size > FILE_BYTES:
-            number, filled = number + 1, 0
-        out[name], filled = number, filled + size
+            number += 1
+            filled = 0
+        out[name] = number
+        filled += size
     return out
 
 
 def latest_state(work: Path, key: str) -> Path | None:
     """The folder of the newest state; None if there is none, an InputError if it is another run's."""
-    found = sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name)) if work.is_dir() else []
-    if not found:
+    if not work.is_dir():
         return None
-    about = read_json(found[-1] / "state.json")
+    states = sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name))
+    if not states:
+        return None
+    newest = states[-1]
+    about = read_json(newest / "state.json")
     if about.get("key") != key:
         raise InputError(
             f"work folder {work}",
             "the state of a run with another model, data or settings",
             "the same ones, or another folder",
         )
-    return found[-1]
+    return newest
 
 
 def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world() == 1)
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world_size() == 1)
     return read_json(folder / "state.json")
 
 
@@ -87,7 +93,8 @@ def optimizer_tensors(named: Mapping[str, torch.nn.Parameter], optimizer: torch.
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         out |= {
             f"weight.{name}": parameter.detach(),
             f"exp_avg.{name}": state["exp_avg"],
@@ -99,8 +106,3 @@ def optimizer_tensors(named: Mapping[str, torch.nn.Parameter], optimizer: torch.
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     for state in optimizer.state.values():
         state["step"].fill_(float(step))
-
-
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()

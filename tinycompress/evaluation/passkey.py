@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoints.tokenizer import Tokenizer
-from ..errors import InputError
+from ..errors import InputError, need
 from ..model.transformer import Transformer
 from .long_context import check_length
 
@@ -129,6 +129,7 @@ def passkey(
 
 def heat_map(results: dict[str, Retrieval], path: str | Path) -> None:
     """A PNG with one panel a name: depth down, length across, the share of keys read back as colour and number."""
+    need("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,7 +24,6 @@ from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed
 from .attention import Attention, RotaryTables
-from .cpu_memory import keep_heap
 from .fused_ops import embed, rms_norm, swiglu
 from .generation import Sampling, generate
 from .kv_cache import KVCache
@@ -184,7 +183,6 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.self_extend: SelfExtend | None = None
         self.eval()
-        keep_heap()
 
     def train_only(self, names: Sequence[str]) -> None:
         """Copies of the parameters that are named get gradients; all others stay the graph's own and learn nothing.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import need
 from ..graph.config import Config
 from ..graph.topology import axes
 
@@ -23,6 +24,7 @@ def draw_widths(path: str | Path, before: Config, after: Config, losses: Curves)
 
     losses: axis (`layers.3.ffn`) to its sizes and the expected loss in nats a token at each.
     """
+    need("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -38,7 +38,6 @@ from ..graph.graph import Graph, Pass
 from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from ..graph.topology import Feed, feeds
 from ..knapsack import knapsack
-from ..model.cpu_memory import keep_heap
 from ..model.linear import linear
 from ..model.transformer import Block, Norm, RotaryTables
 from .grid_search import round_to_nearest
@@ -179,7 +178,6 @@ def sensitivity(
     """
     tokens = check_calibration(graph, tokens)
     linear_shapes(graph, specs)
-    keep_heap()
     stream = Stream(graph, tokens)
     entering: list[list[Tensor]] = []  # by layer: batches [b, T, D]
     bar = "MixedBits forward" if progress else None

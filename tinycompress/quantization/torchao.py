@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, need
 from ..graph.graph import Graph, Weight
 from ..graph.quant_tensor import BITS, Grid, QuantSpec, QuantTensor
 from ..model.linear import QuantLinear
@@ -43,6 +43,7 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
 
     Errors: an `InputError` for another dtype and for float zero points.
     """
+    need("torchao", "quantize")
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     dtype = dtype or weight.dtype
@@ -64,6 +65,7 @@ def to_torchao(weight: QuantTensor, dtype: torch.dtype | None = None) -> IntxUnp
 def from_torchao(tensor: Any, name: str = "weight") -> QuantTensor:
     """The inverse: a weight [N, K] that torchao quantized (IntxWeightOnlyConfig) as a QuantTensor of the same
     integers."""
+    need("torchao", "quantize")
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     if not isinstance(tensor, IntxUnpackedToInt8Tensor):
@@ -105,6 +107,7 @@ def torchao_module(
 def fake_quant_module(graph: Graph, spec: Spec) -> Transformer:
     """A trainable copy of a dense graph whose linears (the head aside) see their weights through torchao's
     fake-quantizer; gradients pass straight through the rounding. `spec` is symmetric."""
+    need("torchao", "quantize")
     from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 
     spec = QuantSpec.of(spec)

@@ -1,0 +1,114 @@
+"""`tinycompress export`: a model for a runtime."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .arguments import open_model, read_tokens
+from .options import TEXTS, Model, Out, Overwrite
+
+
+def export(
+    model: Model,
+    output: Out,
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="What to write for: ort (ONNX Runtime, onnxruntime-genai, Optimum), web (transformers.js), std "
+            "(standard ONNX operators only), openvino-npu, qnn (Qualcomm NPUs), static (RKNN and other NPUs)."
+        ),
+    ] = "ort",
+    dtype: Annotated[
+        str, typer.Option(help="auto keeps quantized weights quantized; float32 writes all weights in float32.")
+    ] = "auto",
+    scales: Annotated[
+        str,
+        typer.Option(help="How scales of quantized weights are stored: float32, or float16 (rounded, half the bytes)."),
+    ] = "float32",
+    accuracy_level: Annotated[
+        int, typer.Option(help="What ONNX Runtime multiplies quantized weights in: 0 is float32, 4 is int8 (faster).")
+    ] = 4,
+    overwrite: Overwrite = False,
+    kv: Annotated[
+        str,
+        typer.Option(
+            help="Profile ort, the cache of keys and values: float32, or int8 (a quarter of the memory), with scales "
+            "from the calibration text."
+        ),
+    ] = "float32",
+    mobile: Annotated[
+        bool,
+        typer.Option(
+            "--mobile", help="Profiles ort and web: add model.ort and the operator list of a reduced mobile build."
+        ),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the export with torch before it appears, or do not.")
+    ] = True,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]"
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH-OR-NAME",
+            help=f"Text that qnn and an int8 cache take their ranges from: {TEXTS}.  [default: pydoc]",
+        ),
+    ] = None,
+    ranges: Annotated[
+        str, typer.Option(help="Profile qnn, how ranges of activations are chosen: minmax, percentile or mse.")
+    ] = "minmax",
+    attention_bits: Annotated[
+        int, typer.Option(help="Profile qnn, bits of keys and values in attention: 16, or 8 (faster, less exact).")
+    ] = 16,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Profile qnn: rotate dense weights first.  [default: yes]"),
+    ] = None,
+    epcontext: Annotated[
+        str | None,
+        typer.Option(metavar="ARCH", help="Profile qnn: also compile for this HTP architecture: 73, 75, 79 or 81."),
+    ] = None,
+) -> None:
+    """Write a model for a runtime. It must pass the parity gate against torch, or OUT does not appear.
+
+    \b
+    Examples:
+      tinycompress export small --profile ort -o small-onnx
+      tinycompress export small --kv int8 --calibration wikitext2 -o small-onnx
+      tinycompress export smollm2-135m --dtype float32 -o reference-onnx
+      tinycompress export small --profile openvino-npu --verify -o small-npu
+      tinycompress export smollm2-135m --profile qnn --context 1024 --calibration wikitext2 -o small-qnn
+    """
+    from tinycompress.export import StaticChoices, summary
+    from tinycompress.export import export as write
+
+    from ..evaluation import report
+    from ..files import check_free
+
+    check_free(output, overwrite)
+    graph = open_model(model)
+    text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
+    manifest = write(
+        graph,
+        output,
+        profile=profile,
+        dtype=dtype,
+        scales=scales,
+        accuracy_level=accuracy_level,
+        kv=kv,
+        calibration=text,
+        check=check,
+        static=StaticChoices(context, text, ranges, epcontext, attention_bits, rotate),
+        mobile=mobile,
+        overwrite=overwrite,
+    )
+    if manifest["checks"]:
+        print("\n".join(summary(manifest["checks"])))
+    size = report.human(report.folder_bytes(output))
+    print(f"{output}: {size}, for onnxruntime >= {manifest['minimum_onnxruntime']}")

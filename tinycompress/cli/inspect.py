@@ -1,0 +1,36 @@
+"""`tinycompress inspect`: a model in tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .arguments import open_model
+from .options import AsJson, Model
+
+
+def inspect(
+    model: Model,
+    all_feeds: Annotated[
+        bool,
+        typer.Option("--feeds", help="List what every linear reads, layer by layer, without folding equal layers."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a model's layers, parameters, bytes and history of passes. Runs of equal layers are folded into one line.
+
+    \b
+    Examples:
+      tinycompress inspect smollm2-135m
+      tinycompress inspect small --feeds
+      tinycompress inspect model.gguf --json
+    """
+    from ..evaluation import report
+
+    graph = open_model(model)
+    if as_json:
+        print(json.dumps({"model": model} | report.summary(graph), indent=2))
+    else:
+        report.print_graph(graph, model, all_feeds)
