@@ -218,7 +218,7 @@ def exports() -> Values:
 
     out = {}
     for kind in ("uniform", "uneven", "tied", "yarn"):
-        for grid in ("", "w4g16", "w4g32-asym", "w4g16-lpbq"):
+        for grid in ("", "w4g16", "w4g16-asym", "w4g16-lpbq"):
             graph = RTN(QuantSpec.parse(grid))(graphs()[kind]) if grid else graphs()[kind]
             for profile, options in (
                 ("ort", {}),

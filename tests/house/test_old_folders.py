@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinycompress import load, run
+from tinycompress import load
 from tinycompress.distillation.teacher_cache import open_cache
 from tinycompress.export import read
 
@@ -78,12 +78,3 @@ def test_a_training_state_is_taken_up(name: str, tmp_path: Path) -> None:
     trained = distill(student)
     assert torch.allclose(trained.module()(made.IDS), LOGITS[f"{name}-result"], atol=1e-5)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["step-00000004"]
-
-
-def test_steps_of_a_pipeline_are_found(tmp_path: Path) -> None:
-    """A rerun takes up behind the last step: no pass runs again, no folder is added."""
-    shutil.copytree(OLD / "pipeline", tmp_path / "work")
-    before = sorted(path.name for path in (tmp_path / "work").iterdir())
-    out = run(load(OLD / "one-layer"), made.pipeline_passes(), tmp_path / "work", progress=False)
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
-    assert out.fingerprint() == ABOUT[f"pipeline/{before[-1]}"]["fingerprint"]
