@@ -25,7 +25,7 @@ from .configs import paths, write_configs
 from .dynamic.emit import emit, features, prepare
 from .dynamic.kv_cache import cache_scales, check_cache
 from .gate.runtime import python_of
-from .gate.verify import GateError, gate, sha256
+from .gate.verify import pass_gate, sha256
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
@@ -103,10 +103,7 @@ def export(
         }
         write_json(work / MANIFEST, manifest)
         if check:
-            manifest["checks"] = report = gate(work, tokens=tokens, limits=limits, progress=progress)
-            if not report["passed"]:
-                raise GateError(report)
-            write_json(work / MANIFEST, manifest)
+            pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
     return manifest
 
 

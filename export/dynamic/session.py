@@ -20,7 +20,7 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate
+from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
@@ -144,12 +144,7 @@ class OrtModel:
     @torch.inference_mode()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, **options: Unpack[Sampling]) -> Tensor:
         """Continues ids [1, T] (or [T]) by at most `max_new_tokens`: the new ids [n]. Options as in `Sampling`."""
-
-        def begin(length: int) -> Callable[[Tensor], Tensor]:
-            cache = self.new_cache(1, length)
-            return lambda new: self.step(new, cache)[0, -1]
-
-        return generate(self.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
+        return generate_by_steps(self, ids, max_new_tokens, options)
 
     def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
         """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
-from tinycompress.files import inside
+from tinycompress.files import inside, write_json
 from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
@@ -40,7 +40,7 @@ from tinycompress.model.generation import check_ids
 from ..dynamic.emit import attention_layers, prepare
 from ..dynamic.session import OrtModel
 from ..profiles import profile_of
-from ..read import read, read_manifest
+from ..read import MANIFEST, read, read_manifest
 from ..static.forms import make_ready
 from ..static.model import StaticModel
 from .checks import Shipped, cached, exact_checks, far, shipped, tables
@@ -151,6 +151,15 @@ def gate(
     elif runtime != "onnxruntime":
         _in_runtime(report, runtime, folder, expected, ids, progress)
     return _finish(report)
+
+
+def pass_gate(work: Path, manifest: dict[str, Any], **options: Any) -> None:
+    """Runs `gate` on files just written and puts its report into their manifest; a `GateError` if one fails."""
+    report = gate(work, **options)
+    manifest["checks"] = report
+    if not report["passed"]:
+        raise GateError(report)
+    write_json(work / MANIFEST, manifest)
 
 
 def _in_runtime(

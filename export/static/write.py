@@ -24,7 +24,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
-from ..gate.verify import GateError, gate, sha256
+from ..gate.verify import pass_gate, sha256
 from ..profiles import Profile
 from ..read import FORMAT, MANIFEST
 from . import epcontext
@@ -101,10 +101,7 @@ def export_static(
             manifest["epcontext"] = epcontext.compile_graphs(work, choices.epcontext)
             _seal(manifest, work)
         if check:
-            manifest["checks"] = report = gate(work, tokens=tokens, limits=limits, progress=progress)
-            if not report["passed"]:
-                raise GateError(report)
-            write_json(work / MANIFEST, manifest)
+            pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
     return manifest
 
 
