@@ -21,7 +21,8 @@ ORDER = (
     ("distillation", "context"),
     ("pipeline", "recipe"),
     ("export",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, row in enumerate(ORDER) for room in row}
 UPWARD = {  # methods of a graph that give or take another form of it
