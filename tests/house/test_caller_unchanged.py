@@ -1,4 +1,4 @@
-"""A library call changes nothing of its caller's process: signals, malloc, threads, generators, defaults."""
+"""A library call changes nothing of its caller: signals, malloc, threads, generators, defaults and the rest."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ ORDER = (
     ("pipeline", "recipe"),
     ("export",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, row in enumerate(ORDER) for room in row}
 UPWARD = {  # methods of a graph that give or take another form of it
