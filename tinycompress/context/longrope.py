@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from ..calibration.data import as_tokens
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
 from ..files import read_json, write_json
@@ -43,10 +44,21 @@ RATE = 0.5  # of the factors that a mutation changes
 
 @dataclass(frozen=True)
 class LongRope:
-    """Stretches the context to that of `tokens` [windows, context], the text that the search measures on.
+    """Stretches the context to the length of its tokens, by factors that are searched for on them.
 
-    It measures at most population + (generations - 1) · ¾ · population candidates, each on all windows. `journal` is a
-    JSON file that keeps every measurement: a search that was interrupted, run again, takes up where it ended.
+    It measures at most population + (generations - 1) · ¾ · population candidates, each on all windows.
+
+    Fields:
+        tokens: windows [N, context] of ids, or an iterable of them: the text that the search measures on.
+        population: candidates of a generation, at least 4.
+        generations: at least 1.
+        short: the factors within the trained length: "original" (none), or "same" (the searched ones everywhere).
+        attention_factor: what cos and sin are multiplied by; None is the paper's formula.
+        seed: of the mutations and crossovers.
+        journal: a JSON file that keeps every measurement: a search that was interrupted, run again, takes up there.
+        progress: show a bar.
+
+    Errors: an `InputError` for a model that is scaled already, and for windows no longer than its context.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -56,8 +68,10 @@ class LongRope:
     attention_factor: float | None = None  # None = the paper's formula
     seed: int = 0
     journal: str | Path | None = field(default=None, repr=False, compare=False)
+    progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", as_tokens(self.tokens))
         if self.tokens.dim() != 2 or not len(self.tokens):
             raise InputError("LongRope.tokens", tuple(self.tokens.shape), "[windows, context], at least one window")
         if self.population < 4:
@@ -68,7 +82,8 @@ class LongRope:
             raise InputError("LongRope.short", repr(self.short), " | ".join(SHORT))
 
     def __call__(self, graph: Graph) -> Graph:
-        config, context = graph.config, self.tokens.shape[1]
+        config = graph.config
+        context = self.tokens.shape[1]
         if config.rope.type != "default" or config.rope.original_max_position:
             raise InputError("rope", f"already scaled ({config.rope.type})", "an unscaled model")
         if context <= config.max_position:
@@ -92,7 +107,7 @@ class LongRope:
             )
             return dataclasses.replace(config, rope=rope, max_position=context)
 
-        with tqdm(total=budget, desc="LongRoPE", unit="candidate", delay=2) as bar:
+        with tqdm(total=budget, desc="LongRoPE", unit="candidate", delay=2, disable=not self.progress) as bar:
 
             def loss(long: Factors) -> float:
                 bar.update()

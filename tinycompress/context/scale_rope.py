@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from tqdm import tqdm
 
+from ..calibration.data import as_tokens
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
 from ..graph.config import Config
@@ -62,24 +63,37 @@ class ScaleRope:
 
 @dataclass(frozen=True)
 class ChooseRope:
-    """Stretches the context to that of `tokens` [windows, context], by whichever of `methods` has the lowest perplexity
-    on them. No method is the best one for every model, head_dim and factor, and a few windows tell. By default those
-    methods compete that one table serves at every length, but for linear, which is far behind them without fine-tuning.
-    The history names the method that was chosen, as a `ScaleRope`."""
+    """Stretches the context by whichever method has the lowest perplexity on text of the new length.
+
+    No method is the best one for every model, head_dim and factor, and a few windows tell. The history names the method
+    that was chosen, as a `ScaleRope`.
+
+    Fields:
+        tokens: windows [N, context] of ids, or an iterable of them; their length is the new context.
+        methods: those that compete. By default the ones that one table serves at every length, without linear, which is
+            far behind them without fine-tuning.
+        progress: show a bar.
+
+    Errors: an `InputError` for unknown methods and for tokens that are no windows.
+    """
 
     tokens: Tensor = field(repr=False, compare=False)
     methods: tuple[str, ...] = UNTRAINED
+    progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.methods or (unknown := set(self.methods) - set(METHODS)):
-            raise InputError("ChooseRope.methods", sorted(unknown) if self.methods else "none", " | ".join(METHODS))
+        object.__setattr__(self, "tokens", as_tokens(self.tokens))
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown or not self.methods:
+            raise InputError("ChooseRope.methods", unknown or "none", " | ".join(METHODS))
 
     def __call__(self, graph: Graph) -> Graph:
         if self.tokens.dim() != 2 or not len(self.tokens):
             raise InputError("ChooseRope.tokens", tuple(self.tokens.shape), "[windows, context], at least one window")
         scaled = [ScaleRope(self.tokens.shape[1], method)(graph) for method in self.methods]
-        dense, losses = graph.dense(), []
-        for choice in tqdm(scaled, desc="choosing the scaling", unit="method", delay=2):
+        dense = graph.dense()
+        losses: list[float] = []
+        for choice in tqdm(scaled, desc="ChooseRope", unit="method", delay=2, disable=not self.progress):
             model = dense.replace(config=choice.config).module()
             losses.append(perplexity(model, self.tokens, progress=False).nll.mean().item())
         return scaled[min(range(len(scaled)), key=losses.__getitem__)]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.data import as_tokens
 from ..calibration.walk import check_calibration
 from ..errors import InputError
 from ..graph.graph import Graph, LazyTensor, Weight
@@ -48,23 +49,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distill:
-    """Trains a graph on windows `tokens` [N, T] to follow `teacher`: a graph, a cache of one, or None (then the losses
-    can only be ce). The work is done on the device of `tokens` (under torchrun: on each process's own).
+    """Trains a graph to follow a teacher. Under torchrun the model is split over the processes.
 
-    held_out: windows [N, T], or several by name, whose perplexities are logged; take one from another corpus too.
-    losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run. lora,
-    fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
-    mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward
-    saw. scales: of a graph that is packed already the scales learn, with norms and biases: integers, embedding and head
-    stay. stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
-    teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a
-    short context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents
-    do). token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits
-    or for each by its kind: answers without their questions, the teacher's text for kl and the answers for ce. Each
-    loss of a step is divided by the sum of its weights. on_policy: the share of steps whose second half the student
-    writes itself, at temperature 1. work: folder of the training state, found again by a rerun; log: folder of
-    train.jsonl. stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised
-    (stopping.py). None: never.
+    Fields:
+        tokens: training windows [N, T] of ids, or an iterable of them. The work is done on their device.
+        teacher: a Graph, a cache of one (`open_cache`), or None; then the losses can only be ce.
+        training: steps, learning rate, batch, seed and the rest of the loop.
+        losses: of the logits; their weights may be `Ramp`s over the run.
+        hidden: losses of inner states and of attention relations.
+        held_out: windows [N, T], or several by name, whose perplexities are logged; one should be of another corpus.
+        lora: low-rank updates learn instead of the weights.
+        fake_quant: a grid (a spec, or specs by the name of a linear) that the forward sees. The result is packed:
+            exactly what the last forward saw.
+        grid: of fake_quant: "refind" searches the scales in every step, "learn" trains them (fake_quant.py).
+        scales: of a graph that is packed already the scales learn, with norms and biases; integers and tables stay.
+        stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
+        on_policy: the share of the steps whose second half the student writes itself, at temperature 1.
+        teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0. A teacher of
+            a short context then keeps what its student, stretched to a longer one, knew. Pieces should begin where
+            documents do.
+        token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or
+            for each by its kind. Each loss of a step is divided by the sum of its weights.
+        work: folder of the training state, found again by a rerun.
+        log: folder of train.jsonl.
+        stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised.
+        progress: show a bar.
+
+    Errors: an `InputError` for fields that do not go together, or that do not fit the graph (`check`).
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -84,8 +95,10 @@ class Distill:
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
+    progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", as_tokens(self.tokens))
         if self.fake_quant is not None:
             object.__setattr__(self, "fake_quant", named_specs(self.fake_quant))
         kinds = {loss.kind for loss in self.losses}
@@ -163,11 +176,9 @@ class Distill:
 
     def __call__(self, graph: Graph) -> Graph:
         self.check(graph)
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if world_size() > 1 and torch.cuda.is_available()
-            else self.tokens.device
-        )
+        device = self.tokens.device
+        if world_size() > 1 and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
         dtype = torch.promote_types(graph.dtype, torch.float32)
         dense = graph.dense(dtype) if self.scales else graph
         network = Network(dense, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
@@ -194,6 +205,7 @@ class Distill:
             log=None if self.log is None else Path(self.log),
             key=self.key(graph) if self.work else "",
             stop=self.stop,
+            progress=self.progress,
         )
         with torch.no_grad():
             changed = self._weights(graph, network, parameters)
