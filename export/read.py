@@ -28,7 +28,8 @@ from .profiles import Profile, profile_of
 from .static.read import host_file, static_weights
 
 FORMAT = "tinycompress-onnx-1"
-MODEL, MANIFEST = "model.onnx", "manifest.json"
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -53,23 +54,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def check_sizes(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """An `InputError` for a file of the manifest that is missing or has another length: cheap, unlike its hash."""
     for name, known in manifest["files"].items():
-        path, expected = inside(folder, name), known.get("bytes") if isinstance(known, dict) else None
-        found = path.stat().st_size if path.is_file() else None
-        if found != expected or found is None:
-            raise InputError(
-                str(path), "no such file" if found is None else f"{found} bytes", f"{expected} bytes, as exported"
-            )
+        path = inside(folder, name)
+        expected = known.get("bytes") if isinstance(known, dict) else None
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size != expected:
+            description = "no such file" if size is None else f"{size} bytes"
+            raise InputError(str(path), description, f"{expected} bytes, as exported")
 
 
 def read(folder: str | Path) -> Graph:
     """The exported graph: its fingerprint equals the manifest's unless a file was changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config, specs, profile = (
-        Config.from_dict(manifest["config"]),
-        _specs(manifest, folder),
-        profile_of(manifest["profile"]),
-    )
+    config = Config.from_dict(manifest["config"])
+    specs = _specs(manifest, folder)
+    profile = profile_of(manifest["profile"])
     stored = apart(initializers(folder), config)
     if profile.form == "static":
         return Graph(
@@ -108,7 +107,8 @@ def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 def kv_scales(folder: str | Path) -> dict[str, Tensor]:
     """The scales of an int8 cache by the names of `kv_cache.scale_names`, float32 [1, K, 1, d]; empty for a float
     cache."""
-    stored, manifest = initializers(folder), read_manifest(folder)
+    stored = initializers(folder)
+    manifest = read_manifest(folder)
     if not manifest.get("kv"):
         return {}
     config = Config.from_dict(manifest["config"])
@@ -195,10 +195,10 @@ def _weight(
     profile: Profile,
 ) -> Any:
     if spec is not None:
-        standard = profile.form == "standard" and name != EMBEDDING
-        return (_columns if standard else _table if profile.form == "standard" else _packed)(
-            name, (shape[0], shape[1]), stored, spec, profile
-        )
+        unpacker = _packed
+        if profile.form == "standard":
+            unpacker = _table if name == EMBEDDING else _columns
+        return unpacker(name, (shape[0], shape[1]), stored, spec, profile)
     transposed = len(shape) == 2 and name != config.weight_name("model.embed_tokens")  # linears are stored [K, N]
     tensor = _get(stored, name, shape[::-1] if transposed else shape, torch.float32)
     return tensor.T if transposed else tensor
@@ -244,14 +244,10 @@ def _columns(
         )
     across = (N,) if G == 1 else (G, N)
     q = _integers(stored, f"{name}.ints", (K, N), bits, spec.symmetric) + (spec.zero if spec.symmetric else 0)
-    zeros = (
-        None
-        if spec.symmetric
-        else _integers(stored, f"{name}.columns.zeros", across, bits, False)
-        .reshape(G, N)
-        .T.to(torch.uint8)
-        .contiguous()
-    )
+    zeros = None
+    if not spec.symmetric:
+        integers = _integers(stored, f"{name}.columns.zeros", across, bits, False)
+        zeros = integers.reshape(G, N).T.to(torch.uint8).contiguous()
     scales = _scales(stored, f"{name}.columns.scales", across).reshape(G, N).T.contiguous()
     return QuantTensor.from_ints(q.T.contiguous(), scales, zeros, spec)
 

@@ -25,7 +25,7 @@ from .configs import paths, write_configs
 from .dynamic.emit import emit, features, prepare
 from .dynamic.kv_cache import cache_scales, check_cache
 from .gate.runtime import python_of
-from .gate.verify import GateError, gate, sha256
+from .gate.verify import gate, record_checks, sha256
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
@@ -81,15 +81,14 @@ def export(
     if check and profile.runtime != "onnxruntime":
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
-    model = emit(
-        prepared, profile, accuracy_level=accuracy_level, scales=scales
-    )  # bad input fails here, before anything is written
+    # bad input fails here, before anything is written
+    model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales)
     about = None
     if kv == "int8":
-        text, what = calibration_text(prepared, calibration, CHUNK)
-        found = cache_scales(prepared, text, progress)
-        model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=found)
-        about = {"type": kv, "scales": "one a channel of a KV head", "text": what}
+        text, description = calibration_text(prepared, calibration, CHUNK)
+        kv_scales = cache_scales(prepared, text, progress)
+        model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=kv_scales)
+        about = {"type": kv, "scales": "one a channel of a KV head", "text": description}
     with new_folder(folder, overwrite) as work:
         _write_model(model, work, paths(prepared, profile), profile, progress)
         if mobile:
@@ -103,10 +102,8 @@ def export(
         }
         write_json(work / MANIFEST, manifest)
         if check:
-            manifest["checks"] = report = gate(work, tokens=tokens, limits=limits, progress=progress)
-            if not report["passed"]:
-                raise GateError(report)
-            write_json(work / MANIFEST, manifest)
+            report = gate(work, tokens=tokens, limits=limits, progress=progress)
+            record_checks(report, manifest, work)
     return manifest
 
 
@@ -116,7 +113,8 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(work).free
+    needed = sum(t.nbytes for t in tensors)
+    free = shutil.disk_usage(work).free
     if needed > free:
         raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
     if profile.largest_file and needed > profile.largest_file:
@@ -125,7 +123,8 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
             f"{needed:,} bytes",
             f"at most {profile.largest_file:,} for the {profile.name} profile (fewer bits, or pruning)",
         )
-    path, data = work / names[0], work / names[1]
+    path = work / names[0]
+    data = work / names[1]
     path.parent.mkdir(exist_ok=True)
     with tqdm(total=needed, desc="writing", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
         ir.save(model, path, external_data=data.name, callback=lambda tensor, _: bar.update(tensor.nbytes))

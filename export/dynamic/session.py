@@ -25,10 +25,11 @@ from tinycompress.model.generation import Sampling, check_ids, generate
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
 from .attention import fused
-from .emit import LEVELS, attention_layers
+from .emit import ACCURACY_LEVELS, attention_layers
 
 NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8}
-FLOAT, INT8 = 1, 3  # onnx.TensorProto's
+FLOAT = 1  # onnx.TensorProto's numbers of element types
+INT8 = 3
 
 
 class OrtCache:
@@ -41,7 +42,9 @@ class OrtCache:
             raise InputError(
                 "positions", max_length, f"at most {config.max_position}: the rotary tables in the file end there"
             )
-        self.length, self.batch, self.max_length = 0, batch, max_length
+        self.length = 0
+        self.batch = batch
+        self.max_length = max_length
         shapes = [(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for i in attention_layers(config)]
         self.layers = [tuple(torch.zeros(shape, dtype=dtype) for _ in "kv") for shape in shapes]
 
@@ -144,12 +147,7 @@ class OrtModel:
     @torch.inference_mode()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, **options: Unpack[Sampling]) -> Tensor:
         """Continues ids [1, T] (or [T]) by at most `max_new_tokens`: the new ids [n]. Options as in `Sampling`."""
-
-        def begin(length: int) -> Callable[[Tensor], Tensor]:
-            cache = self.new_cache(1, length)
-            return lambda new: self.step(new, cache)[0, -1]
-
-        return generate(self.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
+        return generate_by_steps(self, ids, max_new_tokens, options)
 
     def tokens_per_second(self, prompt_len: int = 32, n: int = 64) -> float:
         """Decode speed: n tokens one by one behind a prompt of random ids; two steps warm up, prefill does not
@@ -164,14 +162,24 @@ class OrtModel:
         return n / (time.perf_counter() - start)
 
 
+def generate_by_steps(model: Any, ids: Tensor, max_new_tokens: int, options: Sampling) -> Tensor:
+    """`generate` of an exported model: steps of batch 1 behind a cache of the length that they need."""
+
+    def begin(length: int) -> Callable[[Tensor], Tensor]:
+        cache = model.new_cache(1, length)
+        return lambda new: model.step(new, cache)[0, -1]
+
+    return generate(model.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
+
+
 def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
     bind(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
 
 
 def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> bytes:
     """model.onnx with another accuracy_level and, if asked for, a float cache; the weights stay in their file."""
-    if accuracy_level not in LEVELS:
-        raise InputError("accuracy_level", accuracy_level, LEVELS)
+    if accuracy_level not in ACCURACY_LEVELS:
+        raise InputError("accuracy_level", accuracy_level, ACCURACY_LEVELS)
     proto: Any = load_proto(folder)
     for node in proto.graph.node:
         for attribute in node.attribute:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
-from tinycompress.files import inside
+from tinycompress.files import inside, write_json
 from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
@@ -40,7 +40,7 @@ from tinycompress.model.generation import check_ids
 from ..dynamic.emit import attention_layers, prepare
 from ..dynamic.session import OrtModel
 from ..profiles import profile_of
-from ..read import read, read_manifest
+from ..read import MANIFEST, read, read_manifest
 from ..static.forms import make_ready
 from ..static.model import StaticModel
 from .checks import Shipped, cached, exact_checks, far, shipped, tables
@@ -115,7 +115,8 @@ def gate(
     """`verify` without reading every file for its hash: what `export` runs on files it has just written."""
     manifest = read_manifest(folder)
     report = report or _report(folder, limits)
-    stored, limit = read(folder), report["limits"]
+    stored = read(folder)
+    limit = report["limits"]
     same = stored.fingerprint() == manifest["fingerprint"]
     _record(report, "fingerprint", 0 if same else 1, 0, "the folder read back against the graph as exported")
     if attention_layers(stored.config):
@@ -127,9 +128,8 @@ def gate(
             f"cos and sin of {stored.config.max_position} positions",
         )
     expected = _prepared(graph, manifest) if graph else stored
-    torch_model = (
-        expected.dense(torch.float32) if 4 * expected.config.n_params <= LARGEST_DENSE else expected
-    ).module()
+    fits = 4 * expected.config.n_params <= LARGEST_DENSE
+    torch_model = (expected.dense(torch.float32) if fits else expected).module()
     ids, report["text"] = _text(stored.config, stored.tokenizer, tokens, windows, seq_len)
 
     bar = tqdm(total=3 + len(far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
@@ -145,12 +145,22 @@ def gate(
             _record(report, "kv_cache", *cached(exported, torch_model, ids[:1], limit["kl"]))
         _as_shipped(report, shipped(exported, torch_model, ids, bar))
         del exported
-    runtime, optional = profile_of(manifest["profile"]).runtime, profile_of(manifest["profile"]).form == "static"
+    profile = profile_of(manifest["profile"])
+    runtime = profile.runtime
+    optional = profile.form == "static"
     if optional and not installed(runtime):
         report["not_run"] = [f"{runtime}: not installed (make runtime NAME={runtime})"]
     elif runtime != "onnxruntime":
         _in_runtime(report, runtime, folder, expected, ids, progress)
     return _finish(report)
+
+
+def record_checks(report: dict[str, Any], manifest: dict[str, Any], folder: Path) -> None:
+    """Writes the report of `gate` into the manifest of its folder; one that did not pass is a `GateError`."""
+    if not report["passed"]:
+        raise GateError(report)
+    manifest["checks"] = report
+    write_json(folder / MANIFEST, manifest)
 
 
 def _in_runtime(

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-HOST, WEIGHTS = "host.safetensors", "weights.data"
+HOST = "host.safetensors"
+WEIGHTS = "weights.data"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 # On a CPU, ONNX Runtime would round the activations of products with packed weights to int8: not what an NPU does.
 FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
@@ -125,8 +126,10 @@ class StaticSession:
         """The embedding of ids [n], float32 [n, D]; a packed table is a stream of bits, low ones first."""
         if EMBEDDING in self.host:
             return self.host[EMBEDDING][ids]
-        packed, scales = self.host[f"{EMBEDDING}.packed"][ids], self.host[f"{EMBEDDING}.scales"][ids]
-        bits, group = self.shape["embedding_bits"], self.shape["hidden"] // scales.shape[1]
+        packed = self.host[f"{EMBEDDING}.packed"][ids]
+        scales = self.host[f"{EMBEDDING}.scales"][ids]
+        bits = self.shape["embedding_bits"]
+        group = self.shape["hidden"] // scales.shape[1]
         stream = np.unpackbits(packed, axis=-1, bitorder="little")[..., : group * bits]
         q = stream.reshape(*scales.shape, group, bits) @ (1 << np.arange(bits))
         zeros = self.host.get(f"{EMBEDDING}.zeros")

@@ -12,8 +12,9 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate
+from tinycompress.model.generation import Sampling, check_ids
 
+from ..dynamic.session import generate_by_steps
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
@@ -25,7 +26,9 @@ class StaticCache:
     def __init__(self, config: Config, cache: Cache, max_length: int, key_scales: tuple[Tensor, ...] = ()) -> None:
         if max_length > config.max_position:
             raise InputError("positions", max_length, f"at most {config.max_position}: the slots of the graphs")
-        self.cache, self.max_length, self.key_scales = cache, max_length, key_scales
+        self.cache = cache
+        self.max_length = max_length
+        self.key_scales = key_scales
         self.layers = [tuple(torch.from_numpy(a) for a in pair) for pair in cache.layers]
 
     @property
@@ -85,12 +88,7 @@ class StaticModel:
     @torch.inference_mode()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, **options: Unpack[Sampling]) -> Tensor:
         """Continues ids [1, T] (or [T]) by at most `max_new_tokens`: the new ids [n]. Options as in `Sampling`."""
-
-        def begin(length: int) -> Callable[[Tensor], Tensor]:
-            cache = self.new_cache(1, length)
-            return lambda new: self.step(new, cache)[0, -1]
-
-        return generate(self.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
+        return generate_by_steps(self, ids, max_new_tokens, options)
 
 
 def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnable:
