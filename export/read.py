@@ -127,7 +127,8 @@ def model_path(folder: str | Path) -> Path:
 def initializers(folder: str | Path) -> dict[str, Tensor]:
     """Every initializer of the model by name; large ones are memory maps (copy on write: the file never changes). Those
     of four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
-    proto, where = load_proto(folder), model_path(folder).parent
+    proto = load_proto(folder)
+    where = model_path(folder).parent
     return {tensor.name: _tensor(tensor, where) for tensor in proto.graph.initializer} | host_file(folder)
 
 
@@ -158,14 +159,16 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
     path = inside(folder, where.get("location", ""))
     shape = tuple(proto.dims)
     if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        dtype, shape = np.dtype(np.uint8), (-(-int(np.prod(shape, dtype=np.int64)) // 2),)
+        dtype = np.dtype(np.uint8)
+        shape = (-(-int(np.prod(shape, dtype=np.int64)) // 2),)
     else:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not path.is_file() or path.resolve().parent != folder.resolve():
         raise InputError(f"external data of {proto.name}", str(path), f"a file inside {folder}")
     try:
-        offset, length = int(where.get("offset", 0)), int(where.get("length", nbytes))
+        offset = int(where.get("offset", 0))
+        length = int(where.get("length", nbytes))
     except ValueError:
         raise InputError(f"external data of {proto.name}", where, "an integer offset and length") from None
     if min(shape, default=0) < 0 or length != nbytes or offset < 0 or offset + length > path.stat().st_size:
@@ -208,9 +211,13 @@ def _packed(
     name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of the emitter's `packed`: blocks back to groups, containers back to the grid's own bits."""
-    (N, K), group, bits = shape, spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    group = spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     block = profile.block(name, group, K)
-    blocks, repeats, G = -(-K // block), -(-group // block), K // group
+    blocks = -(-K // block)
+    repeats = -(-group // block)
+    G = K // group
     nbytes = blocks * block * bits // 8
     packed = _get(stored, f"{name}.packed", None, torch.uint8).reshape(-1)
     if len(packed) != N * nbytes:
@@ -235,7 +242,9 @@ def _columns(
 ) -> QuantTensor:
     """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to
     rows."""
-    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    G = shape[1] // spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     if profile.weight_rows:
         inner = (N, G, K // G) if G > 1 else (N, K)
         q = _integers(stored, f"{name}.ints", inner, bits, True).reshape(N, K) + spec.zero
@@ -256,7 +265,9 @@ def _table(
     name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of `forms_standard.rows`."""
-    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    G = shape[1] // spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     packed = _get(stored, f"{name}.packed", (N, -(-K * bits // 8)), torch.uint8)
     scales = _scales(stored, f"{name}.scales", (N, G))
     zeros = None if spec.symmetric else _get(stored, f"{name}.zeros", (N, G), torch.uint8)

@@ -128,10 +128,8 @@ class OrtModel:
             for kind, buffer in zip(("key", "value"), pair):
                 past = present = buffer
                 if not self.shared:
-                    past, present = (
-                        buffer[:, :, : cache.length].contiguous(),
-                        buffer.new_empty(B, buffer.shape[1], total, buffer.shape[3]),
-                    )
+                    past = buffer[:, :, : cache.length].contiguous()
+                    present = buffer.new_empty(B, buffer.shape[1], total, buffer.shape[3])
                     presents.append((buffer, present))
                 tensors[f"past_key_values.{slot}.{kind}"] = past
                 _bind(binding.bind_output, f"present.{slot}.{kind}", present)

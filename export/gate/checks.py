@@ -53,7 +53,7 @@ def tables(folder: str | Path, config: Config) -> float:
     else:
         expected = dict(zip(("rope.cos", "rope.sin"), config.rope.tables(config.head_dim, config.max_position)))
     pairs = [(stored.get(name), table) for name, table in expected.items()]
-    same = all(found is not None and found.shape == table.shape for found, table in pairs)
+    same = all(tensor is not None and tensor.shape == table.shape for tensor, table in pairs)
     return max(compare([pair])[0] for pair in pairs) if same else math.inf  # type: ignore[list-item]
 
 

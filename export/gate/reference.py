@@ -94,7 +94,10 @@ def fitting(windows: int, positions: int, vocab_size: int) -> int:
 
 def _greedy(model: Any, prompt: Tensor, steps: int) -> tuple[list[int], list[float]]:
     """The continuation and, a step, how far its token was ahead of the next best: what rounding may turn over."""
-    cache, new, tokens, margins = model.new_cache(1, len(prompt) + steps), prompt[None], [], []
+    cache = model.new_cache(1, len(prompt) + steps)
+    new = prompt[None]
+    tokens = []
+    margins = []
     for _ in range(steps):
         best = model(new, cache)[0, -1].topk(2)
         tokens.append(int(best.indices[0]))
