@@ -1,14 +1,17 @@
-"""A longer context in figures: memory, speed and cache bytes against length, perplexity against length, passkey retrieval.
+"""A longer context in figures: memory, speed and cache bytes against length, perplexity against length, passkey
+retrieval.
 
-    python benchmarks/context.py [--model smollm2-135m] [--lengths 1024 2048 4096 8192] [--method yarn] [--context 16384]
+    python benchmarks/context.py [--model smollm2-135m] [--lengths 1024 2048 4096 8192] [--method yarn] [--context
+        16384]
     python benchmarks/context.py --model stories260K --passkey --perplexity wikitext2 --out results
 
-Every length runs in a process of its own, with the cache in the model's dtype and in int8, so that its peak memory is its
-own ("load" is the peak before the first token). Prompts are read in chunks of 512, then tokens are decoded up to the
-length; "evaluate" is the perplexity of one window of random tokens, read at once. `--perplexity TEXT` adds the perplexity
-of full windows, of the same last tokens behind contexts of each length (sliding windows), and of full windows through an
-int8 cache; `--passkey` the share of keys read back by depth and length, as figures and as a heat map. Results are
-rewritten after each row: context.json in --out, and a rerun with the same options measures only what is not there.
+Every length runs in a process of its own, with the cache in the model's dtype and in int8, so that its peak memory is
+its own ("load" is the peak before the first token). Prompts are read in chunks of 512, then tokens are decoded up to
+the length; "evaluate" is the perplexity of one window of random tokens, read at once. `--perplexity TEXT` adds the
+perplexity of full windows, of the same last tokens behind contexts of each length (sliding windows), and of full
+windows through an int8 cache; `--passkey` the share of keys read back by depth and length, as figures and as a heat
+map. Results are rewritten after each row: context.json in --out, and a rerun with the same options measures only what
+is not there.
 """
 
 from __future__ import annotations
@@ -92,8 +95,8 @@ def footprints(args: argparse.Namespace, measure: Measure) -> None:
 
 
 def perplexities(args: argparse.Namespace, graph: Graph, measure: Measure) -> None:
-    """The same text at each length: full windows, all tokens counted; the same targets behind more and more context; full
-    windows through an int8 cache, paired by window."""
+    """The same text at each length: full windows, all tokens counted; the same targets behind more and more context;
+    full windows through an int8 cache, paired by window."""
     model = graph.module()
     stream = data.tokens(args.perplexity, graph.tokenizer, 1, args.tokens, split="test")[0]
     longest = max(args.lengths)
@@ -120,7 +123,8 @@ def perplexities(args: argparse.Namespace, graph: Graph, measure: Measure) -> No
 
             found = measure("perplexity", {"length": length, "kind": kind}, row)
             print(
-                f"{length:6d} {kind:16} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of {found['windows']}",
+                f"{length:6d} {kind:16} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of "
+                f"{found['windows']}",
                 flush=True,
             )
 

@@ -1,15 +1,16 @@
-"""What the graph can give for decode speed: forms of one 4-bit export in ONNX Runtime, each by turns with the plain form.
+"""What the graph can give for decode speed: forms of one 4-bit export in ONNX Runtime, each by turns with the plain
+form.
 
     python benchmarks/decode_forms.py --work DIR [--shape tinyllama] [--layers 6] [--threads 2] [--rounds 9] [--only …]
         [--json benchmarks/results/decode_forms.json]
 
-The graph has TinyLlama's layers (`--shape smollm2`: SmolLM2's), fewer of them, with random integers and scales in groups of 32 and
-a small vocabulary, so that the layers are what is measured. "plain" is what the `ort` profile emits
-but for joined linears: one product a linear, float32 scales, the cache as one shared buffer bound once.
-A form changes one thing: the graph, the session or how a step is called. A round is a burst of plain steps and a burst of the
-form's, in changing order; the ratio is the median over rounds of form / plain in tokens/s (above 1: the form is
-faster), with the 10th and 90th percentile beside it. `difference` is the largest one of logits, over the largest logit, from
-plain's on the same ids; forms with other weights have none.
+The graph has TinyLlama's layers (`--shape smollm2`: SmolLM2's), fewer of them, with random integers and scales in
+groups of 32 and a small vocabulary, so that the layers are what is measured. "plain" is what the `ort` profile emits
+but for joined linears: one product a linear, float32 scales, the cache as one shared buffer bound once. A form changes
+one thing: the graph, the session or how a step is called. A round is a burst of plain steps and a burst of the form's,
+in changing order; the ratio is the median over rounds of form / plain in tokens/s (above 1: the form is faster), with
+the 10th and 90th percentile beside it. `difference` is the largest one of logits, over the largest logit, from plain's
+on the same ids; forms with other weights have none.
 
 A row that is in --json is not measured again. All forms take a few minutes on two quiet cores.
 """
@@ -29,7 +30,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import helper, numpy_helper
+from decode_rewrites import (
+    int8_cache,
+    join_both,
+    join_gate_up,
+    join_qkv,
+    join_swiglu,
+    swiglu,
+)
 from tqdm import tqdm
 
 from tinycompress.export import PROFILES, emit
@@ -40,19 +48,20 @@ from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 SHAPES = {"tinyllama": TINYLLAMA_1_1B, "smollm2": SMOLLM2_135M}
 VOCABULARY, BURST, WARM = 2048, 24, 2
-MS = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to run the graph. `group` and `half` say which export, `rewrite` changes its graph, `session` its session."""
+    """One way to run the graph. `group` and `half` say which export, `rewrite` changes its graph, `session` its
+    session."""
 
     about: str
     group: int = 32
     half: bool = False
     rewrite: Callable[[Any], None] | None = None
     session: Mapping[str, str] = field(default_factory=dict)
-    cache: str = "shared"  # "shared" and bound once; "rebound" every step; "grown": past and present apart; "arrays": session.run
+    # "shared" and bound once; "rebound" every step; "grown": past and present apart; "arrays": session.run
+    cache: str = "shared"
     context: int = 64  # positions before the burst
     same_weights: bool = True
 
@@ -77,109 +86,6 @@ def random_graph(config: Any, group: int) -> Graph:
 
 
 # Rewriting: what another emitter would draw ---------------------------------------------------------------------------
-
-
-class Rewriter:
-    """Replaces nodes of a model in memory."""
-
-    def __init__(self, model: Any) -> None:
-        self.graph = model.graph
-        self.made = {output: node for node in self.graph.node for output in node.output}
-        self.stored = {tensor.name: tensor for tensor in self.graph.initializer}
-
-    def joined(self, nodes: list[Any], name: str) -> Any:
-        """One MatMulNBits in the place of several of one input: integers and scales one below the other."""
-        first = nodes[0]
-        inputs = [first.input[0]]
-        for i in range(1, len(first.input)):
-            rows = np.concatenate([numpy_helper.to_array(self.stored[node.input[i]]) for node in nodes])
-            self.graph.initializer.append(numpy_helper.from_array(rows, f"{name}.{i}"))
-            inputs.append(f"{name}.{i}")
-        new = helper.make_node("MatMulNBits", inputs, [name], name=name, domain=MS)
-        new.attribute.extend(first.attribute)
-        attribute(new, "N").i = sum(attribute(node, "N").i for node in nodes)
-        self.place(new, first)
-        for node in nodes:
-            self.graph.node.remove(node)
-            for used in node.input[1:]:
-                self.graph.initializer.remove(self.stored[used])
-        return new
-
-    def place(self, new: Any, before: Any) -> None:
-        self.graph.node.insert(list(self.graph.node).index(before), new)
-
-
-def attribute(node: Any, name: str) -> Any:
-    return next(a for a in node.attribute if a.name == name)
-
-
-def join_qkv(model: Any) -> None:
-    """q, k and v in one product, which GroupQueryAttention reads packed."""
-    rewriter = Rewriter(model)
-    for node in [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]:
-        new = rewriter.joined([rewriter.made[x] for x in node.input[:3]], f"{node.name}.qkv")
-        node.input[0], node.input[1], node.input[2] = new.output[0], "", ""
-
-
-def gates(rewriter: Rewriter) -> list[tuple[Any, Any, Any, Any, Any]]:
-    """(gate, up, sigmoid, gate · sigmoid, silu · up) of every FFN."""
-    out = []
-    for sigmoid in [n for n in rewriter.graph.node if n.op_type == "Sigmoid"]:
-        silu = next(n for n in rewriter.graph.node if sigmoid.output[0] in n.input)
-        product = next(n for n in rewriter.graph.node if silu.output[0] in n.input)
-        up = next(x for x in product.input if x != silu.output[0])
-        out.append((rewriter.made[sigmoid.input[0]], rewriter.made[up], sigmoid, silu, product))
-    return out
-
-
-def join_gate_up(model: Any) -> None:
-    """gate and up in one product behind which Split parts them."""
-    rewriter = Rewriter(model)
-    for gate, up, sigmoid, *_ in gates(rewriter):
-        names = [gate.output[0], up.output[0]]
-        new = rewriter.joined([gate, up], f"{gate.name}.up")
-        rewriter.place(
-            helper.make_node("Split", [new.output[0]], names, axis=-1, num_outputs=2, name=f"{gate.name}.split"),
-            sigmoid,
-        )
-
-
-def swiglu(model: Any) -> None:
-    """gate and up in one product, and silu(gate) · up in one operator."""
-    rewriter = Rewriter(model)
-    for gate, up, sigmoid, silu, product in gates(rewriter):
-        new = rewriter.joined([gate, up], f"{gate.name}.up")
-        one = helper.make_node("SwiGLU", [new.output[0]], list(product.output), domain=MS, name=f"{gate.name}.swiglu")
-        rewriter.place(one, product)
-        for node in (sigmoid, silu, product):
-            model.graph.node.remove(node)
-
-
-def join_both(model: Any) -> None:
-    join_qkv(model)
-    join_gate_up(model)
-
-
-def join_swiglu(model: Any) -> None:
-    join_qkv(model)
-    swiglu(model)
-
-
-def int8_cache(model: Any) -> None:
-    """Keys and values as int8 with one scale a tensor."""
-    model.graph.initializer.append(numpy_helper.from_array(np.array([0.02], np.float32), "kv.scale"))
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            node.input.extend([""] * (12 - len(node.input)) + ["kv.scale", "kv.scale"])
-            for name, value in (
-                ("k_quant_type", "PER_TENSOR"),
-                ("v_quant_type", "PER_TENSOR"),
-                ("kv_cache_bit_width", 8),
-            ):
-                node.attribute.append(helper.make_attribute(name, value))
-    for value in (*model.graph.input, *model.graph.output):
-        if "past_key_values" in value.name or "present" in value.name:
-            value.type.tensor_type.elem_type = onnx.TensorProto.INT8
 
 
 LONG = 1024
@@ -239,7 +145,8 @@ class Runner:
         return (past / 0.02).clip(-127, 127).astype(np.int8) if self.dtype == np.int8 else past.astype(np.float32)
 
     def burst(self, steps: int = BURST) -> float:
-        """Tokens a second of `steps` steps behind the context. WARM steps go before: the other session's threads still spin then."""
+        """Tokens a second of `steps` steps behind the context. WARM steps go before: the other session's threads still
+        spin then."""
         grown = (
             {name: cache.numpy()[:, :, : self.context].copy() for name, cache in self.caches.items()}
             if self.kind in ("grown", "arrays")
@@ -357,7 +264,7 @@ def main() -> None:
     for name, row in rows.items():
         words = (
             row.get("failed")
-            or f"{row['ratio']:.3f}  ({row['p10']:.3f} … {row['p90']:.3f})  difference {row.get('difference', np.nan):.1e}"
+            or f"{row['ratio']:.3f} ({row['p10']:.3f}…{row['p90']:.3f}) difference {row.get('difference', np.nan):.1e}"
         )
         print(f"{name:26s} {words}")
 

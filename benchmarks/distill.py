@@ -3,16 +3,17 @@
     python benchmarks/distill.py [--batch 2] [--seq-len 512] [--rounds 9] [--quick] [--json]
     python benchmarks/distill.py --gpu [--batch 16] [--micro-batch 4] [--seq-len 2048] [--json]
 
-CPU: SmolLM2-135M's shapes with random weights, the teacher another model of the same shapes, float32, AdamW. Each engine
-lives in its own process; after three steps that do not count the two take turns, step by step (a whole step: teacher,
-student, backward, clipping, update), on the same ids, and the ratio is the median of the rounds' ratios. The plain loop is what one writes by
-hand: two transformers
-models as they come, torch's AdamW as it comes, and KL over whole logits.
+CPU: SmolLM2-135M's shapes with random weights, the teacher another model of the same shapes, float32, AdamW. Each
+engine lives in its own process; after three steps that do not count the two take turns, step by step (a whole step:
+teacher, student, backward, clipping, update), on the same ids, and the ratio is the median of the rounds' ratios. The
+plain loop is what one writes by hand: two transformers models as they come, torch's AdamW as it comes, and KL over
+whole logits.
 
-GPU: a teacher of Llama 2 7B's shapes (bfloat16, random weights) and a student of TinyLlama 1.1B's (bfloat16 autocast over
-float32 weights): tokens a second, and the share of the card's matrix rate, which is measured in the same run (bfloat16,
-8192³). A token costs 2 operations a parameter for the teacher, 6 for the student, and the attention's T · width · 2 (causal)
-a layer, three times that in training; embeddings do not count, heads do. What checkpointing computes again does not count.
+GPU: a teacher of Llama 2 7B's shapes (bfloat16, random weights) and a student of TinyLlama 1.1B's (bfloat16 autocast
+over float32 weights): tokens a second, and the share of the card's matrix rate, which is measured in the same run
+(bfloat16, 8192³). A token costs 2 operations a parameter for the teacher, 6 for the student, and the attention's T ·
+width · 2 (causal) a layer, three times that in training; embeddings do not count, heads do. What checkpointing computes
+again does not count.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.distillation.distill import Distill
-from tinycompress.distillation.objective import Lesson
+from tinycompress.distillation.objective import Objective
 from tinycompress.distillation.student import Network
 from tinycompress.distillation.training import Training
 from tinycompress.distillation.training_loop import Run
@@ -60,9 +61,9 @@ def ours(
     """One update of ours: what `Distill` runs, without its logs."""
     training = Training(steps=1000, batch=batch, micro_batch=micro_batch, checkpointing=checkpointing)
     network = Network(student, dtype=torch.float32, trainable=True, checkpointing=checkpointing)
-    lesson = Lesson(Distill(tokens, teacher, training), student, tokens.device)
-    lesson.network = network
-    return Run(network, tokens, lesson, training, {}, None, "").step
+    objective = Objective(Distill(tokens, teacher, training), student, tokens.device)
+    objective.network = network
+    return Run(network, tokens, objective, training, {}, None, "").step
 
 
 def plain(student: Graph, teacher: Graph, tokens: Tensor, batch: int) -> Callable[[int], Any]:
@@ -223,13 +224,15 @@ def main() -> None:
     elif args.gpu:
         rate, share = result["matrix_rate"] / 1e12, result["share_of_matrix_rate"]
         print(
-            f"{result['tokens_per_second']:,.0f} tokens/s, {share:.1%} of the card's {rate:.0f} TFLOP/s, {result['peak_gb']:.1f} GB"
+            f"{result['tokens_per_second']:,.0f} tokens/s, {share:.1%} of the card's {rate:.0f} TFLOP/s, "
+            f"{result['peak_gb']:.1f} GB"
         )
     else:
         for engine, values in result["median"].items():
             print(f"{engine:14s} {values['tokens_per_second']:8.1f} tokens/s {values['peak_mb']:8.0f} MB peak")
         print(
-            f"ours / transformers {result['ratio']['tokens_per_second']:5.2f} in speed, {result['ratio']['peak_mb']:.2f} in memory"
+            f"ours / transformers {result['ratio']['tokens_per_second']:5.2f} in speed, "
+            f"{result['ratio']['peak_mb']:.2f} in memory"
         )
 
 

@@ -1,22 +1,24 @@
 """Memory and time of a distillation loss with its gradients: fused with the head, against dense torch and peers.
 
-    python benchmarks/distill_loss.py [--tokens 8192] [--vocab 49152] [--loss kl] [--rounds 1] [--peer-python PYTHON] [--json]
+    python benchmarks/distill_loss.py [--tokens 8192] [--vocab 49152] [--loss kl] [--rounds 1] [--peer-python PYTHON]
+        [--json]
 
 From the last hidden states and head weights of student and teacher (float32, random, logits of about unit size) to the
-loss and its gradients for the student's hidden states and head. Each engine lives in its own process on the same inputs;
-they take turns, round by round, and ratios are medians over rounds.
+loss and its gradients for the student's hidden states and head. Each engine lives in its own process on the same
+inputs; they take turns, round by round, and ratios are medians over rounds.
 
   ours     fused_loss, 1024 tokens a chunk
   dense    the textbook: two products with the heads, log_softmax, kl_div (or cross_entropy, or for jsd and skew_kl the
            same with logaddexp), backward by autograd
   liger    LigerFusedLinearJSDLoss of liger-kernel, as it comes (torch.compile, 1024 a chunk; compiling is not timed)
-  trl      ChunkedDivergenceFunction of TRL, the loss of its DistillationTrainer: tiles of tokens × vocabulary, made again
+  trl      ChunkedDivergenceFunction of TRL, the loss of its DistillationTrainer: tiles of tokens × vocabulary, made
+           again
            in backward (of both peers' jsd, β = 0 and 1 are kl and reverse_kl)
 
 Peak memory is the process's highest resident size (ru_maxrss) after all rounds, less its resident size when the inputs
-are there and 1024 tokens have run through: what the loss needs beside inputs, libraries and code, the returned gradients
-included. Seconds are wall-clock; CPU seconds, of all threads together, hold on a busy machine too. liger and trl are
-looked for in PYTHON's environment (theirs may pin other versions) and are n/a without.
+are there and 1024 tokens have run through: what the loss needs beside inputs, libraries and code, the returned
+gradients included. Seconds are wall-clock; CPU seconds, of all threads together, hold on a busy machine too. liger and
+trl are looked for in PYTHON's environment (theirs may pin other versions) and are n/a without.
 """
 
 from __future__ import annotations
@@ -217,10 +219,12 @@ def main() -> None:
         return
     print(f"{args.loss}: {args.tokens} tokens × {args.vocab}, hidden {args.hidden}, float32, loss and gradients")
     for engine, e in result["engines"].items():
-        ratios = f"   ours / it: memory {e['peak_memory_ratio']:.3f}, time {e['time_ratio']:.2f}, CPU time {e['cpu_time_ratio']:.2f}"
+        ratios = f"   ours / it: memory {e['peak_memory_ratio']:.3f}, time {e['time_ratio']:.2f}"
+        ratios += f", CPU time {e['cpu_time_ratio']:.2f}"
         ratios = "" if engine == "ours" else ratios
         print(
-            f"{engine:6s} {e['seconds']:7.2f} s  {e['cpu_seconds']:7.2f} CPU s  {e['peak_mb']:8.0f} MB peak   loss {e['loss']:.6f}{ratios}"
+            f"{engine:6s} {e['seconds']:7.2f} s  {e['cpu_seconds']:7.2f} CPU s  {e['peak_mb']:8.0f} MB peak   loss "
+            f"{e['loss']:.6f}{ratios}"
         )
     for engine, reason in result["missing"].items():
         print(f"{engine:6s}     n/a   {reason}")

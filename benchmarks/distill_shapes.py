@@ -1,13 +1,15 @@
 """The Llama 2 7B → TinyLlama command lines at their real widths, on a machine that holds a few of the layers.
 
-    python benchmarks/distill_shapes.py [--teacher-layers 1] [--student-layers 1 2] [--seq-len 64] [--work FOLDER] [--json]
+    python benchmarks/distill_shapes.py [--teacher-layers 1] [--student-layers 1 2] [--seq-len 64] [--work FOLDER]
+        [--json]
 
-Writes checkpoints of both models' shapes (bfloat16, random weights, a vocabulary of 32,000 words) with so many of their 32 and
-22 layers, and runs `tinycompress cache-teacher --streamed`, then `tinycompress distill --cache`, two steps of one window with
-all weights, for each number of student layers: the peak resident memory of each command and the bytes it leaves. Both are sums
-of a part for the embedding and the head and one for each layer, so two numbers of layers give the figure for all of them:
-"extrapolated" is that straight line, not a measurement. Times are not recorded; what N tokens cost in GPU hours is the
-operations (benchmarks/distill.py) over the rate that a card reaches, which only a card can tell.
+Writes checkpoints of both models' shapes (bfloat16, random weights, a vocabulary of 32,000 words) with so many of their
+32 and 22 layers, and runs `tinycompress cache-teacher --streamed`, then `tinycompress distill --cache`, two steps of
+one window with all weights, for each number of student layers: the peak resident memory of each command and the bytes
+it leaves. Both are sums of a part for the embedding and the head and one for each layer, so two numbers of layers give
+the figure for all of them: "extrapolated" is that straight line, not a measurement. Times are not recorded; what N
+tokens cost in GPU hours is the operations (benchmarks/distill.py) over the rate that a card reaches, which only a card
+can tell.
 """
 
 from __future__ import annotations

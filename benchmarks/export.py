@@ -1,23 +1,26 @@
 """Export of TinyLlama's shape (random weights), 4 bits with a quantized head and embedding, against its peers.
 
-    python benchmarks/export.py --work DIR --builder-python PYTHON --llama-python PYTHON [--rows export,speed] [--rounds 5]
+    python benchmarks/export.py --work DIR --builder-python PYTHON --llama-python PYTHON [--rows export,speed]
+        [--rounds 5]
         [--quick] [--json benchmarks/results/export.json]
 
-  export   file size, time and peak memory of tinycompress' export (groups of 32, 64 and 128, scales in float32 and float16)
+  export   file size, time and peak memory of tinycompress' export (groups of 32, 64 and 128, scales in float32 and
+           float16)
            and of onnxruntime-genai's builder on the same shape, a process of its own each
-  speed    decode tokens/s at --threads threads: our folders and the builder's model, both by ONNX Runtime with one shared
+  speed    decode tokens/s at --threads threads: our folders and the builder's model, both by ONNX Runtime with one
+           shared
            cache buffer, and llama.cpp on our groups of 32 as Q4_0, by turns
 
---builder-python is an interpreter with onnxruntime-genai, torch and transformers >= 5, --llama-python one with a native build of
-llama-cpp-python; without them their rows are missing. The row `speed` wants the folders of `export` in DIR. A row that is in
---json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round of eight tokens.
-Peak memory is VmHWM of the process that exports (Linux); the checkpoints are written once and not part of any time.
+--builder-python is an interpreter with onnxruntime-genai, torch and transformers >= 5, --llama-python one with a native
+build of llama-cpp-python; without them their rows are missing. The row `speed` wants the folders of `export` in DIR. A
+row that is in --json is not measured again, so an interrupted run goes on. `--quick` takes four layers and one round of
+eight tokens. Peak memory is VmHWM of the process that exports (Linux); the checkpoints are written once and not part of
+any time.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -27,22 +30,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from export_graphs import GGUF, OURS, make_graphs
 from tqdm import tqdm
 
 from tinycompress.files import write_json
 from tinycompress.graph.config import TINYLLAMA_1_1B
-from tinycompress.graph.graph import Graph
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
-GGUF = "q4_0.gguf"
-OURS = {
-    "g32": (32, "float32"),
-    "g32-half": (32, "float16"),
-    "g64": (64, "float32"),
-    "g128": (128, "float32"),
-    "g128-half": (128, "float16"),
-}
 PROMPT = 32
 AIMS = {  # of the whole shape: what, of which rows, at most
     "g32, MB": (lambda row: row["g32"]["bytes"] / 1e6, 700.0),
@@ -50,68 +43,6 @@ AIMS = {  # of the whole shape: what, of which rows, at most
     "time, g32 / builder": (lambda row: row["g32"]["seconds"] / row["builder"]["seconds"], 0.5),
     "peak memory, g32 / builder": (lambda row: row["g32"]["peak_mb"] / row["builder"]["peak_mb"], 1 / 3),
 }
-
-
-def config(layers: int) -> Any:
-    return dataclasses.replace(TINYLLAMA_1_1B, layers=TINYLLAMA_1_1B.layers[:layers])
-
-
-def make_graphs(work: Path, layers: int) -> None:
-    """What the processes start from: bfloat16 for the builder, packed checkpoints for us, one of them as Q4_0 too."""
-    from tinycompress.checkpoints.checkpoint import save
-
-    if not (work / "dense").is_dir():
-        save(dense(layers), work / "dense")
-        write_tokenizer(work / "dense")
-    for group in sorted({group for group, _ in OURS.values()}):
-        if not (work / f"packed{group}").is_dir():
-            save(packed(layers, group), work / f"packed{group}")
-    if not (work / GGUF).is_file():
-        save(packed(layers, 32), work / GGUF, format="gguf")
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Words that nobody reads: the builder asks for a tokenizer."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
-    names = {
-        "unk_token": "<unk>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    write_json(folder / "tokenizer_config.json", names)
-
-
-def dense(layers: int) -> Graph:
-    """Random weights in bfloat16, never more than one of them in float32."""
-    from tinycompress.graph.config import shapes
-
-    generator = torch.Generator().manual_seed(0)
-    drawn = {}
-    for name, shape in shapes(config(layers)).items():
-        weight = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
-        drawn[name] = weight.bfloat16()
-    return Graph(config(layers), drawn, history=("random",))
-
-
-def packed(layers: int, group: int) -> Graph:
-    """Random integers and scales in every matrix: what an export does not look at."""
-    from tinycompress.graph.config import shapes
-
-    generator, spec, weights = torch.Generator().manual_seed(0), QuantSpec(4, group), {}
-    for name, shape in shapes(config(layers)).items():
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape)
-            continue
-        integers = torch.randint(
-            0, 256, (shape[0], shape[1] // group, group // 2), dtype=torch.uint8, generator=generator
-        )
-        scales = torch.rand(shape[0], shape[1] // group, generator=generator) * 0.004 + 0.001
-        weights[name] = QuantTensor(integers, scales, None, spec, (shape[0], shape[1]))
-    return Graph(config(layers), weights, history=("random integers",))
 
 
 # Workers: a process each ----------------------------------------------------------------------------------------------
@@ -130,7 +61,8 @@ def export_ours(work: Path, name: str) -> None:
 
 
 def decode(folder: Path, threads: int, tokens: int) -> None:
-    """For each line of standard input: tokens a second of `tokens` steps behind PROMPT ids, in one shared cache buffer."""
+    """For each line of standard input: tokens a second of `tokens` steps behind PROMPT ids, in one shared cache
+    buffer."""
     import numpy as np
     import onnxruntime as ort
 

@@ -1,15 +1,17 @@
-"""A real model through all six profiles, from the command line: what each export loses against torch with the same weights.
+"""A real model through all six profiles, from the command line: what each export loses against torch with the same
+weights.
 
     tinycompress compress smollm2-135m --quantize w4g64 --quantize-embedding w8g32 --calibration wiki_passages.txt -o w4
-    tinycompress compress smollm2-135m --quantize w4g64 --quantize-embedding w8g64 --calibration wiki_passages.txt -o npu
+    tinycompress compress smollm2-135m --quantize w4g64 --quantize-embedding w8g64 --calibration wiki_passages.txt -o
+        npu
     tinycompress compress smollm2-135m --quantize w4g64-lpbq --rotate --calibration wiki_passages.txt -o lpbq
     python benchmarks/export_quality.py --w4 w4 --npu npu --lpbq lpbq --work DIR [--only ROW …] [--quick]
 
-Each row is `tinycompress export MODEL --profile … --verify` (its gate: 8 windows of 512 tokens of "pydoc"; `qnn` and `static` on
-their own host, ONNX Runtime's CPU provider) and then `tinycompress verify OUT --runtime …` for every installed runtime that the
-profile is proved in (the same text, or its first 512 tokens where steps are slow, and greedy steps).
-A row that failed says so. Exports stay in DIR and are
-not made again; results go to results/export_quality.json and .md.
+Each row is `tinycompress export MODEL --profile … --verify` (its gate: 8 windows of 512 tokens of "pydoc"; `qnn` and
+`static` on their own host, ONNX Runtime's CPU provider) and then `tinycompress verify OUT --runtime …` for every
+installed runtime that the profile is proved in (the same text, or its first 512 tokens where steps are slow, and greedy
+steps). A row that failed says so. Exports stay in DIR and are not made again; results go to results/export_quality.json
+and .md.
 """
 
 from __future__ import annotations

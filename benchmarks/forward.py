@@ -4,10 +4,10 @@
 
 Each engine lives in its own process (so that its peak memory is its own); the two take turns, forward by forward, on
 the same weights, ids, dtype (float32) and threads, after one forward of each kind that does not count. Speeds are
-medians over rounds and the ratio is the median of the rounds' ratios: a machine that is slower for a while is slower for
-both. "with head" is the whole forward to logits, "without" stops at the last hidden states. transformers runs as it comes
-(SDPA attention, its default cache). "floor" is
-the bare matrix products and attention of the same shapes as torch computes them, with nothing between them.
+medians over rounds and the ratio is the median of the rounds' ratios: a machine that is slower for a while is slower
+for both. "with head" is the whole forward to logits, "without" stops at the last hidden states. transformers runs as it
+comes (SDPA attention, its default cache). "floor" is the bare matrix products and attention of the same shapes as torch
+computes them, with nothing between them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ ENGINES = ("ours", "transformers", "floor")
 
 
 def worker(engine: str, args: argparse.Namespace) -> None:
-    """For each line of standard input ("with" or "without"): tokens a second of one forward; at the end the peak in MB."""
+    """For each line of standard input ("with" or "without"): tokens a second of one forward; at the end the peak in
+    MB."""
     torch.manual_seed(0)
     graph = load(args.model)
     ids = torch.randint(graph.config.vocab_size, (args.batch, args.seq_len))

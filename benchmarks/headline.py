@@ -1,18 +1,21 @@
-"""A pruned and quantized SmolLM2-135M against what the usual tools make of it: bytes, perplexity and decode speed together.
+"""A pruned and quantized SmolLM2-135M against what the usual tools make of it: bytes, perplexity and decode speed
+together.
 
-    python benchmarks/headline.py --work DIR --builder-python PYTHON --llama-python PYTHON --calibration wiki_passages.txt
+    python benchmarks/headline.py --work DIR --builder-python PYTHON --llama-python PYTHON --calibration
+        wiki_passages.txt
         --evaluation wikitext2_raw_test.txt [--rounds 9] [--windows 8] [--quick]
 
   w4                ours: `compress --quantize w4g64 --quantize-embedding w8g64`, profile ort
   w4, 90%, w4, 80%  ours: the same behind `--prune params=0.9` and 0.8, no retraining
-  …, tuned          ours: the same with `--tune`, in which scales and norms learn from the float model on the calibration text
+  …, tuned          ours: the same with `--tune`, in which scales and norms learn from the float model on the
+                    calibration text
   builder           onnxruntime-genai's model builder, int4 in blocks of 32, accuracy level 4, as it comes
   llama.cpp Q4_0    llama.cpp's own quantization of the float32 GGUF
 
-Interpreters as for benchmarks/export.py. Calibration: 32 windows of 1024 tokens. Perplexity: each runtime's own logits, at the
-level it ships, over non-overlapping windows of 2048 tokens, no BOS. Speed: tokens/s of --tokens single steps behind 32
-positions, two threads, one shared cache buffer, the engines by turns; medians, and of the ratio to the faster peer in the
-same round. What is in DIR is not made again; results go to results/headline.json and .md.
+Interpreters as for benchmarks/export.py. Calibration: 32 windows of 1024 tokens. Perplexity: each runtime's own logits,
+at the level it ships, over non-overlapping windows of 2048 tokens, no BOS. Speed: tokens/s of --tokens single steps
+behind 32 positions, two threads, one shared cache buffer, the engines by turns; medians, and of the ratio to the faster
+peer in the same round. What is in DIR is not made again; results go to results/headline.json and .md.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ LLAMA_NLL = """
 import json, sys, numpy as np
 from llama_cpp import Llama
 windows = json.load(open(sys.argv[2]))
-model = Llama(sys.argv[1], n_ctx=len(windows[0]), n_batch=512, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+options = dict(n_batch=512, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+model = Llama(sys.argv[1], n_ctx=len(windows[0]), **options)
 out = []
 for ids in windows:
     model.reset()

@@ -1,17 +1,18 @@
-"""What distillation wins back: a pruned model and a 3-bit one, healed by CE, by KL and by cached KL, at one token budget.
+"""What distillation wins back: a pruned model and a 3-bit one, healed by CE, by KL and by cached KL, at one token
+budget.
 
     python benchmarks/heal.py [--train pydoc] [--held-out wikitext2] [--held-out pydoc] [--tokens 16384] [--keep 0.8]
         [--work FOLDER] [--rows NAME …] [--quick]
 
-`Prune` leaves `--keep` of the model's non-embedding parameters (FFN channels and heads, measured and refitted on some of the
-training windows), and the original is the teacher. Every student then sees the same windows in the same order
+`Prune` leaves `--keep` of the model's non-embedding parameters (FFN channels and heads, measured and refitted on some
+of the training windows), and the original is the teacher. Every student then sees the same windows in the same order
 with the same optimizer. The 3-bit students start from the original and learn on the grid that they are packed on; their
-"before" is rounding to nearest on the best grid. Perplexity is measured on each held-out text, paired by window: a row's
-gain is the mean NLL of "before" less its own, with a 95% bootstrap interval. The curve is the perplexity on a few windows
-against training tokens. Texts by path are named by their file.
+"before" is rounding to nearest on the best grid. Perplexity is measured on each held-out text, paired by window: a
+row's gain is the mean NLL of "before" less its own, with a 95% bootstrap interval. The curve is the perplexity on a few
+windows against training tokens. Texts by path are named by their file.
 
-Results: results/heal.json, heal.md and heal.png, written after every row. Rows that are there under the same protocol are
-kept, and with --work so are the pruned model, the cache and the state of the row in progress: a killed run goes on.
+Results: results/heal.json, heal.md and heal.png, written after every row. Rows that are there under the same protocol
+are kept, and with --work so are the pruned model, the cache and the state of the row in progress: a killed run goes on.
 """
 
 from __future__ import annotations
@@ -153,9 +154,11 @@ def table(protocol: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     p, texts = protocol, protocol["held_out"]
     lines = [
-        f"{p['model']}, {p['tokens']:,} training tokens of {p['train']} ({p['training_windows']} windows of {p['seq_len']}, {p['batch']} a step, "
+        f"{p['model']}, {p['tokens']:,} training tokens of {p['train']} ({p['training_windows']} windows of "
+        f"{p['seq_len']}, {p['batch']} a step, "
         f"lr {p['lr']}, {p['precision']}), {p['keep']:.0%} of the non-embedding parameters kept; perplexity over "
-        f"{', '.join(f'{n} windows of 512 of {text}' for text, n in texts.items())}; the gain over the untrained student in nats a token, with its "
+        f"{', '.join(f'{n} windows of 512 of {text}' for text, n in texts.items())}; the gain over the untrained "
+        "student in nats a token, with its "
         "95% interval.",
         "",
         "| student | " + " | ".join(f"{text} | gain" for text in texts) + " |",

@@ -2,9 +2,9 @@
 
     python benchmarks/lpbq.py --model stories260K --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt
 
-GPTQ on 32 windows of 512 tokens, the `qnn` profile with ranges from the first 8 of them, and one window of --tokens evaluation tokens
-in the emulator (`make runtime NAME=qnn` installs it): KL and perplexity against torch with the very same weights, so
-that what is lost is lost in the runtime. FFNs are cut to whole blocks where their width is none.
+GPTQ on 32 windows of 512 tokens, the `qnn` profile with ranges from the first 8 of them, and one window of --tokens
+evaluation tokens in the emulator (`make runtime NAME=qnn` installs it): KL and perplexity against torch with the very
+same weights, so that what is lost is lost in the runtime. FFNs are cut to whole blocks where their width is none.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Seconds and peak memory of quantizing a model of a given shape with random weights, on this machine.
 
-    python benchmarks/memory.py [--shape tinyllama-1.1b] [--method gptq] [--spec w4g128] [--samples 16] [--seq-len 2048] [--layers N]
+    python benchmarks/memory.py [--shape tinyllama-1.1b] [--method gptq] [--spec w4g128] [--samples 16] [--seq-len
+        2048] [--layers N]
 
-A bfloat16 folder of random weights is written to a temporary place (`--folder` says where, 13 GB for Llama-2-7B); a process of
-its own then opens it, quantizes it and (rtn, hqq) saves it. `private_mb` is the most memory the process had of its own, sampled
-every 50 ms: what a machine must have. `peak_mb` is the largest resident set, which counts pages of the mapped checkpoint too, as
-many as the system leaves in its cache. Results go to results/memory.json, one row a configuration, and each at once; `--layers`
-cuts the model to its first layers, to see in minutes what a layer more costs. Whether a smaller machine would do shows a control
-group, which counts cached pages too: `systemd-run --scope -p MemoryMax=4G python benchmarks/memory.py …`; such a row says its limit.
+A bfloat16 folder of random weights is written to a temporary place (`--folder` says where, 13 GB for Llama-2-7B); a
+process of its own then opens it, quantizes it and (rtn, hqq) saves it. `private_mb` is the most memory the process had
+of its own, sampled every 50 ms: what a machine must have. `peak_mb` is the largest resident set, which counts pages of
+the mapped checkpoint too, as many as the system leaves in its cache. Results go to results/memory.json, one row a
+configuration, and each at once; `--layers` cuts the model to its first layers, to see in minutes what a layer more
+costs. Whether a smaller machine would do shows a control group, which counts cached pages too: `systemd-run --scope -p
+MemoryMax=4G python benchmarks/memory.py …`; such a row says its limit.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ soon as it is measured; rows that are there already are not run again. Shares ar
   slice, hidden             hidden width by one PCA rotation, and by Minitron's selection
   wanda_sp, layer by layer  as its authors' code does it: each layer scored on what the pruned layers before it give
   … FFNs only               the same, taking it all from the FFNs
-  ours                      `Prune` as it comes, which cuts FFNs, on half of the calibration windows (it runs two streams, at twice the price)
+  ours                      `Prune` as it comes, which cuts FFNs, on half of the calibration windows (it runs two
+                            streams, at twice the price)
   ours, own target          the same refitted to each linear's own output, on all windows
   ours, heads too           the same as ours, with the query heads under the same budget
 
@@ -22,9 +23,9 @@ All but the last four need the whole model's statistics alone, whatever the shar
 of its own, into --work (a folder, about 1.1 GB, that may be thrown away afterwards). Such a row's seconds are the
 collection's and its own, its peak memory the larger of the two.
 
-Perplexity: non-overlapping windows of 2048 tokens, tokenized once, no BOS. Speed, after all rows and on a quiet machine: a model
-of the row's shapes with random weights, exported for ONNX Runtime in float32, by turns with the exported whole model; medians
-of the rounds' ratios.
+Perplexity: non-overlapping windows of 2048 tokens, tokenized once, no BOS. Speed, after all rows and on a quiet
+machine: a model of the row's shapes with random weights, exported for ONNX Runtime in float32, by turns with the
+exported whole model; medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from prune_report import plot, table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -243,14 +245,15 @@ def speeds(args: argparse.Namespace) -> None:
             layers = tuple(Layer(*map(int, layer.split("/"))) for layer in row["layers"].split())
             row["speed"] = speed(graph, Graph.random(replace(graph.config, layers=layers, hidden_size=row["hidden"])))
             tqdm.write(
-                f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × {row['speed']['decode_ratio']:.2f}"
+                f"{name} at {share}: prefill × {row['speed']['prefill_ratio']:.2f}, decode × "
+                f"{row['speed']['decode_ratio']:.2f}"
             )
             write_json(RESULTS, found)
 
 
 def speed(whole: Graph, pruned: Graph, rounds: int = 5) -> dict[str, Any]:
-    """Tokens a second of the pruned model in ONNX Runtime, float32, and as ratios to the whole one measured in turns. What the
-    weights are makes no difference to it."""
+    """Tokens a second of the pruned model in ONNX Runtime, float32, and as ratios to the whole one measured in turns.
+    What the weights are makes no difference to it."""
     from tinycompress.export import OrtModel, export
 
     ids = torch.arange(256)[None] % whole.config.vocab_size
@@ -331,7 +334,8 @@ def main() -> None:
                 continue
             row = json.loads(ran.stdout.splitlines()[-1])
             tqdm.write(
-                f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, {row['peak_mb']:.0f} MB"
+                f"{name} at {share}: perplexity {row['perplexity']:.2f}, {row['kept']:.3f} kept, "
+                f"{row['peak_mb']:.0f} MB"
             )
             if not args.quick:
                 found = measured(args)
@@ -372,94 +376,17 @@ def protocol(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report() -> None:
-    """results/prune.md, also printed: the table, what our recipe loses against Wanda-sp, and speeds; and results/prune.png."""
+    """results/prune.md, also printed: the table, what our recipe loses against Wanda-sp, and speeds; and
+    results/prune.png."""
     found = read_json(RESULTS)
     rows = {(row["recipe"], row["share"]): row for row in found["rows"]}
+    ours = list(RECIPES)  # in their order, then those of other libraries (prune_peers.py)
+    places = {name: place for place, name in enumerate([*ours, *dict.fromkeys(name for name, _ in rows)][::-1])}
+    rows = {key: rows[key] for key in sorted(rows, key=lambda key: -places[key[0]])}
     text = "\n".join(table(rows, found["protocol"]))
     print(text)
     write_text(RESULTS.with_suffix(".md"), text + "\n")
-    plot(rows, rows["float", 1.0]["perplexity"])
-
-
-def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
-    shares = sorted({share for name, share in rows if name != "float"}, reverse=True)
-    whole = rows["float", 1.0]["perplexity"]
-    lines = [
-        "# Pruning without retraining",
-        "",
-        f"{protocol}; made by `benchmarks/prune.py`, which says what the rows are.",
-        "",
-    ]
-    lines += ["Kept of the non-embedding parameters, in brackets where more than 1% from the column's share.", ""]
-    lines.append(
-        f"| perplexity (whole: {whole:.2f}) | "
-        + " | ".join(f"{100 * share:g}%" for share in shares)
-        + " | cost at the first | machine |"
-    )
-    lines.append("|---" * (len(shares) + 3) + "|")
-    for name in names(rows):
-        cells = [rows.get((name, share)) for share in shares]
-        first = next(cell for cell in cells if cell)
-        figures = [
-            f"{cell['perplexity']:.2f}" + (f" ({cell['kept']:.1%})" if abs(cell["kept"] - cell["share"]) > 0.01 else "")
-            if cell
-            else ""
-            for cell in cells
-        ]
-        cost = (
-            [f"{first['seconds']:.0f} s"] if first.get("seconds") else []
-        )  # none is recorded of a machine that does other work
-        cost += [f"{first['peak_mb']:.0f} MB"] if first.get("peak_mb") else []
-        machines = " and ".join(sorted({cell["machine"] for cell in cells if cell}))
-        lines.append(f"| {name} | " + " | ".join(figures) + f" | {', '.join(cost)} | {machines} |")
-    for share in shares:
-        lost = {name: math.log(row["perplexity"] / whole) for (name, s), row in rows.items() if s == share}
-        for name in ("wanda_sp", "wanda_sp, layer by layer"):
-            if "ours" in lost and name in lost:
-                ratio = f"{lost['ours'] / lost[name]:.2f} of it"
-                lines += [
-                    "",
-                    f"At {100 * share:g}% ours loses {lost['ours']:.3f} nats a token, {name} {lost[name]:.3f}: {ratio}.",
-                ]
-    fast = [(name, row) for (name, _), row in rows.items() if "speed" in row]
-    if fast:
-        lines += ["", "| speed in ONNX Runtime, float32 | kept | prefill | decode |", "|---|---|---|---|"]
-    for name, row in fast:
-        s = row["speed"]
-        lines.append(f"| {name} | {row['kept']:.1%} | × {s['prefill_ratio']:.2f} | × {s['decode_ratio']:.2f} |")
-    return lines
-
-
-def names(rows: dict[tuple[str, float], dict[str, Any]]) -> list[str]:
-    """Ours in the order of RECIPES, then those of other libraries (prune_peers.py)."""
-    there = dict.fromkeys(name for name, _ in rows if name != "float")
-    return [name for name in RECIPES if name in there] + [name for name in there if name not in RECIPES]
-
-
-def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    colours: dict[str, str] = {}  # one a recipe, dashed with a refit
-    for name in names(rows):
-        colour = colours.setdefault(name.replace(" + refit", ""), f"C{len(colours) % 10}")
-        points = sorted((row["kept"], row["perplexity"]) for (recipe, _), row in rows.items() if recipe == name)
-        if points:
-            style = (
-                {"linewidth": 2.5, "color": "black"}
-                if name == "ours"
-                else {"linestyle": "--" if "refit" in name else "-", "color": colour, "alpha": 0.7}
-            )
-            axes.plot(
-                *zip(*points), marker="os^"[list(colours.values()).count(colour) - 1], markersize=5, label=name, **style
-            )
-    axes.axhline(whole, color="grey", linewidth=0.8)
-    axes.set(xlabel="share of the non-embedding parameters kept", ylabel="perplexity", yscale="log")
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=120, metadata={"Software": None})
+    plot(rows, rows["float", 1.0]["perplexity"], RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

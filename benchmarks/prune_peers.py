@@ -3,17 +3,21 @@
     python benchmarks/prune_peers.py --peer torch-pruning --python PEER_VENV/bin/python --calibration … --evaluation …
     python benchmarks/prune_peers.py --peer llm-pruner --python PEER_VENV/bin/python --checkout LLM-PRUNER …
 
-  torch-pruning   (pip install torch-pruning==1.6.1 torch transformers==4.48.3) the recipe of its examples/LLMs/prune_llm.py:
+  torch-pruning   (pip install torch-pruning==1.6.1 torch transformers==4.48.3) the recipe of its
+                  examples/LLMs/prune_llm.py:
                   the L2 norm of everything that is cut together, one ratio for hidden width, FFN channels and heads,
-                  round_to=4. With transformers 4.57 its search for what depends on a k_proj never ends under grouped-query
+                  round_to=4. With transformers 4.57 its search for what depends on a k_proj never ends under
+                      grouped-query
                   attention: the indices grow past every width (its issue 527)
-  llm-pruner      (a checkout of github.com/horseee/LLM-Pruner; pip install torch transformers) the recipe of its llama3.py:
-                  Taylor param_first on 10 examples of 64 tokens (of the calibration text here), block-wise, the first 4 and
+  llm-pruner      (a checkout of github.com/horseee/LLM-Pruner; pip install torch transformers) the recipe of its
+                  llama3.py:
+                  Taylor param_first on 10 examples of 64 tokens (of the calibration text here), block-wise, the first
+                      4 and
                   the last 2 blocks left alone; attention too where the ratio takes less than a whole KV head
 
-No retraining. The ratio is searched for until the share of the non-embedding parameters is met to 0.2% (Torch-Pruning: 1%), or as nearly as the
-library's steps allow; "kept" says how nearly. The perplexity is transformers', by prune.py's protocol, and the rows go
-into its results/prune.json. Nothing of tinycompress is imported in the peer's process.
+No retraining. The ratio is searched for until the share of the non-embedding parameters is met to 0.2% (Torch-Pruning:
+1%), or as nearly as the library's steps allow; "kept" says how nearly. The perplexity is transformers', by prune.py's
+protocol, and the rows go into its results/prune.json. Nothing of tinycompress is imported in the peer's process.
 """
 
 from __future__ import annotations

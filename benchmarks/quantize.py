@@ -1,16 +1,17 @@
 """What each step of the quantization recipe gives at equal bits, and what it costs.
 
-    python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64 w3g64]
+    python benchmarks/quantize.py --calibration wiki_passages.txt --evaluation wikitext2_raw_test.txt [--spec w4g64
+        w3g64]
         [--rows NAME …] [--again] [--quick] [--no-times] [--peer NAME --peer-python VENV/bin/python]
 
-Protocol: every linear but the head (or the embedding alone, which is the head too), on calibration windows of 1024 tokens
-taken from the start of the text; perplexity over 16 non-overlapping windows of 2048, tokenized once, no BOS. Each row runs in
-a process of its own, so that its peak memory is its own; `seconds` are those of the passes, for `TIMED` rows beside those of
-one float forward over the calibration tokens in the same process. Rows already in results/quantize.json (same protocol) are
-kept: a killed run goes on where it was.
-`--peer` runs another library, alone or behind the rows named, in its own Python (peers/run_*.py say which venv), on the same
-weights and tokens; what it saves is loaded and measured here.
-Differences are paired: mean NLL a token against the row named in the table, with a 95% bootstrap over windows.
+Protocol: every linear but the head (or the embedding alone, which is the head too), on calibration windows of 1024
+tokens taken from the start of the text; perplexity over 16 non-overlapping windows of 2048, tokenized once, no BOS.
+Each row runs in a process of its own, so that its peak memory is its own; `seconds` are those of the passes, for
+`TIMED` rows beside those of one float forward over the calibration tokens in the same process. Rows already in
+results/quantize.json (same protocol) are kept: a killed run goes on where it was. `--peer` runs another library, alone
+or behind the rows named, in its own Python (peers/run_*.py say which venv), on the same weights and tokens; what it
+saves is loaded and measured here. Differences are paired: mean NLL a token against the row named in the table, with a
+95% bootstrap over windows.
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ def table(found: dict[str, dict[str, dict[str, object]]], protocol: dict[str, ob
             )
             what, against = row.get("peer", name), other if delta else ""
             lines.append(
-                f"| {what} | {row['perplexity']:.2f} | {delta} | {against} | {cost} | {row['peak_mb']} | {row['machine']} |"
+                f"| {what} | {row['perplexity']:.2f} | {delta} | {against} | {cost} | {row['peak_mb']} | "
+                f"{row['machine']} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -1,14 +1,15 @@
 """AWQ at 3 bits beats rounding to nearest, and its v → o fold, which grouped-query attention allows, adds to that.
 
 Paper: AWQ (arXiv:2306.00978); Llama-2-7B, w3 g128, as published in the OmniQuant paper (arXiv:2308.13137, table 1): RTN
-6.66, AWQ 6.24, float 5.47, a closure of 0.33. Where several query heads read one KV head, implementations skip the fold of
-v_proj into o_proj because the widths differ; averaged over the query heads it is as exact as the others (passes/awq.py).
+6.66, AWQ 6.24, float 5.47, a closure of 0.33. Where several query heads read one KV head, implementations skip the fold
+of v_proj into o_proj because the widths differ; averaged over the query heads it is as exact as the others
+(passes/awq.py).
 
 Claims: closure = (ln RTN - ln AWQ) / (ln RTN - ln float) is positive; AWQ with the fold has a lower NLL than without.
 
 Protocol: every linear but the head, symmetric grids, groups of 64; RTN covers each group's range, AWQ's grids are
-E[x²]-weighted. Paired windows, the NLL averaged over calibration seeds; 95% bootstrap over windows. The first holds where
-the interval lies above 0.1, the second where it lies above 0.
+E[x²]-weighted. Paired windows, the NLL averaged over calibration seeds; 95% bootstrap over windows. The first holds
+where the interval lies above 0.1, the second where it lies above 0.
 """
 
 from __future__ import annotations

@@ -5,19 +5,19 @@ lengths after some hundred steps of fine-tuning (4k → 8k, Proof-pile at 8k: PI
 Landmark Attention (arXiv:2305.16300).
 
 Protocol: the model is stretched to 4·L without training, then trained in `STAGES`, each on windows twice as long as the
-one before: first of L/4, where a small model can find out how a key is copied, at last of 4·L. Windows are passkey prompts
-with their answers (of mixed lengths, as many as fill the window), the model's own text, and a little real text. The loss is
-forward KL on texts, with the model as it was for a teacher, and CE on prompts and real text. The teacher reads long windows in
-pieces of L, each a document of its own, so on its own text it says what the best answer is at any length. Of a prompt nearly all
-that counts are the tokens of the answer: without that a few digits in 2,048 tokens were not learned (a scratch run). Retrieval
-says that positions far apart are told from one another, not that the model follows instructions. Keys of the test are drawn by
-another seed.
-Evaluation text is held out: real texts, and samples of the model before (`self`, see context_form.py).
+one before: first of L/4, where a small model can find out how a key is copied, at last of 4·L. Windows are passkey
+prompts with their answers (of mixed lengths, as many as fill the window), the model's own text, and a little real text.
+The loss is forward KL on texts, with the model as it was for a teacher, and CE on prompts and real text. The teacher
+reads long windows in pieces of L, each a document of its own, so on its own text it says what the best answer is at any
+length. Of a prompt nearly all that counts are the tokens of the answer: without that a few digits in 2,048 tokens were
+not learned (a scratch run). Retrieval says that positions far apart are told from one another, not that the model
+follows instructions. Keys of the test are drawn by another seed. Evaluation text is held out: real texts, and samples
+of the model before (`self`, see context_form.py).
 
-Claims, on the same target tokens (none that begins a piece of L), paired by window of 4·L: perplexity at 4·L is no worse than
-the model's before, at L; perplexity at L is kept; passkeys are read back at every depth. With `self` the model before is
-the very distribution of the text, so nothing can be better, and what is worse is what the training made it forget: there
-"no worse" allows 1%.
+Claims, on the same target tokens (none that begins a piece of L), paired by window of 4·L: perplexity at 4·L is no
+worse than the model's before, at L; perplexity at L is kept; passkeys are read back at every depth. With `self` the
+model before is the very distribution of the text, so nothing can be better, and what is worse is what the training made
+it forget: there "no worse" allows 1%.
 
     python experiments/context_by_finetuning.py --model stories260K --text self wikitext2 pydoc --training wikitext2
 
@@ -60,8 +60,8 @@ MARGIN = 0.01  # nats a token, see above
 
 @dataclass(frozen=True)
 class Stage:
-    """Windows of `length`·L; shares of passkey prompts and of real text, the rest the model's own; the weight of CE beside
-    KL; the learning rate in parts of --lr, and the share of it that it ends at."""
+    """Windows of `length`·L; shares of passkey prompts and of real text, the rest the model's own; the weight of CE
+    beside KL; the learning rate in parts of --lr, and the share of it that it ends at."""
 
     length: float
     steps: int
@@ -137,8 +137,10 @@ def how(p: dict[str, Any], graph: Graph) -> str:
     L = graph.config.max_position
     stages = ", ".join(f"{s.steps} on windows of {round(s.length * L)}" for s in STAGES)
     return (
-        f"- `context_by_finetuning`: {p['model']} from {L} to {TIMES * L} by {p['method']}, steps of {p['batch'] * TIMES * L} tokens: {stages}; "
-        f"{', '.join(['self', *p['training']])} and passkeys; `python experiments/context_by_finetuning.py --model {p['model']} "
+        f"- `context_by_finetuning`: {p['model']} from {L} to {TIMES * L} by {p['method']}, steps of "
+        f"{p['batch'] * TIMES * L} tokens: {stages}; "
+        f"{', '.join(['self', *p['training']])} and passkeys; `python experiments/context_by_finetuning.py --model "
+        f"{p['model']} "
         f"--text {' '.join(p['text'])} --training {' '.join(p['training'])}`."
     )
 
@@ -172,8 +174,8 @@ def fine_tuned(before: Graph, args: argparse.Namespace) -> Graph:
 def mixed_windows(
     graph: Graph, stage: Stage, own: Tensor, real: Tensor, T: int, n: int, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """n windows of T tokens in the shares of a stage, mixed by the seed, and how much their tokens count for each loss; own
-    text [documents, L] is cut, or joined, to fit."""
+    """n windows of T tokens in the shares of a stage, mixed by the seed, and how much their tokens count for each loss;
+    own text [documents, L] is cut, or joined, to fit."""
     rng, L, ones, zeros = random.Random(seed), own.shape[1], torch.ones(T), torch.zeros(T)
     n_keys, n_real = round(stage.keys * n), round(stage.real * n)
     rows = [(*passkey_window(graph, T, rng), zeros) for _ in range(n_keys)]  # ids, their weights for ce, and for kl
@@ -196,7 +198,8 @@ def whole(graph: Graph, text: str) -> Tensor:
 
 
 def passkey_window(graph: Graph, T: int, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Prompts with their answers that together are T tokens, often one, else of mixed lengths; and how much each counts for CE."""
+    """Prompts with their answers that together are T tokens, often one, else of mixed lengths; and how much each counts
+    for CE."""
     assert graph.tokenizer
     lengths, left = [], T
     while left:
@@ -254,7 +257,8 @@ def compare(before: Graph, after: Graph, text: str, args: argparse.Namespace, ro
 
 
 def piece_nll(graph: Graph, ids: Tensor, length: int, L: int) -> Tensor:
-    """NLL float64 [windows of 4·L] of ids read in windows of `length`; the first token of each piece of L is no target."""
+    """NLL float64 [windows of 4·L] of ids read in windows of `length`; the first token of each piece of L is no
+    target."""
     model, counted = graph.module(), torch.arange(1, length) % L != 0
     nll = torch.cat([window_nll(model, window[None])[:, counted] for window in ids.view(-1, length)])
     return nll.double().reshape(len(ids) // (TIMES * L), -1).mean(1)

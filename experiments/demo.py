@@ -100,7 +100,8 @@ def main() -> None:
         table.add_row(*cells(row))
     console.print(table)
     console.print(
-        f"{minutes:.1f} minutes; table, plot and figures in {args.out}/, models in {args.out}/before and {args.out}/after",
+        f"{minutes:.1f} minutes; table, plot and figures in {args.out}/, models in {args.out}/before and "
+        f"{args.out}/after",
         highlight=False,
     )
 

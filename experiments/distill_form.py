@@ -1,4 +1,5 @@
-"""What the distillation experiments share: a damaged student, and healing it under a budget that is the same for all."""
+"""What the distillation experiments share: a damaged student, and healing it under a budget that is the same for
+all."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""GPTQ towards what the float model computes on its own inputs beats GPTQ on the inputs that the quantized prefix leaves.
+"""GPTQ towards what the float model computes on its own inputs beats GPTQ on the inputs that the quantized prefix
+leaves.
 
-Papers: QEP (arXiv:2504.09629, α = 0.5), Qronos (arXiv:2505.11695), GPTAQ (arXiv:2504.02692, α = 0.25). Qronos reports for
-Llama-3.2-1B (WikiText-2, bf16 8.94): w4 GPTQ 10.44, Qronos 10.12; w3 40.5 → 22.0, in nats 0.03 and 0.61.
+Papers: QEP (arXiv:2504.09629, α = 0.5), Qronos (arXiv:2505.11695), GPTAQ (arXiv:2504.02692, α = 0.25). Qronos reports
+for Llama-3.2-1B (WikiText-2, bf16 8.94): w4 GPTQ 10.44, Qronos 10.12; w3 40.5 → 22.0, in nats 0.03 and 0.61.
 
 Claim: each correction saves NLL over plain GPTQ, most where the prefix loses most: at 3 bits.
 
 Protocol: every linear but the head, symmetric grids, groups of 64; GPTQ is act-order with static groups, E[x²]-weighted
-scales and true-sequential inputs, and the corrections change nothing else. NLL(GPTQ) - NLL(corrected) in nats a token on
-paired windows, averaged over calibration seeds; 95% bootstrap over windows. It holds where the interval lies above 0.
+scales and true-sequential inputs, and the corrections change nothing else. NLL(GPTQ) - NLL(corrected) in nats a token
+on paired windows, averaged over calibration seeds; 95% bootstrap over windows. It holds where the interval lies above
+0.
 """
 
 from __future__ import annotations

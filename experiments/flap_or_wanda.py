@@ -6,10 +6,10 @@ Paper: FLAP (arXiv:2312.11983), table 2: LLaMA-1-7B on WikiText-2 at 128 tokens,
 Claim: FLAP's score Var(x)·‖W‖², its single standardized threshold and its bias together beat Wanda-sp's |W|·‖x‖ at the
 same share of every layer, at 20% and more so at 50%.
 
-Protocol: FFN channels and query heads, of the non-embedding parameters, nothing refitted, widths in multiples of 64; both from
-one collection of the whole graph's statistics a seed, as FLAP does it. The difference Wanda-sp - FLAP of the NLLs is taken
-on paired windows, averaged over calibration seeds; 95% bootstrap over windows. It holds where the lower end of the
-interval is above 0.
+Protocol: FFN channels and query heads, of the non-embedding parameters, nothing refitted, widths in multiples of 64;
+both from one collection of the whole graph's statistics a seed, as FLAP does it. The difference Wanda-sp - FLAP of the
+NLLs is taken on paired windows, averaged over calibration seeds; 95% bootstrap over windows. It holds where the lower
+end of the interval is above 0.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ It gets a `Bench`: the model, calibration tokens by seed, evaluation windows, an
 comparison is paired). `run` adds the command line, writes `results/<file>.json` with versions, seeds and machine, and
 regenerates the table in `README.md`.
 
-A run that was killed takes up where it ended: an experiment asks `bench.kept(claim)` before it measures, and yields what
-the result file already has under the same protocol.
+A run that was killed takes up where it ended: an experiment asks `bench.kept(claim)` before it measures, and yields
+what the result file already has under the same protocol.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) 
         findings.append(finding)
         note = ", from an earlier run" if finding in earlier else ""
         print(
-            f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) {_verdict(finding.holds)}{note}",
+            f"{finding.claim}: {finding.ours} ({finding.criterion}; paper: {finding.paper}) "
+            f"{_verdict(finding.holds)}{note}",
             flush=True,
         )
         if not args.quick and not note:  # after every finding, so that a killed run keeps what it found
@@ -175,7 +176,8 @@ def write_readme() -> None:
         for f in result["findings"]:
             name = f"[`{file.stem}`]({result.get('script', file.stem)}.py)"
             lines.append(
-                f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | *{_verdict(f['holds'])}* |"
+                f"| {name} | {f['claim']} | {f['paper']} | {Interval(**f['ours'])} | {f['criterion']} | "
+                f"*{_verdict(f['holds'])}* |"
             )
         p = result["protocol"]
         machine = " and ".join(
@@ -185,9 +187,12 @@ def write_readme() -> None:
             notes.append(f"{result['how']} {machine}, {result['minutes']} minutes.")
             continue
         notes.append(
-            f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each of {p['seeds']} seeds, "
-            f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python experiments/{file.stem}.py "
-            f"--calibration {p['calibration']} --evaluation {p['evaluation']} --windows {p['windows']} --samples {p['samples']} "
+            f"- `{file.stem}`: {p['model']}, calibration {p['samples']} × 512 tokens of {p['calibration']} for each "
+            f"of {p['seeds']} seeds, "
+            f"evaluation {p['windows']} × {p['seq_len']} tokens of {p['evaluation']}; {machine}; `python "
+            f"experiments/{file.stem}.py "
+            f"--calibration {p['calibration']} --evaluation {p['evaluation']} --windows {p['windows']} --samples "
+            f"{p['samples']} "
             f"--seeds {p['seeds']}`, {result['minutes']} minutes."
         )
     write_text(HERE / "README.md", "\n".join([*lines, "", *notes, "", "A new claim is a copy of one file.", ""]))

@@ -6,9 +6,9 @@ MiniLLM, arXiv:2306.08543; that is another task and is not measured here.)
 
 Claim: at one token budget the NLL after forward KL is below that after reverse KL.
 
-Protocol: a tenth of the layers dropped; one epoch over the calibration windows (in pieces of 256 tokens), four pieces an
-update, AdamW 2e-4 with warm-up and cosine. NLL on paired windows, averaged over calibration seeds; 95% bootstrap over
-windows. It holds where the interval of the difference is above 0.
+Protocol: a tenth of the layers dropped; one epoch over the calibration windows (in pieces of 256 tokens), four pieces
+an update, AdamW 2e-4 with warm-up and cosine. NLL on paired windows, averaged over calibration seeds; 95% bootstrap
+over windows. It holds where the interval of the difference is above 0.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """A pruned model is healed better by its original's distribution (KL) than by the text alone (CE), or by both.
 
-Paper: Minitron, Compact Language Models via Pruning and Knowledge Distillation (arXiv:2407.14679), table 5: LM loss after
-distilling a pruned model 2.107 with KL alone, 2.117 with CE + KL; and its finding that KL alone beats training on CE.
+Paper: Minitron, Compact Language Models via Pruning and Knowledge Distillation (arXiv:2407.14679), table 5: LM loss
+after distilling a pruned model 2.107 with KL alone, 2.117 with CE + KL; and its finding that KL alone beats training on
+CE.
 
 Claim: at one token budget the NLL after KL is below that after CE, and not above that after both.
 
-Protocol: a quarter of every FFN pruned and refitted; one epoch over the calibration windows (in pieces of 256 tokens), four
-pieces an update, AdamW 2e-4 with warm-up and cosine, the same order for all. NLL on paired windows, averaged over
-calibration seeds; 95% bootstrap over windows. CE against KL holds where the interval of CE - KL is above 0; both against
-KL holds where its upper end is above 0 (both are not better).
+Protocol: a quarter of every FFN pruned and refitted; one epoch over the calibration windows (in pieces of 256 tokens),
+four pieces an update, AdamW 2e-4 with warm-up and cosine, the same order for all. NLL on paired windows, averaged over
+calibration seeds; 95% bootstrap over windows. CE against KL holds where the interval of CE - KL is above 0; both
+against KL holds where its upper end is above 0 (both are not better).
 """
 
 from __future__ import annotations

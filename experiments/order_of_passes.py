@@ -1,14 +1,16 @@
 """Pruned and quantized at one training budget: the model learns best on the grid that it ends on.
 
-Paper: LLM-QAT: Data-Free Quantization Aware Training for Large Language Models (arXiv:2305.17888): below 4 bits, training
-that sees the grid beats quantization after training. Orders of pruning, distilling and quantizing have no agreed figure.
+Paper: LLM-QAT: Data-Free Quantization Aware Training for Large Language Models (arXiv:2305.17888): below 4 bits,
+training that sees the grid beats quantization after training. Orders of pruning, distilling and quantizing have no
+agreed figure.
 
 Claim: prune → distil on the grid beats prune → distil → quantize, and both beat prune → quantize, at 3 bits.
 
-Protocol: a quarter of every FFN pruned and refitted; groups of 64 where they divide every input, else per-channel; rounding
-to nearest on the best grid; the grid of training is learned. One epoch over the calibration windows (in pieces of 256
-tokens), KL, four pieces an update, AdamW 2e-4; "half, half" spends half of the budget before and half on the grid. NLL on
-paired windows, averaged over calibration seeds; 95% bootstrap over windows. A finding holds where its interval is above 0.
+Protocol: a quarter of every FFN pruned and refitted; groups of 64 where they divide every input, else per-channel;
+rounding to nearest on the best grid; the grid of training is learned. One epoch over the calibration windows (in pieces
+of 256 tokens), KL, four pieces an update, AdamW 2e-4; "half, half" spends half of the budget before and half on the
+grid. NLL on paired windows, averaged over calibration seeds; 95% bootstrap over windows. A finding holds where its
+interval is above 0.
 """
 
 from __future__ import annotations

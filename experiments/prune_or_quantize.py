@@ -6,9 +6,9 @@ quantization; pruning only where compression is extreme.
 Claim: GPTQ to 3 bits loses less than a structured cut followed by GPTQ to 4 bits with the same bytes in its layers.
 
 Protocol: groups of 64, every linear but the head. The share kept is the ratio of the two grids' bits a weight, scales
-included, so the layers' bytes agree to the nearest width. The cut is `Prune` as it comes, with the same calibration text.
-The difference of the NLLs is taken on paired windows, averaged over calibration seeds; 95% bootstrap over windows. It
-holds where the lower end of the interval is above 0.
+included, so the layers' bytes agree to the nearest width. The cut is `Prune` as it comes, with the same calibration
+text. The difference of the NLLs is taken on paired windows, averaged over calibration seeds; 95% bootstrap over
+windows. It holds where the lower end of the interval is above 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A least-squares refit of what stays wins back a good part of what an FFN cut loses, and more of it the deeper the cut.
+"""A least-squares refit of what stays wins back a good part of what an FFN cut loses, and more of it the deeper the
+cut.
 
 Papers: OSSCAR (arXiv:2403.12983) and ZipLM (arXiv:2302.04089), which update the weights that stay after structured
 removal; published improvements in perplexity over the same cut without an update lie between 10 and 84%.
@@ -6,10 +7,10 @@ removal; published improvements in perplexity over the same cut without an updat
 Claim: with the same channels kept (Wanda-sp's score, the same share of every layer), refitting down_proj in closed form
 lowers the loss, and the difference grows with the share that is cut.
 
-Protocol: FFN channels only, to 80, 70 and 60%, widths in multiples of 64; scores and refits from one collection of the whole
-graph's statistics a seed. The difference of the NLLs without and with refit is taken on paired windows, averaged over
-calibration seeds; 95% bootstrap over windows. A step holds where the lower end of the interval is above 0, growth where
-the difference at 60% exceeds that at 80%, interval included.
+Protocol: FFN channels only, to 80, 70 and 60%, widths in multiples of 64; scores and refits from one collection of the
+whole graph's statistics a seed. The difference of the NLLs without and with refit is taken on paired windows, averaged
+over calibration seeds; 95% bootstrap over windows. A step holds where the lower end of the interval is above 0, growth
+where the difference at 60% exceeds that at 80%, interval included.
 """
 
 from __future__ import annotations

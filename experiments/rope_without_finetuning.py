@@ -107,8 +107,10 @@ def how(p: dict[str, Any]) -> str:
     defaults = {"calibration": "pydoc", "population": 12, "generations": 4, "search_windows": 1}
     search = "".join(f" --{k.replace('_', '-')} {p[k]}" for k, v in defaults.items() if p[k] != v)
     return (
-        f"- `rope_without_finetuning`: {p['model']} (trained on {p['trained']}), about {p['tokens']:,} tokens a length of {' and '.join(p['text'])}; "
-        f"`python experiments/rope_without_finetuning.py --model {p['model']} --text {' '.join(p['text'])} --times {' '.join(map(str, p['times']))} "
+        f"- `rope_without_finetuning`: {p['model']} (trained on {p['trained']}), about {p['tokens']:,} tokens a "
+        f"length of {' and '.join(p['text'])}; "
+        f"`python experiments/rope_without_finetuning.py --model {p['model']} --text {' '.join(p['text'])} --times "
+        f"{' '.join(map(str, p['times']))} "
         f"--tokens {p['tokens']}{search}`."
     )
 

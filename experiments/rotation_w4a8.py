@@ -1,15 +1,17 @@
-"""Rotations that are folded into the weights win back what 8-bit activations and 4-bit weights lose together; smoothing does not.
+"""Rotations that are folded into the weights win back what 8-bit activations and 4-bit weights lose together; smoothing
+does not.
 
-Papers: QuaRot (arXiv:2404.00456), SpinQuant (arXiv:2405.16406), SmoothQuant (arXiv:2211.10438). Published for W4A8 for NPUs
-with Llama-3.2-1B (13.4): GPTQ 17.3, folded rotations and GPTQ 15.3, SmoothQuant about 100: 0.12 nats saved, 1.8 lost.
+Papers: QuaRot (arXiv:2404.00456), SpinQuant (arXiv:2405.16406), SmoothQuant (arXiv:2211.10438). Published for W4A8 for
+NPUs with Llama-3.2-1B (13.4): GPTQ 17.3, folded rotations and GPTQ 15.3, SmoothQuant about 100: 0.12 nats saved, 1.8
+lost.
 
 Claims: with w4 per-channel weights and int8 activations, GPTQ behind folded rotations (R1 on the residual stream, R2 on
 the heads' values) has a lower NLL than GPTQ alone; behind SmoothQuant (α = 0.85) a higher one.
 
 Protocol: every linear but the head on symmetric per-channel 4-bit grids, its inputs rounded to int8 in simulation, once
 with a range for each position and once with one static range a feed, of calibration seed 0. Nats a token on paired
-windows, the NLL averaged over calibration seeds; 95% bootstrap over windows. A saving holds where the interval lies above
-0, the loss where it lies below.
+windows, the NLL averaged over calibration seeds; 95% bootstrap over windows. A saving holds where the interval lies
+above 0, the loss where it lies below.
 """
 
 from __future__ import annotations

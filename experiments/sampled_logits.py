@@ -1,10 +1,11 @@
 """A teacher cached by random sampling heals as the whole teacher does; its largest probabilities alone are worse.
 
-Paper: Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs (arXiv:2503.16870): with about 12 distinct ids a
-token, random sampling matches the full distribution, and a plain top-k needs far more. Here the top-k cache keeps
-as many ids and puts the rest of the mass into one bucket (which removes the worst of its bias).
+Paper: Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs (arXiv:2503.16870): with about 12 distinct ids
+a token, random sampling matches the full distribution, and a plain top-k needs far more. Here the top-k cache keeps as
+many ids and puts the rest of the mass into one bucket (which removes the worst of its bias).
 
-Claim: the share of full KL's gain that a cache reaches, (pruned - cached) / (pruned - full), is at least 0.9 for sampling.
+Claim: the share of full KL's gain that a cache reaches, (pruned - cached) / (pruned - full), is at least 0.9 for
+sampling.
 
 Protocol: a quarter of every FFN pruned and refitted; 50 draws, and top 12; one epoch over the calibration windows (in
 pieces of 256 tokens), four pieces an update, AdamW 2e-4. NLL on paired windows, averaged over calibration seeds; 95%

@@ -1,15 +1,17 @@
-"""A stable embedding (trained behind a norm, which is folded away) heals no worse than a plain one, and better at a high rate.
+"""A stable embedding (trained behind a norm, which is folded away) heals no worse than a plain one, and better at a
+high rate.
 
-Paper: 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), section 2.3: a norm on the embedding's output, with
-32-bit optimizer state, makes training more stable and supports more aggressive rates. Here every state is 32-bit, and the
-norm starts at the given table and is folded away exactly (tinycompress/stable_embedding.py), so only its effect is measured.
+Paper: 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), section 2.3: a norm on the embedding's output,
+with 32-bit optimizer state, makes training more stable and supports more aggressive rates. Here every state is 32-bit,
+and the norm starts at the given table and is folded away exactly (tinycompress/stable_embedding.py), so only its effect
+is measured.
 
 Claim: plain less stable, in nats, is not below 0 at the usual learning rate, and above 0 at five times it.
 
-Protocol: a quarter of every FFN pruned and refitted; KL to the original, one epoch over the calibration windows (in pieces of
-256 tokens), four pieces an update, AdamW with warm-up and cosine, the same order for all. NLL on paired windows, averaged
-over calibration seeds; 95% bootstrap over windows. The usual rate holds where the upper end is above 0, the high one where
-the lower end is.
+Protocol: a quarter of every FFN pruned and refitted; KL to the original, one epoch over the calibration windows (in
+pieces of 256 tokens), four pieces an update, AdamW with warm-up and cosine, the same order for all. NLL on paired
+windows, averaged over calibration seeds; 95% bootstrap over windows. The usual rate holds where the upper end is above
+0, the high one where the lower end is.
 """
 
 from __future__ import annotations

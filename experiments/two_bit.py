@@ -5,9 +5,10 @@ GPTQ (arXiv:2210.17323) 36.8, AWQ (arXiv:2306.00978) 2.2e5: 8.7 nats apart.
 
 Claim: AWQ's NLL is far above GPTQ's at 2 bits.
 
-Protocol: every linear but the head, groups of 64, with integer zero points (as in the paper) and symmetric; both methods
-on E[x²]-weighted grids. NLL(AWQ) - NLL(GPTQ) in nats a token on paired windows, averaged over calibration seeds; 95%
-bootstrap over windows. It holds where the interval lies above 1, that is, where AWQ's perplexity is e times as high.
+Protocol: every linear but the head, groups of 64, with integer zero points (as in the paper) and symmetric; both
+methods on E[x²]-weighted grids. NLL(AWQ) - NLL(GPTQ) in nats a token on paired windows, averaged over calibration
+seeds; 95% bootstrap over windows. It holds where the interval lies above 1, that is, where AWQ's perplexity is e times
+as high.
 """
 
 from __future__ import annotations

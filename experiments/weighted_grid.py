@@ -1,13 +1,15 @@
-"""A grid whose error is weighted by E[x²] of each input channel is better than one that covers the range, also for plain rounding.
+"""A grid whose error is weighted by E[x²] of each input channel is better than one that covers the range, also for
+plain rounding.
 
-Paper: the importance matrix of llama.cpp, and llm-compressor's example of it (float 6.24; RTN 6.96, RTN with an importance
-matrix 6.85, both at 4 bits), which is a closure of (ln 6.96 - ln 6.85) / (ln 6.96 - ln 6.24) = 0.15.
+Paper: the importance matrix of llama.cpp, and llm-compressor's example of it (float 6.24; RTN 6.96, RTN with an
+importance matrix 6.85, both at 4 bits), which is a closure of (ln 6.96 - ln 6.85) / (ln 6.96 - ln 6.24) = 0.15.
 
-Claim: round-to-nearest on a grid that minimises Σ E[x_j²]·(w_j - q_j)² in each group has a lower NLL than on min-max grids.
+Claim: round-to-nearest on a grid that minimises Σ E[x_j²]·(w_j - q_j)² in each group has a lower NLL than on min-max
+grids.
 
 Protocol: every linear but the head, symmetric grids, groups of 64; E[x²] of the float model's inputs; nothing else is
-calibrated and no error is compensated. The closure of the weighted grid over min-max, on paired windows, the NLL averaged
-over calibration seeds; 95% bootstrap over windows. It holds where the interval lies above 0.
+calibrated and no error is compensated. The closure of the weighted grid over min-max, on paired windows, the NLL
+averaged over calibration seeds; 95% bootstrap over windows. It holds where the interval lies above 0.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Width with a refit loses less than depth at equal parameters; a rotation cuts the stream better than a selection.
 
-Papers: Minitron (arXiv:2407.14679), which prunes width before depth under 15B; SliceGPT (arXiv:2401.15024), Llama-2-7B on
-WikiText-2 at 2048 tokens with 20% cut, 6.64, against SLEB's depth (arXiv:2402.09025), 9.14.
+Papers: Minitron (arXiv:2407.14679), which prunes width before depth under 15B; SliceGPT (arXiv:2401.15024), Llama-2-7B
+on WikiText-2 at 2048 tokens with 20% cut, 6.64, against SLEB's depth (arXiv:2402.09025), 9.14.
 
-Claim: at the parameters that dropping a fifth of the layers leaves, (a) FFN channels and heads cut with a refit lose less
-than those layers (block influence); (b) principal axes of the residual stream lose less than its channels picked by
-Minitron's sum, at the same hidden width.
+Claim: at the parameters that dropping a fifth of the layers leaves, (a) FFN channels and heads cut with a refit lose
+less than those layers (block influence); (b) principal axes of the residual stream lose less than its channels picked
+by Minitron's sum, at the same hidden width.
 
 Protocol: no retraining. One rotation for all layers, so that the result stays a plain graph: SliceGPT's own has one a
 block. Differences of NLLs on paired windows, averaged over calibration seeds; 95% bootstrap over windows. A claim holds

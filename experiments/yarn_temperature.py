@@ -1,9 +1,10 @@
 """YaRN's temperature: does scaling cos and sin by 0.1·ln s + 1 help, and is that the best value?
 
-Paper: YaRN (arXiv:2309.00071), section 3.3 and appendix A.2: with the frequencies of NTK-by-parts, a factor √(1/t) on cos
-and sin improves perplexity over the whole extended window of LLaMA models, and the best one is about 0.1·ln s + 1.
+Paper: YaRN (arXiv:2309.00071), section 3.3 and appendix A.2: with the frequencies of NTK-by-parts, a factor √(1/t) on
+cos and sin improves perplexity over the whole extended window of LLaMA models, and the best one is about 0.1·ln s + 1.
 
-Claim, at s = 4: the formula's factor is better than 1 (no temperature), and no other factor of the sweep is clearly better.
+Claim, at s = 4: the formula's factor is better than 1 (no temperature), and no other factor of the sweep is clearly
+better.
 
 Protocol: full windows of s·L tokens that do not overlap, no training; attention factors from 0.9 to 1.3, and the
 formula's; mean NLL a window, paired by window, 95% bootstrap. Texts as in context_form.py.
@@ -63,8 +64,10 @@ def main() -> None:
         "trained": graph.config.max_position,
     }
     how = (
-        f"- `yarn_temperature`: {model} (trained on {protocol['trained']}), about {args.tokens:,} tokens a factor of {' and '.join(texts)}; "
-        f"`python experiments/yarn_temperature.py --model {model} --text {' '.join(texts)} --times {' '.join(map(str, args.times))} "
+        f"- `yarn_temperature`: {model} (trained on {protocol['trained']}), about {args.tokens:,} tokens a factor "
+        f"of {' and '.join(texts)}; "
+        f"`python experiments/yarn_temperature.py --model {model} --text {' '.join(texts)} --times "
+        f"{' '.join(map(str, args.times))} "
         f"--tokens {args.tokens}`."
     )
     rows = Rows(f"yarn_temperature_{model}", (__doc__ or "").splitlines()[0], protocol, how, not args.quick)

@@ -116,7 +116,8 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def new_file(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary path that becomes the file `target` when the block ends well, and vanishes when it does not."""
+    """Yields a temporary path that becomes the file `target` when the block ends well, and vanishes when it does
+    not."""
     target = Path(target).absolute()
     check_free_file(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 
 
 def run(graph: Graph, passes: Sequence[Pass], work: str | Path | None = None, progress: bool = True) -> Graph:
-    """The graph after all `passes`. With `work`, each step is saved there, and steps that are there already are not run.
+    """The graph after all `passes`. With `work`, each step is saved there, and steps that are there already are not
+    run.
 
     A pass that is not noted in the history by itself is noted here. The saved step, not the one in memory, goes into
     the next pass: its weights are memory-mapped, and a resumed run computes exactly what an unbroken one does.

@@ -34,9 +34,9 @@ WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for a
 
 @dataclass(frozen=True)
 class Recipe:
-    """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate` turns the
-    model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own. `tune` lets the scales learn from
-    the model that was given, last of all."""
+    """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate`
+    turns the model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own. `tune`
+    lets the scales learn from the model that was given, last of all."""
 
     prune: str | None = None
     context: int | None = None
@@ -130,18 +130,20 @@ class Recipe:
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
-    """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md, of those that leave the basis alone."""
+    """The gradient-free recipe with the lowest perplexity in benchmarks/results/quantize.md, of those that leave the
+    basis alone."""
     return GPTQ(tokens, spec, propagate=0.5, refine=2)
 
 
 def without_data(spec: QuantSpec) -> QuantSpec:
-    """The grid search of the lowest perplexity in benchmarks/results/quantize.md where there is no text; eight bits cover the range, which
-    keeps their scales positive, as some NPUs want them."""
+    """The grid search of the lowest perplexity in benchmarks/results/quantize.md where there is no text; eight bits
+    cover the range, which keeps their scales positive, as some NPUs want them."""
     return dataclasses.replace(spec, search="mse") if spec.search == "auto" and spec.bits < 8 else spec
 
 
 def tuned_scales(tokens: Tensor, teacher: Graph) -> Distill:
-    """One pass over the calibration text, window by window in memory: scales and norms towards the float model's distribution."""
+    """One pass over the calibration text, window by window in memory: scales and norms towards the float model's
+    distribution."""
     return Distill(tokens, teacher, Training(epochs=1, lr=1e-3, warmup=0.1, batch=2, micro_batch=1), scales=True)
 
 
@@ -154,8 +156,8 @@ def linear_inputs(config: Config) -> dict[str, int]:
 
 
 def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
-    """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (one budget; `params=0.8,ffn,heads` names the axes it is taken
-    from), or for one axis: a share `ffn=0.75`, or a count `layers=20`."""
+    """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (one budget; `params=0.8,ffn,heads` names the axes it is
+    taken from), or for one axis: a share `ffn=0.75`, or a count `layers=20`."""
     key, _, number = text.partition("=")
     if key in TARGET_KINDS:
         target, *names = text.split(",")
@@ -167,7 +169,8 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
                 "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(PRUNABLE),
             )
         return Prune(tokens, target, axes=tuple(names) or Prune.axes, multiple_of=multiple_of)
-    accepted = "params=SHARE, bytes=SIZE or flops=SHARE, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
+    budgets = "params=SHARE, bytes=SIZE or flops=SHARE"
+    accepted = f"{budgets}, or a share (at most 1.0) or count of ffn=, heads=, kv_heads=, layers= or hidden="
     try:
         amount = float(number) if "." in number else int(number)
     except ValueError:

@@ -5,7 +5,8 @@ Run by `benchmarks/quantize.py --peer auto-round|auto-round-light --peer-python 
 
     python3.11 -m venv auto-round && auto-round/bin/pip install torch==2.13.0 auto-round==0.16.1
 
-RECIPE: `default` (200 steps a block of 8 windows) or `light` (50), with the rates of its own command line; `quick` is a smoke test.
+RECIPE: `default` (200 steps a block of 8 windows) or `light` (50), with the rates of its own command line; `quick` is a
+smoke test.
 """
 
 import json
@@ -36,7 +37,8 @@ quantized, _ = quantizer.quantize()
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 name = f"auto-round {version('auto-round')}, {recipe} recipe"
-# not by its format="fake": 0.16.1 works in bfloat16 and "restores" every float32 tensor of the source on saving, the quantized too
+# not by its format="fake": 0.16.1 works in bfloat16 and "restores" every float32 tensor of the source on saving, the
+# quantized too
 weights, changed = load_file(Path(model) / "model.safetensors"), 0
 for layer, module in quantized.named_modules():
     if layer.startswith("model.layers.") and layer.endswith("_proj"):

@@ -1,7 +1,8 @@
-"""GPTQModel on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP → a GPTQ folder, and JSON of its cost.
+"""GPTQModel on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP → a GPTQ folder, and JSON
+of its cost.
 
-Run by `benchmarks/quantize.py --peer gptqmodel --peer-python VENV/bin/python`; its venv is `transformers` of tests/runtimes/README.md.
-Its defaults otherwise: group-aware order, no desc_act, 5% damping.
+Run by `benchmarks/quantize.py --peer gptqmodel --peer-python VENV/bin/python`; its venv is `transformers` of
+tests/runtimes/README.md. Its defaults otherwise: group-aware order, no desc_act, 5% damping.
 """
 
 import json

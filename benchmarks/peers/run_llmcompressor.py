@@ -1,5 +1,5 @@
-"""llm-compressor's GPTQ on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP → a folder of the
-dequantized weights, and JSON of its cost.
+"""llm-compressor's GPTQ on the tokens of benchmarks/quantize.py: MODEL TOKENS.safetensors OUT BITS GROUP → a folder of
+the dequantized weights, and JSON of its cost.
 
 Run by `benchmarks/quantize.py --peer llm-compressor --peer-python VENV/bin/python`. Its venv:
 

@@ -179,7 +179,7 @@ def test_what_is_refused(made, tmp_path):
         ([], "--teacher and --cache: found neither"),
         (["--teacher", made / "teacher", "--tokens", 100], "exactly one of the three"),
         (["--teacher", made / "teacher", "--hidden", "kl"], "cosine | mse | relation | attention"),
-        (["--teacher", made / "teacher", "--hidden", "relation", "--relation-heads", 5], "HiddenLoss.heads"),
+        (["--teacher", made / "teacher", "--hidden", "relation", "--relation-heads", 5], "--relation-heads: found 5"),
         (["--teacher", made / "other"], "a vocabulary of 48 tokens"),
         (["--teacher", made / "teacher", "--seq-len", "99"], "--seq-len: found 99"),
         (["--teacher", made / "teacher", "--loss", "mse"], "kl | reverse_kl"),

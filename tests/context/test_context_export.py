@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from test_context import MIXED, ids_of, small
+from context_cases import MIXED, ids_of, small
 
 from tinycompress.checkpoints.checkpoint import load
 from tinycompress.context.scale_rope import METHODS, ScaleRope

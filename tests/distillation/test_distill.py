@@ -8,52 +8,22 @@ import math
 
 import pytest
 import torch
+from distill_cases import FAST, distance, kl, perturbed, same, windows
 
 from tinycompress import PruneFFN
 from tinycompress.calibration import data
 from tinycompress.checkpoints import checkpoint
 from tinycompress.distillation.distill import Distill, HiddenLoss
 from tinycompress.distillation.fused_loss import Loss
-from tinycompress.distillation.lora import LoRA, merge
-from tinycompress.distillation.schedule import Ramp
+from tinycompress.distillation.lora import LoRA
 from tinycompress.distillation.teacher_cache import open_cache, write_cache
 from tinycompress.distillation.training import Training
 from tinycompress.errors import InputError
-from tinycompress.evaluation.perplexity import agreement, perplexity
+from tinycompress.evaluation.perplexity import perplexity
 from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph
-from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
-from tinycompress.quantization.embedding import QuantizeEmbedding
-from tinycompress.quantization.fake_quant import PackedLinear, fake_quantize
-from tinycompress.quantization.grid_search import find_grid, round_to_grid
-from tinycompress.quantization.lpbq import is_lpbq
+from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.quantization.rtn import RTN
-
-FAST = Training(steps=3, lr=1e-2, batch=4)
-
-
-def windows(graph, n=12, length=16, seed=0):
-    return torch.randint(graph.config.vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(graph, scale=0.3):
-    """A student that is clearly not its teacher."""
-    generator = torch.Generator().manual_seed(9)
-    return graph.replace(
-        weights={
-            n: w * (1 + scale * torch.randn(w.shape, generator=generator))
-            for n, w in graph.weights.items()
-            if n.endswith("proj.weight")
-        }
-    )
-
-
-def same(a, b):
-    return all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
-
-
-def kl(teacher, student, tokens):
-    return agreement(teacher.module(), student.dense().module(), tokens).kl
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd", "skew_kl"])
@@ -158,322 +128,22 @@ def test_biases_learn():
 # LoRA
 
 
-def test_lora_merges_exactly_and_freezes_the_rest(nonuniform):
-    graph = Graph(nonuniform.config, {n: w.double() for n, w in nonuniform.weights.items()})
-    student, tokens, lora = perturbed(graph), windows(graph), LoRA(4, 8.0, ("q_proj", "up_proj"))
-    pass_, modules = Distill(tokens, graph, FAST, lora=lora), []
-    import tinycompress.distillation.distill as where
-
-    plain = where.train
-    try:
-        where.train = lambda network, *args, **kwargs: (plain(network, *args, **kwargs), modules.append(network))
-        out = pass_(student)
-    finally:
-        where.train = plain
-    changed = {n for n in out.weights if not torch.equal(out.weights[n], student.weights[n])}
-    assert changed == {n for n in out.weights if n.endswith(("q_proj.weight", "up_proj.weight"))}
-    assert all(out.weights[n] is student.weights[n] for n in set(out.weights) - changed)
-    ids = windows(graph, 2, seed=3)
-    assert (
-        (modules[0].transformer(ids) - out.module()(ids)).abs().max()
-        < 1e-8
-        < (out.module()(ids) - student.module()(ids)).abs().max()
-    )
-
-
-def test_lora_is_the_low_rank_sum():
-    w, a, b = torch.randn(5, 7), torch.randn(2, 7), torch.randn(5, 2)
-    torch.testing.assert_close(merge(w, a, b, 0.5), w + 0.5 * b @ a)
-
-
 # quantization-aware
-
-
-@pytest.mark.parametrize("grid", ["refind", "learn"])
-@pytest.mark.parametrize("text", ["w3g16", "w4", "w2g16-asym"])
-def test_the_packed_result_is_what_training_saw(nonuniform, monkeypatch, text, grid):
-    import tinycompress.distillation.distill as where
-
-    seen, plain = [], where.train
-    monkeypatch.setattr(
-        where, "train", lambda network, *args, **kwargs: (plain(network, *args, **kwargs), seen.append(network))
-    )
-    spec = QuantSpec.parse(text)
-    out = Distill(windows(nonuniform), nonuniform, FAST, fake_quant=spec, grid=grid)(nonuniform)
-    packed = {n: w for n, w in out.weights.items() if isinstance(w, QuantTensor)}
-    assert len(packed) == sum(n.endswith("proj.weight") for n in shapes(nonuniform.config)) and {
-        w.grid for w in packed.values()
-    } == {spec.grid}
-    for name, weight in packed.items():
-        module = seen[0].transformer.get_submodule(name.removesuffix(".weight"))
-        scales, zeros = module.grid(module.weight)
-        assert torch.equal(fake_quantize(module.weight, scales, zeros, spec), weight.dequantize())
-    ids = windows(nonuniform, 2, seed=4)
-    with torch.no_grad():
-        assert torch.equal(seen[0].transformer(ids), out.dense().module()(ids))
-    if grid == "refind":  # what RTN makes of the trained float weights
-        trained = Graph(
-            nonuniform.config, {n: seen[0].get_parameter(f"transformer.{n}").detach() for n in nonuniform.weights}
-        )
-        rounded = RTN(spec)(trained)
-        assert all(
-            torch.equal(rounded.weights[n].packed, w.packed) and torch.equal(rounded.weights[n].scales, w.scales)
-            for n, w in packed.items()
-        )
-
-
-def test_linears_have_grids_of_their_own(nonuniform):
-    name = "model.layers.0.mlp.up_proj"
-    specs = {name: QuantSpec(3, 16), "model.layers.3.self_attn.q_proj": QuantSpec(8, None)}
-    out = Distill(windows(nonuniform), nonuniform, FAST, fake_quant=specs)(nonuniform)
-    assert {n: w.grid for n, w in out.weights.items() if isinstance(w, QuantTensor)} == {
-        f"{n}.weight": spec.grid for n, spec in specs.items()
-    }
-    with pytest.raises(InputError, match="a grid for lm_head"):
-        Distill(windows(nonuniform), nonuniform, FAST, fake_quant={"lm_head": QuantSpec(4, 16)})(nonuniform)
-    with pytest.raises(InputError, match="'learn' with lpbq"):
-        Distill(windows(nonuniform), nonuniform, FAST, fake_quant=QuantSpec(4, 16, search="lpbq"), grid="learn")(
-            nonuniform
-        )
-
-
-def test_quantization_aware_training_beats_rounding(nonuniform):
-    tokens, spec = windows(nonuniform, 24), QuantSpec.parse("w2g16")
-    rounded = RTN(spec)(nonuniform)
-    for grid in ("refind", "learn"):
-        out = Distill(tokens, nonuniform, Training(steps=25, lr=3e-3, batch=8), fake_quant=spec, grid=grid)(nonuniform)
-        assert kl(nonuniform, out, tokens) < 0.8 * kl(nonuniform, rounded, tokens)
-
-
-def test_gradients_of_fake_quantization():
-    """Straight through inside the range, none outside; the scale's by the naive formula."""
-    spec, w = QuantSpec(3, 8), torch.randn(4, 16)
-    scales, _ = find_grid("w", w, spec)
-    scales = (scales * 0.6).requires_grad_()  # so that some are clamped
-    weight, upstream = w.clone().requires_grad_(), torch.randn(4, 16)
-    fake_quantize(weight, scales, None, spec).backward(upstream)
-    q = round_to_grid(w, scales.detach(), None, spec).float() - 4
-    u = w / scales.detach().repeat_interleave(8, 1)
-    inside = (u.round() >= -4) & (u.round() <= 3)
-    assert 0 < inside.sum() < inside.numel()
-    assert torch.equal(weight.grad, upstream * inside)
-    torch.testing.assert_close(scales.grad, (upstream * (q - u * inside)).reshape(4, 2, 8).sum(-1))
 
 
 # of a quantized graph, the scales
 
 
-@pytest.mark.parametrize("text", ["w3g16", "w4g16-asym", "w4", "w2g16-floatzero", "w4g16-lpbq"])
-def test_scales_learn_and_integers_stay(nonuniform, monkeypatch, tmp_path, text):
-    import tinycompress.distillation.distill as where
-
-    seen, plain = [], where.train
-    monkeypatch.setattr(
-        where, "train", lambda network, *args, **kwargs: (plain(network, *args, **kwargs), seen.append(network))
-    )
-    spec, tokens = QuantSpec.parse(text), windows(nonuniform, 24)
-    rounded = RTN(spec)(nonuniform)
-    out = Distill(tokens, nonuniform, Training(steps=15, lr=5e-3, batch=8), scales=True)(rounded)
-    assert kl(nonuniform, out, tokens) < 0.9 * kl(nonuniform, rounded, tokens)
-    for name, before in rounded.weights.items():
-        after = out.weights[name]
-        if isinstance(before, QuantTensor):
-            assert (
-                torch.equal(after.packed, before.packed)
-                and after.grid == spec.grid
-                and not torch.equal(after.scales, before.scales)
-            )
-            assert (after.zeros is None) == (before.zeros is None) and (
-                before.zeros is None or torch.equal(after.zeros, before.zeros)
-            )
-            assert text != "w4g16-lpbq" or is_lpbq(after)
-        else:
-            assert torch.equal(before, after) == (before.dim() > 1)
-    ids = windows(nonuniform, 2, seed=4)
-    with torch.no_grad():
-        assert torch.equal(seen[0].transformer(ids), out.dense().module()(ids))
-    checkpoint.save(out, tmp_path / "out")
-    assert torch.equal(checkpoint.load(tmp_path / "out").dense().module()(ids), out.dense().module()(ids))
-
-
-def test_a_packed_table_stays_while_scales_learn(tiny):
-    rounded = QuantizeEmbedding(QuantSpec(8, 16))(RTN(QuantSpec(3, 16))(tiny))
-    out = Distill(windows(tiny), tiny, FAST, scales=True)(rounded)
-    assert out.weights["model.embed_tokens.weight"] is rounded.weights["model.embed_tokens.weight"]
-
-
-@pytest.mark.parametrize("text", ["w3g8", "w3g8-asym", "w2g8-floatzero"])
-def test_gradients_of_the_scales_of_packed_weights(text):
-    spec, w, x = QuantSpec.parse(text), torch.randn(4, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
-    scales, zeros = find_grid("w", w, spec)
-    weight = QuantTensor.from_ints(round_to_grid(w, scales, zeros, spec), scales, zeros, spec)
-    linear = PackedLinear(weight, None, torch.float64)
-    linear.scales_delta.data.uniform_(-0.1, 0.1)
-    assert torch.autograd.gradcheck(
-        lambda delta: torch.func.functional_call(linear, {"scales_delta": delta}, x), linear.scales_delta
-    )
-
-
 # the stable embedding
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_stable_embedding_folds_away_exactly(nonuniform, monkeypatch, tied):
-    import tinycompress.distillation.distill as where
-
-    config = dataclasses.replace(nonuniform.config, tie_embeddings=tied)
-    graph = Graph(config, {n: nonuniform.weights[n].double() for n in shapes(config)})
-    seen, plain, ids = [], where.train, windows(nonuniform, 2, seed=5)
-
-    def watch(network, *args, **kwargs):
-        with torch.no_grad():
-            assert (network.transformer(ids) - student.module()(ids)).abs().max() < 1e-8  # starts where the graph is
-        plain(network, *args, **kwargs)
-        seen.append(network)
-
-    student = perturbed(graph)
-    monkeypatch.setattr(where, "train", watch)
-    out = Distill(windows(graph), graph, FAST, stable_embedding=True)(student)
-    with torch.no_grad():
-        assert (seen[0].transformer(ids) - out.module()(ids)).abs().max() < 1e-8
-    name = "model.embed_tokens.weight"
-    assert set(out.weights) == set(shapes(config)) and (out.weights[name] - student.weights[name]).abs().max() > 1e-4
 
 
 # hidden states, teachers of other shapes
 
 
-def test_a_wider_and_deeper_teacher_with_hidden_losses(nonuniform):
-    teacher = Graph.random(
-        Config(vocab_size=128, hidden_size=48, head_dim=16, layers=(Layer(3, 1, 64),) * 7, max_position=64), 3, std=0.1
-    )
-    tokens = windows(teacher)
-    for kind in ("cosine", "mse"):
-        out = Distill(tokens, teacher, Training(steps=12, lr=5e-3, batch=6), hidden=(HiddenLoss(kind),))(nonuniform)
-        assert kl(teacher, out, tokens) < 0.8 * kl(teacher, nonuniform, tokens)
-
-
-def test_the_hidden_loss_alone_pulls_the_states_together(tiny):
-    student, tokens = perturbed(tiny), windows(tiny)
-    pass_ = Distill(
-        tokens,
-        tiny,
-        Training(steps=15, lr=3e-3, batch=6),
-        losses=(Loss("kl", 0.0),),
-        hidden=(HiddenLoss("mse", 1.0, ((0, 0),)),),
-    )
-    out = pass_(student)
-
-    def state(graph):
-        from tinycompress.distillation.student import Network
-
-        with torch.no_grad():
-            return Network(graph)(tokens, lambda hidden, head, states: states[0], [0])
-
-    assert (state(out) - state(tiny)).square().mean() < 0.6 * (state(student) - state(tiny)).square().mean()
-    assert torch.equal(
-        out.weights["model.layers.1.mlp.up_proj.weight"], student.weights["model.layers.1.mlp.up_proj.weight"]
-    )
-
-
 # attention relations
 
 
-@pytest.mark.parametrize("heads", [None, 4])
-def test_the_attention_loss_is_that_of_the_models_attention(tiny, tmp_path, heads):
-    """Its value against transformers' own attention matrices (where relation heads are the model's heads) and
-    values."""
-    student, tokens = perturbed(tiny), windows(tiny, 4)
-    loss = HiddenLoss("attention", 0.7, ((0, 1),), heads=heads)
-    Distill(tokens, tiny, Training(steps=1, batch=4), losses=(Loss("kl", 0.0),), hidden=(loss,), log=tmp_path)(student)
-    found = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["loss"]
-
-    def seen(graph, layer):
-        hf, values = graph.to_hf(), []
-        hf.set_attn_implementation("eager")
-        hf.model.layers[layer].self_attn.v_proj.register_forward_hook(
-            lambda module, inputs, output: values.append(output)
-        )
-        with torch.no_grad():
-            attention = hf(tokens, output_attentions=True).attentions[layer]  # [B, H, T, T]
-        return attention, values[0]
-
-    (q, v_s), (p, v_t) = seen(student, 0), seen(tiny, 1)
-
-    def kl(p, q):
-        return torch.xlogy(p, p / q.clamp_min(1e-30)).sum(-1).mean()
-
-    def relation(v):
-        v = v.unflatten(-1, (4, -1)).transpose(1, 2)
-        later = torch.ones(16, 16, dtype=torch.bool).triu(1)
-        return (v @ v.transpose(2, 3) / v.shape[-1] ** 0.5).masked_fill(later, -1e9).softmax(-1)
-
-    if heads == 4:
-        assert found == pytest.approx(0.7 * (kl(p, q) + kl(relation(v_t), relation(v_s))).item(), rel=1e-4)
-    else:
-        assert found > 0
-
-
-@pytest.mark.parametrize("kind", ["relation", "attention"])
-def test_relations_come_nearer_whatever_the_heads(nonuniform, kind, tmp_path):
-    """A teacher of other widths and heads; the loss falls, and only what lies before the tapped layer's scores
-    learns."""
-    teacher = Graph.random(
-        Config(vocab_size=128, hidden_size=48, head_dim=16, layers=(Layer(6, 2, 64),) * 6, max_position=64), 3, std=0.1
-    )
-    loss = HiddenLoss(kind, layers=((1, 4),))
-    training = Training(steps=25, lr=3e-3, batch=6)
-    out = Distill(windows(teacher), teacher, training, losses=(Loss("kl", 0.0),), hidden=(loss,), log=tmp_path)(
-        nonuniform
-    )
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    changed = {
-        n.removeprefix("model.layers.") for n in out.weights if not torch.equal(out.weights[n], nonuniform.weights[n])
-    }
-    assert {f"1.self_attn.{x}_proj.weight" for x in "qkv"} <= changed
-    assert "1.self_attn.o_proj.weight" not in changed and not any(
-        n.startswith(("1.mlp", "2.", "3.", "4.")) for n in changed
-    )
-
-
-def test_taps_do_not_depend_on_micro_batches_or_checkpointing(nonuniform):
-    graph = Graph(nonuniform.config, {n: w.double() for n, w in nonuniform.weights.items()})
-    student, tokens, hidden = (
-        perturbed(graph),
-        windows(graph),
-        (HiddenLoss("relation", 2.0, last=2), HiddenLoss("cosine"), HiddenLoss("attention")),
-    )
-    trainings = [
-        Training(steps=3, lr=1e-2, batch=4, micro_batch=m, checkpointing=c)
-        for m, c in ((None, False), (3, False), (None, True))
-    ]
-    results = [Distill(tokens, graph, training, hidden=hidden)(student) for training in trainings]
-    assert same(results[0], results[2])
-    for name, weight in results[0].weights.items():
-        torch.testing.assert_close(results[1].weights[name], weight, rtol=1e-6, atol=1e-8)
-
-
 # weights that change
-
-
-def test_a_ramp_is_the_step_by_step_sum(tiny, tmp_path):
-    """A step's logged loss is the losses' own, each at its weight of that step."""
-    student, tokens, steps = perturbed(tiny), windows(tiny), 5
-
-    def logged(name, *losses, hidden=()):
-        training = Training(steps=steps, lr=1e-12, batch=4)  # nothing moves: every step's losses can be told apart
-        Distill(tokens, tiny, training, losses=losses, hidden=hidden, log=tmp_path / name)(student)
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
-
-    kl, ce = logged("kl", Loss("kl")), logged("ce", Loss("ce"))
-    cosine = [a - b for a, b in zip(logged("cosine", Loss("kl"), hidden=(HiddenLoss("cosine"),)), kl)]
-    ramps = Loss("kl", Ramp(0, 1)), Loss("ce", Ramp(0.5, 0.1, "cosine"))
-    for i, found in enumerate(logged("both", *ramps, hidden=(HiddenLoss("cosine", Ramp(2, 0)),))):
-        t = i / (steps - 1)
-        assert found == pytest.approx(
-            t * kl[i] + Ramp(0.5, 0.1, "cosine").at(t) * ce[i] + 2 * (1 - t) * cosine[i], rel=1e-4
-        )
 
 
 # cached teachers
@@ -526,12 +196,6 @@ def test_on_policy_loss_is_a_mean_over_what_counts(tiny, tmp_path):
 
 
 # tokens that count more than others
-
-
-def distance(a: Graph, b: Graph) -> float:
-    """Of all weights: AdamW moves a weight whose gradient is all rounding as far as any other, so single ones may
-    differ."""
-    return sum((w - b.weights[name]).double().square().sum().item() for name, w in a.weights.items()) ** 0.5
 
 
 def test_tokens_count_as_much_as_their_weights(tiny, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tinycompress.checkpoints import checkpoint
-from tinycompress.distillation import training
+from tinycompress.distillation import training_loop
 from tinycompress.distillation import training_state as train_state
 from tinycompress.distillation.distill import Distill, HiddenLoss
 from tinycompress.distillation.training import Training
@@ -40,12 +40,14 @@ tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
 with process_group("cpu") as device:
     assert world_size() == 2
     for work in ("new", "continued"):
-        pass_ = Distill(tokens, load(folder + "/teacher"), Training(**%r), hidden=(HiddenLoss(last=2), HiddenLoss("relation")), held_out=tokens[:3],
+        pass_ = Distill(tokens, load(folder + "/teacher"), Training(**%r),
+                        hidden=(HiddenLoss(last=2), HiddenLoss("relation")), held_out=tokens[:3],
                         work=f"{folder}/{work}", log=f"{folder}/{work}")
         out = pass_(load(folder + "/student"))
         if rank() == 0:
             save(out, f"{folder}/{work}-out")
-    out = Distill(tokens, load(folder + "/teacher"), Training(**%r), scales=True)(RTN(QuantSpec(3, 16))(load(folder + "/student")))
+    packed = RTN(QuantSpec(3, 16))(load(folder + "/student"))
+    out = Distill(tokens, load(folder + "/teacher"), Training(**%r), scales=True)(packed)
     if rank() == 0:
         save(out, f"{folder}/scales-out")
 """
@@ -59,14 +61,14 @@ def test_two_processes_do_what_one_does_and_continue_its_state(tmp_path, monkeyp
     teacher, student = Graph.random(TEACHER, 1, std=0.2), Graph.random(STUDENT, 2, std=0.2)
     checkpoint.save(teacher, tmp_path / "teacher")
     checkpoint.save(student, tmp_path / "student")
-    plain = training.save_state
+    plain = training_loop.save_state
 
     def save_and_copy(work, step, tensors, about):
         plain(work, step, tensors, about)
         if step == 3:
             shutil.copytree(work, tmp_path / "continued")
 
-    monkeypatch.setattr(training, "save_state", save_and_copy)
+    monkeypatch.setattr(training_loop, "save_state", save_and_copy)
     monkeypatch.setattr(train_state, "FILE_BYTES", 4000)
     tokens = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(0))
     one = Distill(

@@ -183,7 +183,8 @@ student = load(folder + "/student")
 if how == "scales":
     student = RTN(QuantSpec(3, 16))(student)
 with stop_on_sigterm() as stop:
-    pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work, stop=stop, **extra)
+    pass_ = Distill(tokens, load(folder + "/teacher"), training, held_out=tokens[:2], work=work, log=work,
+                    stop=stop, **extra)
     student = pass_(student)
 save(student, out)
 """

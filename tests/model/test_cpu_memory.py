@@ -1,4 +1,5 @@
-"""Large blocks are used again within `keep_memory`, never while anything still reads them, and given back afterwards."""
+"""Large blocks are used again within `keep_memory`, never while anything still reads them, and given back
+afterwards."""
 
 import subprocess
 import sys

@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .option_names import in_options
 from .verify import verify
 
 
@@ -27,7 +28,7 @@ class Commands(TyperGroup):
         except typer.Exit:
             raise
         except (InputError, MissingExtra) as error:
-            _fail(error, 2)
+            _fail(in_options(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
         except OSError as error:  # a full disk, a folder that may not be written

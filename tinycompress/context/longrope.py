@@ -3,8 +3,8 @@
 LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens (arXiv:2402.13753): f_i' = f_i / λ_i beyond the trained
 length L, cos and sin × √(1 + ln s / ln L), s = context / L. An evolutionary search over λ (section 3.3) minimises the
 perplexity of long windows: the first generation holds position interpolation (λ = s), NTK-aware scaling, NTK-by-parts
-and their mutations; each next one the best quarter, mutations of it and crossovers; always 1 ≤ λ_i ≤ 1.25·s, λ_i ≤ λ_{i+1}.
-So on the search windows nothing in the first generation is better than what is found; elsewhere it may be.
+and their mutations; each next one the best quarter, mutations of it and crossovers; always 1 ≤ λ_i ≤ 1.25·s, λ_i ≤
+λ_{i+1}. So on the search windows nothing in the first generation is better than what is found; elsewhere it may be.
 
 Within L the frequencies stay as they are (`short="original"`), which ties cached keys to the length in use; with
 `short="same"` the searched factors hold at every length, and one table serves (the fast path of an export). The paper's
@@ -115,7 +115,8 @@ class LongRope:
 
 
 def first_factors(rope: Rope, head_dim: int) -> list[Factors]:
-    """λ = f / f' [d/2] of position interpolation, NTK-aware scaling and NTK-by-parts, for an unscaled Rope with a factor."""
+    """λ = f / f' [d/2] of position interpolation, NTK-aware scaling and NTK-by-parts, for an unscaled Rope with a
+    factor."""
     base = dataclasses.replace(rope, type="default", factor=1.0).inv_freq(head_dim)
     scaled = [dataclasses.replace(rope, type="linear"), dataclasses.replace(rope, type="yarn")]
     if head_dim > 2:

@@ -7,8 +7,8 @@
   yarn           the same, and cos, sin × (0.1·ln s + 1) (section 3.3)
   llama3         f/s for wavelengths above L, f below L/4, a mixture between
 
-The equations live in `tinycompress.graph.rope.Rope`; model and export read them there. LongRoPE's factors are searched for
-(`longrope.py`); Self-Extend changes no graph (`model/self_extend.py`).
+The equations live in `tinycompress.graph.rope.Rope`; model and export read them there. LongRoPE's factors are searched
+for (`longrope.py`); Self-Extend changes no graph (`model/self_extend.py`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class ScaleRope:
 
 @dataclass(frozen=True)
 class ChooseRope:
-    """Stretches the context to that of `tokens` [windows, context], by whichever of `methods` has the lowest perplexity on
-    them. No method is the best one for every model, head_dim and factor, and a few windows tell. By default those methods
-    compete that one table serves at every length, but for linear, which is far behind them without fine-tuning. The
-    history names the method that was chosen, as a `ScaleRope`."""
+    """Stretches the context to that of `tokens` [windows, context], by whichever of `methods` has the lowest perplexity
+    on them. No method is the best one for every model, head_dim and factor, and a few windows tell. By default those
+    methods compete that one table serves at every length, but for linear, which is far behind them without fine-tuning.
+    The history names the method that was chosen, as a `ScaleRope`."""
 
     tokens: Tensor = field(repr=False, compare=False)
     methods: tuple[str, ...] = UNTRAINED

@@ -1,15 +1,15 @@
 """Distillation: a student learns the distribution that a teacher gives each next token.
 
-    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of inner states or relations)
+    L = Σ_k weight_k · mean over tokens of D_k(teacher ‖ student)  (+ Σ_j weight_j · distance of inner states)
 
-Forward KL alone at temperature 1 is the default: for base models it beat CE, mixtures of the two and reverse KL (Minitron:
-Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679). Logit losses are fused with the head,
-chunk by chunk (fused_loss.py), so that [tokens × vocabulary] never exists. The teacher runs beside the student, or was cached
-once; on-policy, the student writes part of the text itself (GKD, arXiv:2306.13649).
+Forward KL alone at temperature 1 is the default: for base models it beat CE, mixtures of the two and reverse KL
+(Minitron: Compact Language Models via Pruning and Knowledge Distillation, arXiv:2407.14679). Logit losses are fused
+with the head, chunk by chunk (fused_loss.py), so that [tokens × vocabulary] never exists. The teacher runs beside the
+student, or was cached once; on-policy, the student writes part of the text itself (GKD, arXiv:2306.13649).
 
-The student learns with all its weights, through low-rank updates (lora.py), seeing the grid that it will be packed on, or,
-packed already, by its scales (fake_quant.py). Under torchrun student and teacher are split over the processes (distributed.py): the same pass.
-Letters: N windows, B windows of a micro-batch, T positions, D hidden, V vocabulary.
+The student learns with all its weights, through low-rank updates (lora.py), seeing the grid that it will be packed on,
+or, packed already, by its scales (fake_quant.py). Under torchrun student and teacher are split over the processes
+(distributed.py): the same pass. Letters: N windows, B windows of a micro-batch, T positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from .distributed import full_tensor, shard, world_size
 from .fused_loss import Loss
 from .hidden_losses import HiddenLoss
 from .lora import LoRA, add_lora, merge
-from .objective import Lesson
+from .objective import Objective
 from .stable_embedding import stable_rows
 from .student import Network, add_fake_quant, add_packed, add_stable_embedding
+from .teacher_checks import check_cache, check_teacher
 from .training import Training
 from .training_loop import train
 
@@ -51,19 +52,19 @@ class Distill:
     can only be ce). The work is done on the device of `tokens` (under torchrun: on each process's own).
 
     held_out: windows [N, T], or several by name, whose perplexities are logged; take one from another corpus too.
-    losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run.
-    lora, fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
-    mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward saw.
-    scales: of a graph that is packed already the scales learn, with norms and biases: integers, embedding and head stay.
-    stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
-    teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a short
-    context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents do).
-    token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or for each by
-    its kind: answers without their questions, the teacher's text for kl and the answers for ce. Each loss of a step is divided
-    by the sum of its weights.
-    on_policy: the share of steps whose second half the student writes itself, at temperature 1.
-    work: folder of the training state, found again by a rerun; log: folder of train.jsonl.
-    stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised (stopping.py). None: never.
+    losses: of the logits; hidden: of inner states and attention relations; weights may be `Ramp`s over the run. lora,
+    fake_quant: what learns, if not plain weights. `grid` of fake_quant is "refind" or "learn" (fake_quant.py); a
+    mapping gives the linears that it names grids of their own. The result is then packed: exactly what the last forward
+    saw. scales: of a graph that is packed already the scales learn, with norms and biases: integers, embedding and head
+    stay. stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
+    teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0: a teacher of a
+    short context then keeps what its student, stretched to a longer one, knew (the pieces should begin where documents
+    do). token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits
+    or for each by its kind: answers without their questions, the teacher's text for kl and the answers for ce. Each
+    loss of a step is divided by the sum of its weights. on_policy: the share of steps whose second half the student
+    writes itself, at temperature 1. work: folder of the training state, found again by a rerun; log: folder of
+    train.jsonl. stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised
+    (stopping.py). None: never.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
@@ -178,15 +179,15 @@ class Distill:
             add_packed(network, graph)
         if self.stable_embedding:
             add_stable_embedding(network)
-        lesson = Lesson(self, graph, device)
-        lesson.add_projections(network, dtype)
+        objective = Objective(self, graph, device)
+        objective.add_width_maps(network, dtype)
         shard(network, network.blocks, device)
         parameters = dict(network.named_parameters())  # the shards: a sharded module shows whole ones while it computes
-        lesson.network = network
+        objective.network = network
         train(
             network,
             self.tokens,
-            lesson,
+            objective,
             self.training,
             held_out=self._held_out(),
             work=None if self.work is None else Path(self.work),
@@ -310,54 +311,6 @@ class Distill:
             else:
                 out[name] = weight.to(_device(entry), entry.dtype)
         return out
-
-
-def check_teacher(teacher: Graph, student: Graph, seq_len: int) -> None:
-    """A teacher of another vocabulary, or of too short a context, is an InputError."""
-    theirs, ours = teacher.config.vocab_size, student.config.vocab_size
-    if theirs != ours:
-        raise InputError(
-            "teacher", f"a vocabulary of {theirs} tokens", f"the student's, {ours}: logits are compared token by token"
-        )
-    if teacher.tokenizer and student.tokenizer:
-        different = [t for t in _vocabulary(teacher).items() ^ _vocabulary(student).items()]
-        if different:
-            raise InputError(
-                "teacher",
-                f"another tokenizer ({len(different)} entries differ, such as {different[0]})",
-                "the student's tokenizer",
-            )
-    if seq_len > teacher.config.max_position:
-        raise InputError(
-            "windows",
-            f"{seq_len} tokens",
-            f"at most the teacher's context, {teacher.config.max_position}, or a teacher_context",
-        )
-
-
-def check_cache(cache: TeacherCache, student: Graph, tokens: Tensor) -> None:
-    """A cache of another vocabulary, of other tokens or made with another tokenizer is an InputError."""
-    from .teacher_cache import digest
-
-    if cache.vocab_size != student.config.vocab_size:
-        raise InputError(
-            "teacher",
-            f"a cache of {cache.vocab_size} tokens' vocabulary",
-            f"the student's, {student.config.vocab_size}",
-        )
-    if cache.index["tokens"] != digest(tokens):
-        raise InputError(
-            "teacher",
-            f"a cache of other tokens ({cache.windows} × {cache.seq_len})",
-            f"one of these very windows {tuple(tokens.shape)}",
-        )
-    if student.tokenizer and cache.index["tokenizer"] not in (None, digest(student.tokenizer)):
-        raise InputError("teacher", "a cache made with another tokenizer", "the student's tokenizer")
-
-
-def _vocabulary(graph: Graph) -> dict[str, int]:
-    assert graph.tokenizer
-    return graph.tokenizer.backend.get_vocab()
 
 
 def _device(entry: Weight | LazyTensor) -> torch.device:

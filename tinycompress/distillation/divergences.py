@@ -2,7 +2,7 @@
 
 With teacher p, student q = softmax(z / τ), and m a mixture of the two:
 
-  kl           KL(p ‖ q) = Σ p log(p / q)                        Hinton et al., arXiv:1503.02531; Minitron, arXiv:2407.14679
+  kl           KL(p ‖ q) = Σ p log(p / q)                        arXiv:1503.02531; Minitron, arXiv:2407.14679
   reverse_kl   KL(q ‖ p)                                         MiniLLM, arXiv:2306.08543
   jsd          β KL(p ‖ m) + (1-β) KL(q ‖ m),  m = βp + (1-β)q   GKD, arXiv:2306.13649
   skew_kl      KL(p ‖ m),  m = αp + (1-α)q                       DistiLLM, arXiv:2402.03898
@@ -12,9 +12,9 @@ Every one is a sum over outcomes, so with a = q · ∂L/∂q (element by element
 
     ∂L/∂(z / τ) = a - q · Σ a
 
-and where outcomes are buckets of tokens (a teacher's top k, and the rest in one), a token gets its share of its bucket's
-a. Values and gradients are multiplied by τ², so that weights mean the same at every temperature.
-Letters: r positions, V vocabulary, k stored ids.
+and where outcomes are buckets of tokens (a teacher's top k, and the rest in one), a token gets its share of its
+bucket's a. Values and gradients are multiplied by τ², so that weights mean the same at every temperature. Letters: r
+positions, V vocabulary, k stored ids.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KINDS = ("kl", "reverse_kl", "jsd", "skew_kl", "ce")
 
 @dataclass(frozen=True)
 class Loss:
-    """One logit loss: `weight` in a mixture (a `Ramp` changes it over a run), `temperature` τ, `beta` of jsd, `alpha` of
-    skew_kl."""
+    """One logit loss: `weight` in a mixture (a `Ramp` changes it over a run), `temperature` τ, `beta` of jsd, `alpha`
+    of skew_kl."""
 
     kind: str = "kl"
     weight: float | Ramp = 1.0
@@ -120,7 +120,8 @@ def sampled(ids: Tensor, t: Tensor, q: Softmax) -> tuple[Tensor, Tensor]:
 
 
 def bucketed(loss: Loss, ids: Tensor, t: Tensor, q: Softmax) -> tuple[Tensor, Tensor]:
-    """A divergence over k + 1 outcomes: the (distinct) `ids` [r, k], of teacher mass t, and all other tokens together."""
+    """A divergence over k + 1 outcomes: the (distinct) `ids` [r, k], of teacher mass t, and all other tokens
+    together."""
     tiny = torch.finfo(t.dtype).tiny
     left = (1 - t.double().sum(-1, keepdim=True)).clamp_min(0)  # in float32 a thin tail would be mostly rounding error
     teacher = torch.cat((t, left.to(t.dtype)), -1)

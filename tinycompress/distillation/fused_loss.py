@@ -69,7 +69,8 @@ def fused_loss(
             default the sum of those given here, for each loss its own.
         chunk: the number of tokens whose logits exist at a time.
 
-    Returns a scalar in float32, or float64 for float64 inputs. Raises InputError for arguments that do not fit together.
+    Returns a scalar in float32, or float64 for float64 inputs. Raises InputError for arguments that do not fit
+    together.
     """
     _check(hidden, head, losses, labels, teacher, chunk)
     counting = tuple(loss for loss in losses if loss.weight)
@@ -274,7 +275,8 @@ def _rows(target: ChunkTarget, index: slice) -> ChunkTarget:
 def _mixture(
     losses: Sequence[Loss], z: Tensor, labels: Tensor | None, weights: Mapping[str, Tensor], target: ChunkTarget
 ) -> Tensor:
-    """The weighted losses over logits z [r, V] of tokens of `weights` [r] by kind, summed in float64; z becomes the gradient."""
+    """The weighted losses over logits z [r, V] of tokens of `weights` [r] by kind, summed in float64; z becomes the
+    gradient."""
     total = z.new_zeros((), dtype=torch.float64)
     gradient: Tensor | None = None
     students: dict[float, Softmax] = {}  # by temperature

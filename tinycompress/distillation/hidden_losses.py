@@ -1,15 +1,17 @@
 """Losses between a student's and a teacher's states inside the model: what a pass is told, and plain tensor functions.
 
-  cosine, mse   1 - cos(s, t), or mean (s - t)², of the outputs of layers; with a projection P [D_t, D_s] between widths, s
-                becomes P s (cosine on the last layers: Minitron, arXiv:2407.14679; projections: TinyBERT, arXiv:1909.10351)
-  relation      Σ over q, k and v of KL(R_t ‖ R_s) with R = softmax(A Aᵀ / √d), A the queries, keys or values: which positions
-                resemble which, whatever the widths (MiniLMv2, arXiv:2012.15828). Before the rotation: rotary positions do not learn
+  cosine, mse   1 - cos(s, t), or mean (s - t)², of the outputs of layers; with a projection P [D_t, D_s] between
+                widths, s becomes P s (cosine on the last layers: Minitron, arXiv:2407.14679; projections: TinyBERT,
+                arXiv:1909.10351)
+  relation      Σ over q, k and v of KL(R_t ‖ R_s) with R = softmax(A Aᵀ / √d), A the queries, keys or values: which
+                positions resemble which, whatever the widths (MiniLMv2, arXiv:2012.15828). Taken before the rotation:
+                rotary positions do not learn
   attention     the same KL of the attention itself, A = q, B = k as attention sees them, and of the values' relations
                 (MiniLM, arXiv:2002.10957)
 
-Relations are causal, as attention is. Like the logit losses they make their gradients along with their value, some queries at
-a time: [T, T] exists for a few heads only, once. Letters: n tokens, B batch, T positions, H heads, K KV heads, D_s and D_t
-widths of student and teacher, h relation heads, d their width, c queries of a chunk.
+Relations are causal, as attention is. Like the logit losses they make their gradients along with their value, some
+queries at a time: [T, T] exists for a few heads only, once. Letters: n tokens, B batch, T positions, H heads, K KV
+heads, D_s and D_t widths of student and teacher, h relation heads, d their width, c queries of a chunk.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ Tap: TypeAlias = int | tuple[int, str]  # what is wanted of a forward: the outpu
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """A loss between layers of student and teacher. `weight`: a number, or a `Ramp` over the run. `layers`: (student, teacher)
-    pairs; None: the last `last` of an even spread (by default two for states, one for relations; relations look at layers
-    with attention only). A learned projection joins different widths of states (it is thrown away at the end).
-    `heads`: relation heads, None for the most that cut no head of either model."""
+    """A loss between layers of student and teacher. `weight`: a number, or a `Ramp` over the run. `layers`: (student,
+    teacher) pairs; None: the last `last` of an even spread (by default two for states, one for relations; relations
+    look at layers with attention only). A learned projection joins different widths of states (it is thrown away at the
+    end). `heads`: relation heads, None for the most that cut no head of either model."""
 
     kind: str = "cosine"
     weight: float | Ramp = 1.0
@@ -103,7 +105,8 @@ class HiddenLoss:
             [layer.n_heads for layer in layers] if self.kind == "attention" else []
         )  # a rotated head must not be cut
         if any(n % self.heads for n in (*widths, *whole)):
-            found = f"{self.heads} at layers {pair}, of {', '.join(map(str, counts))} heads and widths {', '.join(map(str, widths))}"
+            sizes = f"{', '.join(map(str, counts))} heads and widths {', '.join(map(str, widths))}"
+            found = f"{self.heads} at layers {pair}, of {sizes}"
             raise InputError(
                 "HiddenLoss.heads", found, "a divisor of all widths, and for attention of the numbers of heads"
             )
@@ -117,8 +120,8 @@ class HiddenLoss:
 def relation_sum(
     kind: str, heads: int, student: list[Tensor], teacher: list[Tensor], turn: tuple[Turn, Turn]
 ) -> Tensor:
-    """The sum of the relations that a kind is made of. student, teacher: q, k, v [B, T, width] of a layer; turn: of each model,
-    what gives (q, k) as attention multiplies them, [B, T, H·d] both."""
+    """The sum of the relations that a kind is made of. student, teacher: q, k, v [B, T, width] of a layer; turn: of
+    each model, what gives (q, k) as attention multiplies them, [B, T, H·d] both."""
     named = [dict(zip("qkv", states)) for states in (student, teacher)]
     total = student[0].new_zeros(())
     for a, b in OF_RELATIONS[kind]:
@@ -142,12 +145,12 @@ def hidden_loss(
     valid: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """How far a student's hidden states are from a teacher's: the mean over tokens of 1 - cos(s, t), or of mean (s - t)²
-    ("mse"; over channels), in float32 or better. After depth pruning, cosine on the last layers helps (Minitron,
+    """How far a student's hidden states are from a teacher's: the mean over tokens of 1 - cos(s, t), or of mean (s -
+    t)² ("mse"; over channels), in float32 or better. After depth pruning, cosine on the last layers helps (Minitron,
     arXiv:2407.14679).
 
-    student [n, D_s], teacher [n, D_t]; project [D_t, D_s] maps the student's width to the teacher's (and can be trained);
-    valid and denominator as in `fused_loss`. An InputError for widths that do not fit or an unknown kind.
+    student [n, D_s], teacher [n, D_t]; project [D_t, D_s] maps the student's width to the teacher's (and can be
+    trained); valid and denominator as in `fused_loss`. An InputError for widths that do not fit or an unknown kind.
     """
     if kind not in ("cosine", "mse"):
         raise InputError("kind of hidden_loss", repr(kind), "cosine | mse")
@@ -157,7 +160,8 @@ def hidden_loss(
         or reached != teacher.shape[-1]
         or (project is not None and project.shape[1] != student.shape[-1])
     ):
-        found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, project {None if project is None else tuple(project.shape)}"
+        shape = None if project is None else tuple(project.shape)
+        found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, project {shape}"
         raise InputError(
             "hidden states", found, "[n, D_s], [n, D_t] and a projection [D_t, D_s] (which equal widths can do without)"
         )
@@ -184,8 +188,8 @@ def relation_loss(
 
     student [B, T, D_s] and teacher [B, T, D_t] are the outputs of a layer's q, k or v (A); B is A itself (MiniLMv2's
     query, key and value relations) or the keys given (MiniLM's attention). Both are cut into `heads` relation heads of
-    their own width d, so that neither widths nor numbers of heads need be alike. valid: bool [B, T], queries that count.
-    Call backward once.
+    their own width d, so that neither widths nor numbers of heads need be alike. valid: bool [B, T], queries that
+    count. Call backward once.
     """
     pairs = [
         (student, student if student_keys is None else student_keys),

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..graph.config import LINEARS
 from ..graph.graph import Graph
 from ..model.matmul import product
-from .student import Network, linears, replace_linear
+from .student import Network
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def add_lora(network: Network, graph: Graph, lora: LoRA, seed: int) -> None:
     """Freezes everything and gives each target linear its A and B, drawn by `seed` in model order."""
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in linears(network, graph).items():
+    for name, module in network.transformer.linears().items():
         if name.rsplit(".", 1)[1] in lora.targets:
             assert isinstance(module, nn.Linear)
-            replace_linear(network, name, LoRALinear(module, lora, generator))
+            network.transformer.replace_linear(name, LoRALinear(module, lora, generator))
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """The loss of one micro-batch of distillation: what `train` minimises.
 
-Teacher and student read the same windows; the teacher says what each next token should be (itself, or from a cache), and
-the losses of logits and of inner states make one number of it, as a part of the mean over the whole step.
-Letters: B windows of a micro-batch, T positions, D hidden.
+Teacher and student read the same windows; the teacher says what each next token should be (itself, or from a cache),
+and the losses of logits and of inner states make one number of it, as a part of the mean over the whole step. Letters:
+B windows of a micro-batch, T positions, D hidden.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .distill import Distill
 
 
-class Lesson:
+class Objective:
     """Called by `train` with the windows of a micro-batch."""
 
     def __init__(self, of: Distill, graph: Graph, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Lesson:
             shard(self.teacher, self.teacher.blocks, device)
         self.widths = (graph.config.hidden_size, of.teacher.config.hidden_size if isinstance(of.teacher, Graph) else 0)
 
-    def add_projections(self, network: Network, dtype: torch.dtype) -> None:
+    def add_width_maps(self, network: Network, dtype: torch.dtype) -> None:
         """One [D_t, D_s] for each pair of layers of different widths, drawn by the seed."""
         generator = torch.Generator().manual_seed(self.of.training.seed)
         D_s, D_t = self.widths
@@ -89,7 +89,8 @@ class Lesson:
             return network(ids, loss, [tap for how, s, _ in self.pairs for tap in how.taps(s)])
 
     def _token_weights(self, index: Tensor, step: int) -> dict[str, Tensor]:
-        """Of the tokens that follow those of windows `index`, [B·T] by kind of loss, over their sum in the whole step."""
+        """Of the tokens that follow those of windows `index`, [B·T] by kind of loss, over their sum in the whole
+        step."""
         whole_step, out = self.of.training.windows_of(step, len(self.of.tokens)), {}
         for kind, given in self.of.weights_by_kind().items():
             total = given[whole_step.to(given.device), 1:].double().sum().item() or 1.0

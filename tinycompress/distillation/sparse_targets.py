@@ -77,7 +77,8 @@ class Form:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Sorted ids [r, n] drawn from softmax(logits [r, V]) by inverting its cumulative sum at float64 `uniforms` [r, n]."""
+    """Sorted ids [r, n] drawn from softmax(logits [r, V]) by inverting its cumulative sum at float64 `uniforms` [r,
+    n]."""
     cumulative = logits.float().softmax(-1).double().cumsum(-1)
     ids = torch.searchsorted(cumulative, uniforms.sort(-1).values * cumulative[:, -1:], right=True)
     return ids.clamp_max(logits.shape[-1] - 1)

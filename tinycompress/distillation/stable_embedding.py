@@ -1,13 +1,13 @@
 """A stable embedding: the table is trained behind a norm, which is folded away at the end.
 
-8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861) puts a layer norm on the embedding's output. A row of the
-output depends on its token alone, so such a norm is only another way to write the table, and it folds exactly:
+8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861) puts a layer norm on the embedding's output. A row of
+the output depends on its token alone, so such a norm is only another way to write the table, and it folds exactly:
 
     E'[t] = rms(E₀[t]) · E[t] / √(mean(E[t]²) + ε) · g
 
 with E₀ the table at the start and g = 1, so that training starts from the very model that was given: a step turns a row
-and scales a channel, but cannot blow up one row. All of it, and the optimizer's state, is 32-bit. A tied head uses E' too.
-Letters: V vocabulary, D hidden.
+and scales a channel, but cannot blow up one row. All of it, and the optimizer's state, is 32-bit. A tied head uses E'
+too. Letters: V vocabulary, D hidden.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Stopped(Exception):
 def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
     """Yields "was SIGTERM received?"; the signal is delivered when the block is left, to the handler that was there.
 
-    A `Stopped` run ends there too, as another process of the run may have been the one that received the signal. Outside
-    the main thread, where Python takes no signals, nothing is installed.
+    A `Stopped` run ends there too, as another process of the run may have been the one that received the signal.
+    Outside the main thread, where Python takes no signals, nothing is installed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

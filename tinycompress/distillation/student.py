@@ -42,7 +42,7 @@ class Network(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.transformer.model.layers
+        return self.transformer.blocks
 
     def forward(self, ids: Tensor, then: Then, taps: Sequence[Tap] = ()) -> Tensor:
         """then(hidden [B, T, D], head [V, D], [what is tapped, each [B, T, width]]) for ids [B, T].
@@ -56,7 +56,8 @@ class Network(nn.Module):
         return then(hidden, head, states)
 
     def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, T, H·d] and k [B, T, K·d] of a layer as attention multiplies them: rotated, and k repeated to [B, T, H·d]."""
+        """q [B, T, H·d] and k [B, T, K·d] of a layer as attention multiplies them: rotated, and k repeated to [B, T,
+        H·d]."""
         tables, d = self.transformer.tables(0, q.shape[1]), self.transformer.config.head_dim
         turned = [tables.new(x.unflatten(-1, (-1, d)).transpose(1, 2)) for x in (q, k)]  # [B, H | K, T, d]
         turned[1] = turned[1].repeat_interleave(q.shape[-1] // k.shape[-1], 1)
@@ -75,7 +76,7 @@ class Network(nn.Module):
             for tap in taps:
                 if isinstance(tap, tuple):
                     hooks.callback(self._listen(tap, states).remove)
-            for i, block in enumerate(body.layers):
+            for i, block in enumerate(self.blocks):
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, tables, use_reentrant=False)
                 else:
@@ -85,13 +86,14 @@ class Network(nn.Module):
         return body.norm(x), [states[tap] for tap in taps]
 
     def _listen(self, tap: tuple[int, str], states: dict[Tap, Tensor]) -> RemovableHandle:
-        """Notes what a layer's q, k or v projection gives: inside the block's forward, where a sharded block is whole."""
+        """Notes what a layer's q, k or v projection gives: inside the block's forward, where a sharded block is
+        whole."""
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             states[tap] = output
 
         layer, name = tap
-        projection: nn.Module = self.blocks[layer].get_submodule(f"self_attn.{name}_proj")
+        projection: nn.Module = self.blocks[layer].projection(name)  # type: ignore[operator]
         return projection.register_forward_hook(keep)
 
 
@@ -106,34 +108,21 @@ def add_stable_embedding(network: Network) -> None:
         transformer.lm_head = TiedHead(transformer.model.embed_tokens)  # type: ignore[arg-type]
 
 
-def linears(network: Network, graph: Graph) -> dict[str, nn.Module]:
-    """Every linear of the layers by its name in the graph, in model order."""
-    from ..graph.topology import feeds
-
-    names = [name for feed in feeds(graph.config) if feed.layer is not None for name in feed.readers]
-    return {name: network.transformer.get_submodule(name) for name in names}
-
-
-def replace_linear(network: Network, name: str, module: nn.Module) -> None:
-    """Puts `module` where the linear `name` was."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(network.transformer.get_submodule(owner), leaf, module)
-
-
 def add_fake_quant(network: Network, graph: Graph, specs: Mapping[str, QuantSpec], learn: bool) -> None:
     """The linears of the layers that `specs` names on their grids; the others, and the head, stay as they are."""
-    for name, module in linears(network, graph).items():
+    for name, module in network.transformer.linears().items():
         if name in specs:
             assert isinstance(module, nn.Linear)
-            replace_linear(network, name, FakeQuantLinear(name, module, specs[name], learn))
+            network.transformer.replace_linear(name, FakeQuantLinear(name, module, specs[name], learn))
 
 
 def add_packed(network: Network, graph: Graph) -> None:
-    """Freezes all but norms and biases of a network made from the unpacked `graph`, and lets the scales of its packed linears learn."""
+    """Freezes all but norms and biases of a network made from the unpacked `graph`, and lets the scales of its packed
+    linears learn."""
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
-    for name, module in linears(network, graph).items():
+    for name, module in network.transformer.linears().items():
         weight = graph.weights[f"{name}.weight"]
         if isinstance(weight, QuantTensor):
             assert isinstance(module, nn.Linear)
-            replace_linear(network, name, PackedLinear(weight, module.bias, module.weight.dtype))
+            network.transformer.replace_linear(name, PackedLinear(weight, module.bias, module.weight.dtype))

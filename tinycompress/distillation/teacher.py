@@ -24,7 +24,8 @@ from .fused_loss import HiddenTarget
 
 
 class OnlineTeacher:
-    """A graph that is asked with token ids [B, T] and answers with all B·T positions' hidden states [B·T, D] and its head.
+    """A graph that is asked with token ids [B, T] and answers with all B·T positions' hidden states [B·T, D] and its
+    head.
 
     dtype: of the computation; by default the graph's own, but float32 for 16-bit weights on a CPU, which has fast
     products only for that. Ids outside the vocabulary or the context are an InputError.

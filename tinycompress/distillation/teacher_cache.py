@@ -1,7 +1,8 @@
 """A teacher written to disk once: what it says of every token of a set of windows, in some 36 bytes a token.
 
-  sample   Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs (arXiv:2503.16870). N draws from the teacher,
-           t̂ = counts / N: an unbiased estimate, so gradients of KL(t̂ ‖ q) point where those of the full teacher do. 50
+  sample   Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs (arXiv:2503.16870). N draws from the
+           teacher, t̂ = counts / N: an unbiased estimate, so gradients of KL(t̂ ‖ q) point where those of the full
+               teacher do. 50
            draws hit about 12 ids of text; an id and its count take 3 bytes
   topk     the k most probable ids with float16 probabilities; all other tokens are one outcome of mass 1 - Σ
 
@@ -11,9 +12,9 @@ A folder holds index.json and shards of whole windows. A shard is, in this order
     uint8 [w · T]     entries of each position
     entries           sample: (count << bits | id), 3 or 4 bytes;  topk: id in 3 or 4 bytes, then float16
 
-A shard appears whole, under its name, and is noted in the index with its SHA-256 only then; draws are seeded by window: a
-run that was killed goes on at the first missing shard and ends with the same bytes.
-Letters: N windows, T positions, w windows of a shard, k entries, V vocabulary.
+A shard appears whole, under its name, and is noted in the index with its SHA-256 only then; draws are seeded by window:
+a run that was killed goes on at the first missing shard and ends with the same bytes. Letters: N windows, T positions,
+w windows of a shard, k entries, V vocabulary.
 """
 
 from __future__ import annotations
@@ -71,12 +72,13 @@ def write_cache(
     shard_tokens: int = 1 << 16,
     device: torch.device | str | None = None,
 ) -> TeacherCache:
-    """What `teacher` says of `tokens` [N, T], written to `folder`; one that was begun with the same arguments is continued.
+    """What `teacher` says of `tokens` [N, T], written to `folder`; one that was begun with the same arguments is
+    continued.
 
     kind: "sample" (`draws` of each token's distribution) or "topk" (its `k` largest probabilities). streamed: layer by
-    layer, with one block's weights in memory and one pass over the teacher for every `shard_tokens` tokens (whose hidden
-    states are in memory). Raises InputError for too little disk space, before the teacher runs; for a folder with
-    something else in it; and for a disk that fills up, after which the same call goes on.
+    layer, with one block's weights in memory and one pass over the teacher for every `shard_tokens` tokens (whose
+    hidden states are in memory). Raises InputError for too little disk space, before the teacher runs; for a folder
+    with something else in it; and for a disk that fills up, after which the same call goes on.
     """
     form = Form(kind, draws if kind == "sample" else k, teacher.config.vocab_size)
     if tokens.dim() != 2 or not tokens.numel() or shard_tokens < 1:
@@ -304,8 +306,9 @@ class _Shard:
 def open_cache(
     folder: str | Path, tokens: Tensor | None = None, tokenizer: Tokenizer | None = None, teacher: Graph | None = None
 ) -> TeacherCache:
-    """A cache for reading. What is given of `tokens` [N, T], `tokenizer` and `teacher` must be what it was made with, and
-    every shard must be there in its length (contents are checked when first read); else an InputError says what is not."""
+    """A cache for reading. What is given of `tokens` [N, T], `tokenizer` and `teacher` must be what it was made with,
+    and every shard must be there in its length (contents are checked when first read); else an InputError says what is
+    not."""
     folder = Path(folder)
     index = files.read_json(folder / INDEX)
     if index.get("format") != FORMAT:

@@ -1,6 +1,7 @@
 """How a training run goes: its length, its learning rate, its order of windows.
 
-AdamW (Decoupled Weight Decay Regularization, arXiv:1711.05101), learning rate by step s of S with w of warm-up and floor f:
+AdamW (Decoupled Weight Decay Regularization, arXiv:1711.05101), learning rate by step s of S with w of warm-up and
+floor f:
 
     lr(s) = lr · min(1, (s + 1) / w) · (f + (1 - f) · (1 + cos(π · max(0, s - w) / (S - w))) / 2)
 

@@ -16,8 +16,9 @@ from ..files import write_text
 
 
 class TrainLog:
-    """`train.jsonl` in `folder`, one object a step: step, loss, lr, grad_norm, tokens, tokens_per_second, peak_memory_mb,
-    and perplexity by held-out set where it was measured. A run that continues behind step `start` drops later lines."""
+    """`train.jsonl` in `folder`, one object a step: step, loss, lr, grad_norm, tokens, tokens_per_second,
+    peak_memory_mb, and perplexity by held-out set where it was measured. A run that continues behind step `start` drops
+    later lines."""
 
     def __init__(self, folder: Path | None, start: int, total: int, quiet: bool = False) -> None:
         self.bar = tqdm(total=total, initial=start, desc="distill", unit="step", delay=2, disable=quiet)

@@ -1,7 +1,8 @@
 """The training loop: AdamW, logs, early stop, and a state on disk that a kill cannot change.
 
-A step's gradients are sums over micro-batches and processes, divided by one count of the whole step, so that micro-batch
-and number of processes change nothing but rounding. Letters: N windows, T positions, b windows of a micro-batch.
+A step's gradients are sums over micro-batches and processes, divided by one count of the whole step, so that
+micro-batch and number of processes change nothing but rounding. Letters: N windows, T positions, b windows of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def train(
         `Stopped` is raised. None: never.
     progress: show a progress bar.
 
-    Raises InputError for a loss that is not finite, naming the step and its windows, after the state before it was saved;
-    `Stopped` as above. On a CPU, enter `tinycompress.keep_memory` around it: large blocks are then used again.
+    Raises InputError for a loss that is not finite, naming the step and its windows, after the state before it was
+    saved; `Stopped` as above. On a CPU, enter `tinycompress.keep_memory` around it: large blocks are then used again.
     """
     run = Run(network, tokens, objective, training, dict(held_out or {}), work, key)
     start = run.resume()

@@ -103,7 +103,7 @@ class QuantSpec(Grid):
     Fields, beside those of `Grid`:
         search: "minmax" covers the range of each group. "mse" minimises the squared error. "weighted" minimises the
             squared error weighted by E[x²] of each input channel. "auto" is "weighted" where activation statistics are
-            at hand and "minmax" otherwise. "lpbq" searches positive scales of the form that Qualcomm's HTP stores (lpbq.py).
+            at hand and "minmax" otherwise. "lpbq" searches positive scales in the form of Qualcomm's HTP (lpbq.py).
     """
 
     search: str = "auto"

@@ -120,6 +120,10 @@ class Block(nn.Module):
         assert self.mlp is not None
         return self.mlp.mid(x)
 
+    def projection(self, name: str) -> nn.Module:
+        """The linear that makes the queries ("q"), keys ("k") or values ("v") of its attention."""
+        return getattr(self.self_attn, f"{name}_proj")
+
     def linears(self) -> dict[str, nn.Module]:
         """The modules of its linears by their names in the graph, in model order."""
         at = layer_prefix(self.index)
