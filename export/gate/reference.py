@@ -26,10 +26,9 @@ from ..dynamic.emit import attention_layers
 from ..profiles import profile_of
 
 NAME = "reference.json"
-WINDOWS, POSITIONS = (
-    8,
-    512,
-)  # the gate's: with int8 activations a perplexity over 64 tokens is only known to 1%, its limit
+# the gate's text: with int8 activations a perplexity over 64 tokens is only known to 1%, its limit
+WINDOWS = 8
+POSITIONS = 512
 LARGEST = 1 << 30  # bytes of logits that the default text may take: fewer windows where the vocabulary is large
 
 

@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Reference, figures, greedy_agrees, judge, main
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-MARGIN, NPUW_MARGIN = 1e-3, 0.25  # logits that two tokens may be apart in torch where a greedy path parts from it
+# logits that two tokens may be apart in torch where a greedy path parts from it
+MARGIN = 1e-3
+NPUW_MARGIN = 0.25
 NPUW_POSITIONS = 64  # of the first window: on a CPU it takes its time
 NPUW = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "NPUW_LLM": "YES", "NPUW_LLM_PREFILL_HINT": "STATIC"}
 
