@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 
-def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
+def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any], ours: Collection[str]) -> list[str]:
+    """The lines of results/prune.md."""
     shares = sorted({share for name, share in rows if name != "float"}, reverse=True)
     whole = rows["float", 1.0]["perplexity"]
     lines = [
@@ -23,7 +25,7 @@ def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any
         + " | cost at the first | machine |"
     )
     lines.append("|---" * (len(shares) + 3) + "|")
-    for name in names(rows):
+    for name in names(rows, ours):
         cells = [rows.get((name, share)) for share in shares]
         first = next(cell for cell in cells if cell)
         figures = [
@@ -57,12 +59,13 @@ def table(rows: dict[tuple[str, float], dict[str, Any]], protocol: dict[str, Any
     return lines
 
 
-def names(rows: dict[tuple[str, float], dict[str, Any]]) -> list[str]:
-    """The rows' names in the order of the rows."""
-    return list(dict.fromkeys(name for name, _ in rows if name != "float"))
+def names(rows: dict[tuple[str, float], dict[str, Any]], ours: Collection[str]) -> list[str]:
+    """Ours in their order, then those of other libraries (prune_peers.py)."""
+    measured = dict.fromkeys(name for name, _ in rows if name != "float")
+    return [name for name in ours if name in measured] + [name for name in measured if name not in ours]
 
 
-def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float, path: Path) -> None:
+def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float, path: Path, ours: Collection[str]) -> None:
     """Perplexity against the share that is kept, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,7 +74,7 @@ def plot(rows: dict[tuple[str, float], dict[str, Any]], whole: float, path: Path
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours: dict[str, str] = {}  # one a recipe, dashed with a refit
-    for name in names(rows):
+    for name in names(rows, ours):
         colour = colours.setdefault(name.replace(" + refit", ""), f"C{len(colours) % 10}")
         points = sorted((row["kept"], row["perplexity"]) for (recipe, _), row in rows.items() if recipe == name)
         if points:

@@ -25,7 +25,7 @@ from .configs import paths, write_configs
 from .dynamic.emit import emit, features, prepare
 from .dynamic.kv_cache import cache_scales, check_cache
 from .gate.runtime import python_of
-from .gate.verify import gate, record_checks, sha256
+from .gate.verify import pass_gate, sha256
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
@@ -102,8 +102,7 @@ def export(
         }
         write_json(work / MANIFEST, manifest)
         if check:
-            report = gate(work, tokens=tokens, limits=limits, progress=progress)
-            record_checks(report, manifest, work)
+            pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
     return manifest
 
 

@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from tinycompress import pipeline
 from tinycompress.context.scale_rope import ScaleRope
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.training import Training
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
@@ -123,6 +126,26 @@ def test_a_teacher_counts_by_its_weights(graph: Graph) -> None:
 
     same, other = Graph.random(CONFIG, seed=1, std=0.1), Graph.random(CONFIG, seed=2, std=0.1)
     assert pipeline._key("", Taught(graph)) == pipeline._key("", Taught(same)) != pipeline._key("", Taught(other))
+
+
+def test_what_changes_no_result_does_not_count(graph: Graph, tokens: Tensor) -> None:
+    def key(**options: object) -> str | None:
+        return pipeline._key("", Distill(tokens, graph, Training(steps=1), **options))  # type: ignore[arg-type]
+
+    plain = key()
+    assert plain is not None
+    assert key(log=Path("log")) == plain and key(stop=lambda: False) == plain  # a function alone would have no key
+    assert key(on_policy=0.5) != plain
+    quiet = pipeline._key("", PruneFFN(tokens, progress=False))
+    assert quiet == pipeline._key("", PruneFFN(tokens)) != pipeline._key("", PruneFFN(tokens, keep=0.5))
+
+
+def test_a_class_counts_by_its_name_not_by_its_module() -> None:
+    def key(name: str, module: str) -> str | None:
+        made = dataclasses.make_dataclass(name, [("by", float)], namespace={"__module__": module})
+        return pipeline._key("", made(2.0))
+
+    assert key("Halve", "one") == key("Halve", "other") != key("Double", "one")
 
 
 def test_arrays_dictionaries_and_types_tell_passes_apart() -> None:

@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,10 +110,17 @@ def _key(previous: str, step: Pass) -> str | None:
     can belong to other code, or other globals, on the next run), which is therefore run again.
 
     A repr is not enough for a key: passes keep calibration tokens and teachers out of theirs, and other tokens are
-    another result. So all fields of a dataclass count, tensors by their bytes and graphs by their fingerprint.
+    another result. So the fields of a dataclass count, tensors by their bytes and graphs by their fingerprint. What
+    changes no result does not: `progress`, and a field that says so (`field(metadata={"key": False})`). A class counts
+    by its qualified name without its module, so that moving it to another file leaves its steps valid.
     """
     digest = hashlib.sha256(previous.encode())
     return digest.hexdigest() if _update(digest, step) else None
+
+
+def _counts(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field of a pass can change its result."""
+    return field.init and field.name != "progress" and field.metadata.get("key", True)
 
 
 def _update(digest: hashlib._Hash, value: object) -> bool:
@@ -127,8 +135,8 @@ def _update(digest: hashlib._Hash, value: object) -> bool:
         digest.update(_root(value).encode())
         return True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
-        return _update(digest, [f"{type(value).__module__}.{type(value).__qualname__}", *fields])
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if _counts(f)]
+        return _update(digest, [type(value).__qualname__, *fields])
     if isinstance(value, Mapping):
         value = list(value.items())
     if isinstance(value, list | tuple):

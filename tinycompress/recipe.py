@@ -14,7 +14,7 @@ from .context.scale_rope import ChooseRope, ScaleRope, method_of
 from .distillation.distill import Distill
 from .distillation.training import Training
 from .errors import InputError
-from .graph.config import Config, shapes
+from .graph.config import EMBEDDING, Config, shapes
 from .graph.graph import Graph, Pass
 from .graph.quant_tensor import QuantSpec
 from .graph.topology import feeds
@@ -49,13 +49,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.quantize_method not in METHODS:
-            raise InputError("--quantize-method", repr(self.quantize_method), " | ".join(METHODS))
+            raise InputError("Recipe.quantize_method", repr(self.quantize_method), " | ".join(METHODS))
         if self.rotate and self.quantize is None:
-            raise InputError("--rotate", "without --quantize", "both: a rotation alone changes nothing but the basis")
+            raise InputError(
+                "Recipe.rotate", "without Recipe.quantize", "both: a rotation alone changes nothing but the basis"
+            )
         if self.tune and self.quantize is None:
-            raise InputError("--tune", "without --quantize", "both: what learns are the scales of quantized weights")
+            raise InputError(
+                "Recipe.tune", "without Recipe.quantize", "both: what learns are the scales of quantized weights"
+            )
         if self.rope_method not in (None, AUTO, *ROPE_METHODS):
-            raise InputError("--rope-method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
+            raise InputError("Recipe.rope_method", repr(self.rope_method), " | ".join((AUTO, *ROPE_METHODS)))
 
     @property
     def calibrates(self) -> bool:
@@ -66,6 +70,11 @@ class Recipe:
         if self.rotate is not None:
             return self.rotate
         return self.quantize is not None and self.quantize_method == "gptq" and not graph.config.tie_embeddings
+
+    @property
+    def multiple_of(self) -> int:
+        """What pruned widths are multiples of: the groups of the quantization that follows divide them."""
+        return (self.quantize and self.quantize.group_size) or WIDTHS
 
     def scaling(self, graph: Graph) -> str:
         """How the context of `graph` is stretched: one of ROPE_METHODS, or AUTO."""
@@ -80,7 +89,7 @@ class Recipe:
         tokens = torch.empty(0, 0, dtype=torch.long) if tokens is None else tokens
         out: list[Pass] = []
         if self.prune:
-            out.append(prune_pass(tokens, self.prune, (self.quantize and self.quantize.group_size) or WIDTHS))
+            out.append(prune_pass(tokens, self.prune, self.multiple_of))
         if self.context is not None and self.measures_context(graph):
             out.append(
                 ChooseRope(torch.empty(0, self.context, dtype=torch.long) if long_tokens is None else long_tokens)
@@ -102,31 +111,35 @@ class Recipe:
     def check(self, graph: Graph) -> Config:
         """The config that `passes` will arrive at; an InputError for what could not work, without reading a weight."""
         config = graph.config
-        for step in self.passes(graph):
-            if isinstance(step, Prune):
-                try:
-                    step.check(graph)
-                    config = step.plan(graph.config, graph.dtype.itemsize)
-                except InputError as error:
-                    raise InputError(
-                        "--prune", f"{self.prune} ({error.field}: {error.found})", error.accepted
-                    ) from None
-            elif isinstance(step, ScaleRope | ChooseRope):
-                scale = (
-                    step if isinstance(step, ScaleRope) else ScaleRope(step.tokens.shape[1])
-                )  # any method, for the context
-                config = dataclasses.replace(scale(graph).config, layers=config.layers)
-            elif isinstance(step, Rotate):
-                config = dataclasses.replace(config, tie_embeddings=False)
-            elif isinstance(step, QuantizeEmbedding):
-                spec = QuantSpec.of(step.spec)
-                dataclasses.replace(step, spec=dataclasses.replace(spec, group_size=None)).tables(graph)  # still dense?
-                spec.group("model.embed_tokens.weight", config.hidden_size)
+        if self.prune:
+            config = self._pruned(graph)
+        if self.context is not None:
+            method = self.scaling(graph)
+            any_method = ScaleRope(self.context) if method == AUTO else ScaleRope(self.context, method)
+            config = any_method.plan(config)
+        if self.rotates(graph):
+            config = Rotate().plan(config)
+        if self.quantize_embedding:
+            spec = QuantSpec.of(self.quantize_embedding)
+            QuantizeEmbedding(dataclasses.replace(spec, group_size=None)).tables(graph)  # still dense?
+            spec.group(EMBEDDING, config.hidden_size)
         if self.quantize:
             targets(graph, dataclasses.replace(self.quantize, group_size=None))  # still dense?
             for name, width in linear_inputs(config).items():
                 self.quantize.group(name, width)
         return config
+
+    def _pruned(self, graph: Graph) -> Config:
+        """The config behind the pruning; its errors name the option and the whole of what was asked for."""
+        assert self.prune is not None
+        try:
+            step = prune_pass(torch.empty(0, 0, dtype=torch.long), self.prune, self.multiple_of)
+            step.check(graph)
+            return step.plan(graph.config, graph.dtype.itemsize)
+        except InputError as error:
+            if error.field == "Recipe.prune":
+                raise
+            raise InputError("Recipe.prune", f"{self.prune} ({error.field}: {error.found})", error.accepted) from None
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
@@ -161,10 +174,10 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
     key, _, number = text.partition("=")
     if key in TARGET_KINDS:
         target, *names = text.split(",")
-        BudgetTarget.parse(target, "--prune")
+        BudgetTarget.parse(target, "Recipe.prune")
         if unknown := [name for name in names if name not in PRUNABLE]:
             raise InputError(
-                "--prune",
+                "Recipe.prune",
                 f"{text!r}: axes {unknown}",
                 "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(PRUNABLE),
             )
@@ -176,5 +189,5 @@ def prune_pass(tokens: Tensor, text: str, multiple_of: int) -> Prune:
     except ValueError:
         amount = -1
     if key not in (*PRUNABLE, "layers", "hidden") or amount <= 0 or (isinstance(amount, float) and not amount <= 1):
-        raise InputError("--prune", repr(text), f"{accepted}, such as params=0.8")
+        raise InputError("Recipe.prune", repr(text), f"{accepted}, such as params=0.8")
     return Prune(tokens, keep={key: amount}, multiple_of=multiple_of)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate
+from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
@@ -158,16 +158,6 @@ class OrtModel:
                 start = time.perf_counter()
             token = self.step(token, cache)[:, -1:].argmax(-1)
         return n / (time.perf_counter() - start)
-
-
-def generate_by_steps(model: Any, ids: Tensor, max_new_tokens: int, options: Sampling) -> Tensor:
-    """`generate` of an exported model: steps of batch 1 behind a cache of the length that they need."""
-
-    def begin(length: int) -> Callable[[Tensor], Tensor]:
-        cache = model.new_cache(1, length)
-        return lambda new: model.step(new, cache)[0, -1]
-
-    return generate(model.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
 
 
 def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:

@@ -155,12 +155,13 @@ def gate(
     return _finish(report)
 
 
-def record_checks(report: dict[str, Any], manifest: dict[str, Any], folder: Path) -> None:
-    """Writes the report of `gate` into the manifest of its folder; one that did not pass is a `GateError`."""
+def pass_gate(work: Path, manifest: dict[str, Any], **options: Any) -> None:
+    """Runs `gate` on files just written and puts its report into their manifest; a `GateError` if one fails."""
+    report = gate(work, **options)
+    manifest["checks"] = report
     if not report["passed"]:
         raise GateError(report)
-    manifest["checks"] = report
-    write_json(folder / MANIFEST, manifest)
+    write_json(work / MANIFEST, manifest)
 
 
 def _in_runtime(

@@ -12,9 +12,8 @@ from torch import Tensor
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids
+from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
-from ..dynamic.session import generate_by_steps
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 

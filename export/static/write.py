@@ -24,7 +24,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
-from ..gate.verify import gate, record_checks, sha256
+from ..gate.verify import pass_gate, sha256
 from ..profiles import Profile
 from ..read import FORMAT, MANIFEST
 from . import epcontext
@@ -102,8 +102,7 @@ def export_static(
             manifest["epcontext"] = epcontext.compile_graphs(work, choices.epcontext)
             _seal(manifest, work)
         if check:
-            report = gate(work, tokens=tokens, limits=limits, progress=progress)
-            record_checks(report, manifest, work)
+            pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
     return manifest
 
 

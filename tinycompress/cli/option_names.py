@@ -33,7 +33,7 @@ OPTIONS = {  # fields of the library, as its errors spell them, by the option th
     "LoRA.rank": "--lora",
     "max_new_tokens": "--max-new-tokens",
 }
-TRAINING = re.compile(r"\bTraining\.([a-z_]+)")  # its fields have the names of their options
+SAME_NAME = re.compile(r"\b(?:Training|Recipe)\.([a-z_]+)")  # their fields have the names of their options
 FIELDS = re.compile("|".join(rf"\b{re.escape(field)}(?![\w=])" for field in sorted(OPTIONS, key=len, reverse=True)))
 
 
@@ -43,4 +43,4 @@ def in_options(error: Exception) -> str:
     if not isinstance(error, InputError):
         return text
     text = FIELDS.sub(lambda match: OPTIONS[match[0]], text)
-    return TRAINING.sub(lambda match: "--" + match[1].replace("_", "-"), text)
+    return SAME_NAME.sub(lambda match: "--" + match[1].replace("_", "-"), text)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
+from ..graph.config import Config
 from ..graph.graph import Graph
 from ..graph.rope import Rope
 
@@ -45,15 +46,18 @@ class ScaleRope:
         if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1:
             raise InputError("ScaleRope.context", self.context, "a positive number of positions")
 
-    def __call__(self, graph: Graph) -> Graph:
-        config = graph.config
+    def plan(self, config: Config) -> Config:
+        """The config of a graph that was stretched; needs no data."""
         if self.context < config.max_position:
             accepted = (
                 f"at least the model's present context, {config.max_position} (a factor below 1 stretches nothing)"
             )
             raise InputError("ScaleRope.context", self.context, accepted)
         rope = scale_rope(config.rope, self.context, config.max_position, config.head_dim, self.method)
-        return graph.replace(config=dataclasses.replace(config, rope=rope, max_position=self.context), by=self)
+        return dataclasses.replace(config, rope=rope, max_position=self.context)
+
+    def __call__(self, graph: Graph) -> Graph:
+        return graph.replace(config=self.plan(graph.config), by=self)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class Distill:
             graph.fingerprint(),
             str(teacher),
             json.dumps(settings),
-            repr((self.losses, self.hidden, self.lora, self.fake_quant)),
+            f"({self.losses!r}, {self.hidden!r}, {self.lora!r}, {_spec_text(self.fake_quant)})",
         ]
         digest = hashlib.sha256(
             " ".join(
@@ -311,6 +311,14 @@ class Distill:
             else:
                 out[name] = weight.to(_device(entry), entry.dtype)
         return out
+
+
+def _spec_text(spec: object) -> str:
+    """A spec as keys of training states hold it: fields in this order and by these names, whatever its repr says."""
+    if not isinstance(spec, QuantSpec):
+        return repr(spec)
+    grid = f"bits={spec.bits}, group_size={spec.group_size}, symmetric={spec.symmetric}"
+    return f"QuantSpec({grid}, scale={spec.search!r}, float_zero={spec.float_zero})"
 
 
 def _device(entry: Weight | LazyTensor) -> torch.device:

@@ -7,7 +7,7 @@ else is here, so the three write the same text. Letters: T tokens of the prompt,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -66,6 +66,26 @@ def generate(
             on_token(token)
         ids = ids.new_tensor([[token]])
     return torch.tensor(out, dtype=torch.long)
+
+
+class Stepwise(Protocol):
+    """An engine that is asked step by step: new ids [1, t] and its cache to logits [1, t', V]."""
+
+    config: Config
+
+    def new_cache(self, batch: int, max_length: int) -> Any: ...
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor: ...
+
+
+def generate_by_steps(engine: Stepwise, ids: Tensor, max_new_tokens: int, options: Sampling) -> Tensor:
+    """`generate` for such an engine, from ids [1, T] or [T]."""
+
+    def begin(length: int) -> Callable[[Tensor], Tensor]:
+        cache = engine.new_cache(1, length)
+        return lambda new: engine.step(new, cache)[0, -1]
+
+    return generate(engine.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
 
 
 def sample(

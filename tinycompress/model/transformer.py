@@ -213,8 +213,11 @@ class Transformer(nn.Module):
 
     def linears(self) -> dict[str, nn.Module]:
         """The modules of all linears of the layers by their names in the graph, in model order; without the head."""
-        # type: ignore[operator]
-        return {name: module for block in self.blocks for name, module in block.linears().items()}
+        out: dict[str, nn.Module] = {}
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            out |= block.linears()
+        return out
 
     def replace_linear(self, name: str, module: nn.Module) -> None:
         """Puts `module` where the linear of that name was, the head included."""
