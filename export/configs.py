@@ -91,9 +91,13 @@ def _ids(config: Config) -> dict[str, Any]:
 def genai_config(config: Config, profile: Profile) -> dict[str, Any]:
     """For onnxruntime-genai: its layers are the cache entries, and it reads their shapes from the model itself."""
     entries = attention_layers(config)
-    first, stop = config.layers[entries[0]], end_tokens(config)
-    eos = list(stop) if len(stop) > 1 else stop[0] if stop else None
-    pad = config.pad_token_id if config.pad_token_id is not None else stop[0] if stop else 0
+    first = config.layers[entries[0]]
+    stop = end_tokens(config)
+    first_stop = stop[0] if stop else None
+    eos = list(stop) if len(stop) > 1 else first_stop
+    pad = config.pad_token_id
+    if pad is None:
+        pad = first_stop or 0
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",

@@ -20,7 +20,8 @@ FILES = ("model.ort", "model.required_operators.config")
 
 def write_ort(model: str | Path, folder: str | Path) -> list[Path]:
     """Converts an ONNX file into `folder`: model.ort and model.required_operators.config, both or neither."""
-    model, folder = Path(model), Path(folder)
+    model = Path(model)
+    folder = Path(folder)
     size = sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*"))
     if size > LARGEST:
         raise InputError("model for mobile", f"{size:,} bytes", f"at most {LARGEST:,}: an .ort file holds its weights")

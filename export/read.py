@@ -28,7 +28,8 @@ from .profiles import Profile, profile_of
 from .static.read import host_file, static_weights
 
 FORMAT = "tinycompress-onnx-1"
-MODEL, MANIFEST = "model.onnx", "manifest.json"
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -53,23 +54,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def check_sizes(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """An `InputError` for a file of the manifest that is missing or has another length: cheap, unlike its hash."""
     for name, known in manifest["files"].items():
-        path, expected = inside(folder, name), known.get("bytes") if isinstance(known, dict) else None
-        found = path.stat().st_size if path.is_file() else None
-        if found != expected or found is None:
-            raise InputError(
-                str(path), "no such file" if found is None else f"{found} bytes", f"{expected} bytes, as exported"
-            )
+        path = inside(folder, name)
+        expected = known.get("bytes") if isinstance(known, dict) else None
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size != expected:
+            description = "no such file" if size is None else f"{size} bytes"
+            raise InputError(str(path), description, f"{expected} bytes, as exported")
 
 
 def read(folder: str | Path) -> Graph:
     """The exported graph: its fingerprint equals the manifest's unless a file was changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    config, specs, profile = (
-        Config.from_dict(manifest["config"]),
-        _specs(manifest, folder),
-        profile_of(manifest["profile"]),
-    )
+    config = Config.from_dict(manifest["config"])
+    specs = _specs(manifest, folder)
+    profile = profile_of(manifest["profile"])
     stored = apart(initializers(folder), config)
     if profile.form == "static":
         return Graph(
@@ -108,7 +107,8 @@ def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 def kv_scales(folder: str | Path) -> dict[str, Tensor]:
     """The scales of an int8 cache by the names of `kv_cache.scale_names`, float32 [1, K, 1, d]; empty for a float
     cache."""
-    stored, manifest = initializers(folder), read_manifest(folder)
+    stored = initializers(folder)
+    manifest = read_manifest(folder)
     if not manifest.get("kv"):
         return {}
     config = Config.from_dict(manifest["config"])
@@ -127,7 +127,8 @@ def model_path(folder: str | Path) -> Path:
 def initializers(folder: str | Path) -> dict[str, Tensor]:
     """Every initializer of the model by name; large ones are memory maps (copy on write: the file never changes). Those
     of four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
-    proto, where = load_proto(folder), model_path(folder).parent
+    proto = load_proto(folder)
+    where = model_path(folder).parent
     return {tensor.name: _tensor(tensor, where) for tensor in proto.graph.initializer} | host_file(folder)
 
 
@@ -158,14 +159,16 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
     path = inside(folder, where.get("location", ""))
     shape = tuple(proto.dims)
     if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        dtype, shape = np.dtype(np.uint8), (-(-int(np.prod(shape, dtype=np.int64)) // 2),)
+        dtype = np.dtype(np.uint8)
+        shape = (-(-int(np.prod(shape, dtype=np.int64)) // 2),)
     else:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if not path.is_file() or path.resolve().parent != folder.resolve():
         raise InputError(f"external data of {proto.name}", str(path), f"a file inside {folder}")
     try:
-        offset, length = int(where.get("offset", 0)), int(where.get("length", nbytes))
+        offset = int(where.get("offset", 0))
+        length = int(where.get("length", nbytes))
     except ValueError:
         raise InputError(f"external data of {proto.name}", where, "an integer offset and length") from None
     if min(shape, default=0) < 0 or length != nbytes or offset < 0 or offset + length > path.stat().st_size:
@@ -195,10 +198,10 @@ def _weight(
     profile: Profile,
 ) -> Any:
     if spec is not None:
-        standard = profile.form == "standard" and name != EMBEDDING
-        return (_columns if standard else _table if profile.form == "standard" else _packed)(
-            name, (shape[0], shape[1]), stored, spec, profile
-        )
+        unpacker = _packed
+        if profile.form == "standard":
+            unpacker = _table if name == EMBEDDING else _columns
+        return unpacker(name, (shape[0], shape[1]), stored, spec, profile)
     transposed = len(shape) == 2 and name != config.weight_name("model.embed_tokens")  # linears are stored [K, N]
     tensor = _get(stored, name, shape[::-1] if transposed else shape, torch.float32)
     return tensor.T if transposed else tensor
@@ -208,9 +211,13 @@ def _packed(
     name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of the emitter's `packed`: blocks back to groups, containers back to the grid's own bits."""
-    (N, K), group, bits = shape, spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    group = spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     block = profile.block(name, group, K)
-    blocks, repeats, G = -(-K // block), -(-group // block), K // group
+    blocks = -(-K // block)
+    repeats = -(-group // block)
+    G = K // group
     nbytes = blocks * block * bits // 8
     packed = _get(stored, f"{name}.packed", None, torch.uint8).reshape(-1)
     if len(packed) != N * nbytes:
@@ -235,7 +242,9 @@ def _columns(
 ) -> QuantTensor:
     """The inverse of `forms_standard.dequantized` and `multiplied`: integers [K, N] or [N, K] and their scales back to
     rows."""
-    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    G = shape[1] // spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     if profile.weight_rows:
         inner = (N, G, K // G) if G > 1 else (N, K)
         q = _integers(stored, f"{name}.ints", inner, bits, True).reshape(N, K) + spec.zero
@@ -244,14 +253,10 @@ def _columns(
         )
     across = (N,) if G == 1 else (G, N)
     q = _integers(stored, f"{name}.ints", (K, N), bits, spec.symmetric) + (spec.zero if spec.symmetric else 0)
-    zeros = (
-        None
-        if spec.symmetric
-        else _integers(stored, f"{name}.columns.zeros", across, bits, False)
-        .reshape(G, N)
-        .T.to(torch.uint8)
-        .contiguous()
-    )
+    zeros = None
+    if not spec.symmetric:
+        integers = _integers(stored, f"{name}.columns.zeros", across, bits, False)
+        zeros = integers.reshape(G, N).T.to(torch.uint8).contiguous()
     scales = _scales(stored, f"{name}.columns.scales", across).reshape(G, N).T.contiguous()
     return QuantTensor.from_ints(q.T.contiguous(), scales, zeros, spec)
 
@@ -260,7 +265,9 @@ def _table(
     name: str, shape: tuple[int, int], stored: Mapping[str, Tensor], spec: Grid, profile: Profile
 ) -> QuantTensor:
     """The inverse of `forms_standard.rows`."""
-    (N, K), G, bits = shape, shape[1] // spec.group(name, shape[1]), profile.container(spec.bits)
+    N, K = shape
+    G = shape[1] // spec.group(name, shape[1])
+    bits = profile.container(spec.bits)
     packed = _get(stored, f"{name}.packed", (N, -(-K * bits // 8)), torch.uint8)
     scales = _scales(stored, f"{name}.scales", (N, G))
     zeros = None if spec.symmetric else _get(stored, f"{name}.zeros", (N, G), torch.uint8)

@@ -23,15 +23,14 @@ from tqdm import tqdm
 
 from tinycompress.errors import InputError
 from tinycompress.evaluation.perplexity import environment
+from tinycompress.export import PROFILES, export, prepare, read, run_check
+from tinycompress.export.gate.runtime import python_of
 from tinycompress.files import write_json, write_text
 from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.graph.rope import Rope
 from tinycompress.quantization.rtn import RTN
-
-from ..export import PROFILES, export, prepare, read, run_check
-from .gate.runtime import python_of
 
 UNIFORM = (Layer(4, 2, 256),) * 3
 PRUNED = (Layer(4, 2, 256), Layer(2, 1, 192), Layer(0, 0, 128), Layer(4, 2, 0))  # widths differ, sublayers are gone

@@ -81,15 +81,14 @@ def export(
     if check and profile.runtime != "onnxruntime":
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
-    model = emit(
-        prepared, profile, accuracy_level=accuracy_level, scales=scales
-    )  # bad input fails here, before anything is written
+    # bad input fails here, before anything is written
+    model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales)
     about = None
     if kv == "int8":
-        text, what = calibration_text(prepared, calibration, CHUNK)
-        found = cache_scales(prepared, text, progress)
-        model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=found)
-        about = {"type": kv, "scales": "one a channel of a KV head", "text": what}
+        text, description = calibration_text(prepared, calibration, CHUNK)
+        kv_scales = cache_scales(prepared, text, progress)
+        model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=kv_scales)
+        about = {"type": kv, "scales": "one a channel of a KV head", "text": description}
     with new_folder(folder, overwrite) as work:
         _write_model(model, work, paths(prepared, profile), profile, progress)
         if mobile:
@@ -113,7 +112,8 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(work).free
+    needed = sum(t.nbytes for t in tensors)
+    free = shutil.disk_usage(work).free
     if needed > free:
         raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
     if profile.largest_file and needed > profile.largest_file:
@@ -122,7 +122,8 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
             f"{needed:,} bytes",
             f"at most {profile.largest_file:,} for the {profile.name} profile (fewer bits, or pruning)",
         )
-    path, data = work / names[0], work / names[1]
+    path = work / names[0]
+    data = work / names[1]
     path.parent.mkdir(exist_ok=True)
     with tqdm(total=needed, desc="writing", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
         ir.save(model, path, external_data=data.name, callback=lambda tensor, _: bar.update(tensor.nbytes))

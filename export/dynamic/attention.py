@@ -71,7 +71,8 @@ def fused(config: Config, profile: Profile) -> bool:
 def frequencies(config: Config) -> Tensor:
     """float32 [n, d/2]: for keys cached un-rotated, one row a length from the trained one on, or two rows where the
     frequencies change only once."""
-    rope, end = config.rope, config.max_position
+    rope = config.rope
+    end = config.max_position
     lengths = range(rope.trained, end + 1) if rope.type == "dynamic" else (rope.trained, end)
     return torch.stack([rope.inv_freq(config.head_dim, length) for length in lengths])
 
@@ -80,7 +81,8 @@ def positions(draw: Drawing, ids: ir.Value, mask: ir.Value) -> Positions:
     """The values all layers share, from input_ids int64 [B, T] and attention_mask int64 [B, S]."""
     at = "positions"
     P, S = _spans(draw, ids, mask)
-    index, allowed = _index(draw, mask), _allowed(draw, mask, P, S)
+    index = _index(draw, mask)
+    allowed = _allowed(draw, mask, P, S)
     one = draw.constant(f"{at}.one", torch.tensor([1]))
     new = draw.op(at, "Slice", [index, P, S, one])  # (B, T)
     if not unrotated_keys(draw.config):
@@ -108,7 +110,8 @@ def places(draw: Drawing, ids: ir.Value, mask: ir.Value, given: ir.Value | None 
 
 def _spans(draw: Drawing, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Lengths int64 [1] of the past and of everything."""
-    at, one = "positions", draw.constant("positions.one", torch.tensor([1]))
+    at = "positions"
+    one = draw.constant(f"{at}.one", torch.tensor([1]))
     T = draw.op(f"{at}.T", "Gather", [draw.op(f"{at}.ids", "Shape", [ids]), one], axis=0)
     S = draw.op(f"{at}.S", "Gather", [draw.op(f"{at}.mask", "Shape", [mask]), one], axis=0)
     return draw.op(f"{at}.P", "Sub", [S, T]), S
@@ -116,7 +119,8 @@ def _spans(draw: Drawing, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.V
 
 def _index(draw: Drawing, mask: ir.Value) -> ir.Value:
     """The position of every token, int64 [B, S]: the count of unmasked tokens before it."""
-    at, one = "positions", draw.constant("positions.one", torch.tensor([1]))
+    at = "positions"
+    one = draw.constant(f"{at}.one", torch.tensor([1]))
     counts = draw.op(at, "CumSum", [mask, draw.constant(f"{at}.axis", torch.tensor(1))])
     return draw.op(
         at, "Max", [draw.op(f"{at}.index", "Sub", [counts, one]), draw.constant(f"{at}.zero", torch.tensor([0]))]
@@ -153,9 +157,8 @@ def attention(
     scores = draw.op(f"{at}.scores", "MatMul", [rows, draw.op(f"{at}.keys", "Transpose", [keys], perm=[0, 1, 3, 2])])
     scores = _reshape(draw, f"{at}.scores", scores, [0, heads, -1, 0])  # (B, H, T, S)
     scores = draw.op(at, "Where", [where.allowed, scores, draw.constant("attention.masked", torch.tensor(MASKED))])
-    shares = _reshape(
-        draw, f"{at}.shares", draw.op(at, "Softmax", [scores], axis=-1), [0, kv_heads, -1, 0]
-    )  # (B, K, G·T, S)
+    shares = draw.op(at, "Softmax", [scores], axis=-1)
+    shares = _reshape(draw, f"{at}.shares", shares, [0, kv_heads, -1, 0])  # (B, K, G·T, S)
     out = _reshape(draw, f"{at}.out", draw.op(f"{at}.out", "MatMul", [shares, present[1]]), [0, heads, -1, d])
     together = draw.op(f"{at}.out", "Transpose", [out], perm=[0, 2, 1, 3])
     return _reshape(draw, f"{at}.heads", together, [0, 0, heads * d]), present
@@ -178,7 +181,9 @@ def _allowed(draw: Drawing, mask: ir.Value, P: ir.Value, S: ir.Value) -> ir.Valu
 def _tables(draw: Drawing, index: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     """cos and sin [B, 1, S, d/2] of the positions `index` [B, S], each row at the frequencies of its own unpadded
     length."""
-    at, rope, table = "rope", draw.config.rope, frequencies(draw.config)
+    at = "rope"
+    rope = draw.config.rope
+    table = frequencies(draw.config)
     length = draw.op(
         f"{at}.length", "ReduceSum", [mask, draw.constant(f"{at}.one", torch.tensor([1]))], keepdims=1
     )  # (B, 1)

@@ -51,8 +51,11 @@ class Draw:
         need("onnx_ir", "export")
         import onnx_ir as ir
 
-        self.ir, self.graph, self.config = ir, graph, graph.config
-        self.profile, self.choices = profile, choices
+        self.ir = ir
+        self.graph = graph
+        self.config = graph.config
+        self.profile = profile
+        self.choices = choices
         self.tape = ir.tape.Tape()
         self.known: dict[str, ir.Value] = {}  # initializers by name
         self.shared: dict[str, ir.Value] = {}  # computed values that several readers share
@@ -103,11 +106,11 @@ class Draw:
         """Quantization scales, float32 to the reader; stored as float16 they are widened when the model is loaded."""
         if not self.choices.half_scales:
             return self.lazy(name, torch.float32, shape, read)
-        wide = f"{name}.wide"
-        if wide not in self.shared:
+        widened = f"{name}.wide"
+        if widened not in self.shared:
             stored = self.lazy(name, torch.float16, shape, lambda: read().half())
-            self.shared[wide] = self.op(name, "Cast", [stored], to=int(self.ir.DataType.FLOAT))
-        return self.shared[wide]
+            self.shared[widened] = self.op(name, "Cast", [stored], to=int(self.ir.DataType.FLOAT))
+        return self.shared[widened]
 
     def rope(self) -> list[ir.Value]:
         """cos and sin [max_position, d/2], whatever the scaling: runtimes need not know the method."""
@@ -160,7 +163,9 @@ class Draw:
         return self.inputs[-1]
 
     def output(self, name: str, value: ir.Value, shape: Sequence[str | int], kind: str = "FLOAT") -> None:
-        value.name, value.dtype, value.shape = name, self.ir.DataType[kind], self.ir.Shape(shape)
+        value.name = name
+        value.dtype = self.ir.DataType[kind]
+        value.shape = self.ir.Shape(shape)
         self.outputs.append(value)
 
 

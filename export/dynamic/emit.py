@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32")
 SCALES = ("float32", "float16")
-LEVELS = (0, 1, 2, 3, 4)
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 FORMS: dict[str, Any] = {"contrib": forms_contrib, "standard": forms_standard}
 
 
@@ -53,9 +53,8 @@ def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph
     floats = graph.dense(torch.float32)
     if dtype == "float32" or not packed:
         return floats
-    return floats.replace(
-        weights={n: w.to(dtype=torch.float32) for n, w in packed.items()}
-    )  # the scales; integers are shared
+    # only scales are converted: integers are shared
+    return floats.replace(weights={name: weight.to(dtype=torch.float32) for name, weight in packed.items()})
 
 
 def emit(
@@ -92,11 +91,14 @@ def attention_layers(config: Config) -> list[int]:
 
 def check(graph: Graph, profile: Profile, accuracy_level: int = 4) -> None:
     """What a profile cannot carry, as an `InputError` before any work."""
-    if accuracy_level not in LEVELS:
+    if accuracy_level not in ACCURACY_LEVELS:
         raise InputError(
-            "accuracy_level", accuracy_level, f"{LEVELS}: 0 is the runtime's float arithmetic, 4 int8 activations"
+            "accuracy_level",
+            accuracy_level,
+            f"{ACCURACY_LEVELS}: 0 is the runtime's float arithmetic, 4 int8 activations",
         )
-    config, multiple = graph.config, profile.width_multiple
+    config = graph.config
+    multiple = profile.width_multiple
     widths = {"Config.hidden_size": config.hidden_size, "Config.vocab_size": config.vocab_size}
     widths |= {"Config.head_dim": config.head_dim} if attention_layers(config) else {}
     widths |= {f"Config.layers[{i}].ffn_dim": layer.ffn_dim for i, layer in enumerate(config.layers)}
@@ -145,7 +147,9 @@ def _walk(draw: Draw, form: Any) -> None:
     mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
     shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
     cached = "INT8" if draw.choices.kv_scales else "FLOAT"
-    x, residual, slot = form.embedding(draw, ids), None, 0
+    x = form.embedding(draw, ids)
+    residual = None
+    slot = 0
     presents: list[tuple[int, list[ir.Value]]] = []
     # x is what the last sublayer wrote, not yet added to `residual`: the next norm adds and normalises
     for i, layer in enumerate(config.layers):

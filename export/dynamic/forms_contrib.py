@@ -39,7 +39,8 @@ def prelude(draw: Draw, ids: ir.Value, mask: ir.Value) -> list[ir.Value] | plain
     []."""
     if not plain.fused(draw.config, draw.profile):
         return plain.positions(draw, ids, mask)
-    one, axis = draw.constant("lengths.one", torch.tensor([1])), draw.constant("lengths.axis", torch.tensor(1))
+    one = draw.constant("lengths.one", torch.tensor([1]))
+    axis = draw.constant("lengths.axis", torch.tensor(1))
     int32 = int(draw.ir.DataType.INT32)
     used = draw.op("lengths", "ReduceSum", [mask, one], keepdims=0)
     last = draw.op("lengths", "Cast", [draw.op("lengths", "Sub", [used, one])], to=int32)
@@ -75,7 +76,8 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
 
 def norm(draw: Draw, name: str, x: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """RMSNorm of residual + x, and that sum."""
-    weight, eps = draw.dense(f"{name}.weight"), draw.config.norm_eps
+    weight = draw.dense(f"{name}.weight")
+    eps = draw.config.norm_eps
     if residual is None:
         return draw.op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=eps, stash_type=1), x
     outs = draw.ops(name, "SkipSimplifiedLayerNormalization", [residual, x, weight], 4, MS, epsilon=eps)
@@ -141,8 +143,10 @@ def product(draw: Draw, name: str, parts: list[str], x: ir.Value) -> ir.Value:
 
 
 def _product(draw: Draw, at: str, name: str, weights: list[QuantTensor], x: ir.Value) -> ir.Value:
-    (first, *_), N = weights, sum(w.shape[0] for w in weights)
-    bits, block = draw.profile.container(first.grid.bits), draw.profile.block(name, *groups(first))
+    first, *_ = weights
+    N = sum(w.shape[0] for w in weights)
+    bits = draw.profile.container(first.grid.bits)
+    block = draw.profile.block(name, *groups(first))
     attributes = {
         "K": first.shape[1],
         "N": N,
@@ -157,9 +161,12 @@ def packed(draw: Draw, name: str, weights: list[QuantTensor], flat: bool = False
     """Packed parameters of one grid, one below the other, as uint8 [N, blocks, bytes] (or [N, blocks · bytes]), scales
     float [N, blocks] and, when asymmetric, zero points uint8 [N, ⌈blocks · bits / 8⌉] or float [N, blocks]."""
     weight = weights[0]
-    bits, (group, K) = draw.profile.container(weight.grid.bits), groups(weight)
+    bits = draw.profile.container(weight.grid.bits)
+    group, K = groups(weight)
     block = draw.profile.block(name, group, K)
-    N, blocks, width = sum(w.shape[0] for w in weights), -(-K // block), block * bits // 8
+    N = sum(w.shape[0] for w in weights)
+    blocks = -(-K // block)
+    width = block * bits // 8
     repeats = -(-group // block)
     shape = (N, blocks * width) if flat else (N, blocks, width)
     values = [

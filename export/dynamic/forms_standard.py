@@ -47,10 +47,13 @@ def prelude(draw: Draw, ids: ir.Value, mask: ir.Value) -> list[ir.Value] | plain
 
 def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
     """ids [B, T] to rows [B, T, D] of the table [V, D], dense or packed."""
-    at, weight = "model.embed_tokens", draw.entry(EMBEDDING)
+    at = "model.embed_tokens"
+    weight = draw.entry(EMBEDDING)
     if not isinstance(weight, QuantTensor):
         return draw.op(at, "Gather", [draw.dense(EMBEDDING), ids], axis=0)
-    (V, D), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
+    V, D = weight.shape
+    G = weight.scales.shape[1]
+    bits = draw.profile.container(weight.grid.bits)
     table = draw.lazy(f"{EMBEDDING}.packed", torch.uint8, (V, -(-D * bits // 8)), lambda: rows(weight, bits))
     integers = draw.op(at, "Cast", [draw.op(at, "Gather", [table, ids], axis=0)], to=FLOAT)
     if bits == 4:
@@ -94,7 +97,8 @@ def attention(
     if isinstance(shared, plain.Positions):
         q, k, v = qkv
         return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
-    (q, k, v), (place, allowed) = qkv, shared
+    q, k, v = qkv
+    place, allowed = shared
     q, k = (
         draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), place], num_heads=count)
         for n, x, count in (("q", q, heads), ("k", k, kv_heads))
@@ -124,7 +128,9 @@ def linear(draw: Draw, name: str, x: ir.Value) -> ir.Value:
 def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
     """A packed parameter as integers [K, N] with scales [G, N] (per-channel: [N]) through DequantizeLinear."""
     weight: QuantTensor = draw.entry(name)
-    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
+    N, K = weight.shape
+    G = weight.scales.shape[1]
+    bits = draw.profile.container(weight.grid.bits)
     signed = weight.zeros is None
     shape = (N,) if G == 1 else (G, N)
     integers = _integers(draw, f"{name}.ints", (K, N), bits, signed, lambda: columns(weight, signed))
@@ -139,7 +145,9 @@ def dequantized(draw: Draw, at: str, name: str) -> ir.Value:
 def multiplied(draw: Draw, at: str, name: str) -> ir.Value:
     """A packed symmetric parameter as integers [N, G, g] times scales [N, G, 1], turned to [K, N]."""
     weight: QuantTensor = draw.entry(name)
-    (N, K), G, bits = weight.shape, weight.scales.shape[1], draw.profile.container(weight.grid.bits)
+    N, K = weight.shape
+    G = weight.scales.shape[1]
+    bits = draw.profile.container(weight.grid.bits)
     shape = (N, G, K // G) if G > 1 else (N, K)
     integers = _integers(draw, f"{name}.ints", shape, bits, True, lambda: columns(weight, True).T.reshape(shape))
     scales = draw.scales(f"{name}.rows.scales", (*shape[:-1], 1), lambda: weight.scales.reshape(*shape[:-1], 1))

@@ -31,7 +31,7 @@ from .emit import attention_layers
 
 CACHES = ("float32", "int8")
 HEADROOM = {"key": 1.0, "value": 1.25}  # of ranges over what the text showed, against clipping unseen text
-LEVELS = 127
+LARGEST_INTEGER = 127
 SMALLEST = 1e-6  # a channel that is always zero still needs a step
 LARGEST_DENSE = 1 << 33  # bytes up to which torch runs packed weights unpacked
 
@@ -66,7 +66,8 @@ def scale_names(config: Config) -> list[tuple[str, str]]:
 @torch.inference_mode()
 def cache_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str, Tensor]:
     """The scales of every cache entry, by the names above, from `tokens` [windows, T]."""
-    tokens, config = check_calibration(graph, tokens), graph.config
+    tokens = check_calibration(graph, tokens)
+    config = graph.config
     model = (graph.dense(torch.float32) if 4 * config.n_params <= LARGEST_DENSE else graph).module()
     entries = list(zip(attention_layers(config), scale_names(config)))
     peaks: dict[str, Tensor] = {}
@@ -83,7 +84,9 @@ def cache_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[st
                         f"range of {name}", "NaN or infinite values", "finite ones (look at the weights before it)"
                     )
                 peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
-    return {name: (peak * (HEADROOM[_kind(name)] / LEVELS)).clamp_min(SMALLEST) for name, peak in peaks.items()}
+    return {
+        name: (peak * (HEADROOM[_kind(name)] / LARGEST_INTEGER)).clamp_min(SMALLEST) for name, peak in peaks.items()
+    }
 
 
 def _kind(name: str) -> str:

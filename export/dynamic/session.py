@@ -25,10 +25,11 @@ from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
 from .attention import fused
-from .emit import LEVELS, attention_layers
+from .emit import ACCURACY_LEVELS, attention_layers
 
 NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8}
-FLOAT, INT8 = 1, 3  # onnx.TensorProto's
+FLOAT = 1  # onnx.TensorProto's numbers of element types
+INT8 = 3
 
 
 class OrtCache:
@@ -41,7 +42,9 @@ class OrtCache:
             raise InputError(
                 "positions", max_length, f"at most {config.max_position}: the rotary tables in the file end there"
             )
-        self.length, self.batch, self.max_length = 0, batch, max_length
+        self.length = 0
+        self.batch = batch
+        self.max_length = max_length
         shapes = [(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for i in attention_layers(config)]
         self.layers = [tuple(torch.zeros(shape, dtype=dtype) for _ in "kv") for shape in shapes]
 
@@ -125,10 +128,8 @@ class OrtModel:
             for kind, buffer in zip(("key", "value"), pair):
                 past = present = buffer
                 if not self.shared:
-                    past, present = (
-                        buffer[:, :, : cache.length].contiguous(),
-                        buffer.new_empty(B, buffer.shape[1], total, buffer.shape[3]),
-                    )
+                    past = buffer[:, :, : cache.length].contiguous()
+                    present = buffer.new_empty(B, buffer.shape[1], total, buffer.shape[3])
                     presents.append((buffer, present))
                 tensors[f"past_key_values.{slot}.{kind}"] = past
                 _bind(binding.bind_output, f"present.{slot}.{kind}", present)
@@ -165,8 +166,8 @@ def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
 
 def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> bytes:
     """model.onnx with another accuracy_level and, if asked for, a float cache; the weights stay in their file."""
-    if accuracy_level not in LEVELS:
-        raise InputError("accuracy_level", accuracy_level, LEVELS)
+    if accuracy_level not in ACCURACY_LEVELS:
+        raise InputError("accuracy_level", accuracy_level, ACCURACY_LEVELS)
     proto: Any = load_proto(folder)
     for node in proto.graph.node:
         for attribute in node.attribute:

@@ -28,11 +28,12 @@ from ..dynamic.emit import attention_layers
 from ..dynamic.session import OrtModel
 from ..read import initializers
 
-PROMPT, STEPS = 8, 16  # of the decode check
-FAR_STEPS, TILE = 8, 64  # decoded behind a past of repeated text, and that text's length
-LARGEST_PAST = (
-    1 << 27
-)  # bytes a runtime: a longer cache is not worth the last positions, whose tables are compared anyway
+PROMPT = 8  # tokens of the prompt in the decode check
+STEPS = 16  # decoded behind it
+FAR_STEPS = 8  # decoded behind a past of repeated text
+TILE = 64  # tokens of the text that is repeated
+# bytes per runtime: a longer cache is not worth the last positions, whose tables are compared anyway
+LARGEST_PAST = 1 << 27
 
 
 def exact_checks(
@@ -52,7 +53,7 @@ def tables(folder: str | Path, config: Config) -> float:
     else:
         expected = dict(zip(("rope.cos", "rope.sin"), config.rope.tables(config.head_dim, config.max_position)))
     pairs = [(stored.get(name), table) for name, table in expected.items()]
-    same = all(found is not None and found.shape == table.shape for found, table in pairs)
+    same = all(tensor is not None and tensor.shape == table.shape for tensor, table in pairs)
     return max(compare([pair])[0] for pair in pairs) if same else math.inf  # type: ignore[list-item]
 
 
@@ -65,14 +66,15 @@ def _decode(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float,
     """Every step behind a prompt, against torch's cached path and against its prefill."""
     prompt = min(PROMPT, ids.shape[1] // 2)
     T = min(prompt + STEPS, ids.shape[1])
-    ours, theirs, whole = exported.new_cache(1, T), model.new_cache(1, T), model(ids[:, :T])
+    exported_cache = exported.new_cache(1, T)
+    torch_cache = model.new_cache(1, T)
+    whole = model(ids[:, :T])
+    same_frequencies = not unrotated_keys(model.config) or model.config.rope.trained >= T
     pairs = []
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
-        got = exported.step(ids[:, start:stop], ours)
-        pairs.append((got, model(ids[:, start:stop], theirs)))
-        if (
-            not unrotated_keys(model.config) or model.config.rope.trained >= T
-        ):  # else the past was computed at other frequencies
+        got = exported.step(ids[:, start:stop], exported_cache)
+        pairs.append((got, model(ids[:, start:stop], torch_cache)))
+        if same_frequencies:  # else the past was computed at others
             pairs.append((got, whole[:, start:stop]))
     return *compare(pairs), f"{T - prompt} steps behind {prompt} tokens"
 
@@ -82,10 +84,12 @@ def cached(exported: OrtModel, model: Transformer, ids: Tensor, limit: float) ->
     it."""
     prompt = min(PROMPT, ids.shape[1] // 2)
     T = min(prompt + TILE, ids.shape[1])
-    cache, rows = exported.new_cache(1, T), []
+    cache = exported.new_cache(1, T)
+    rows = []
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, T))]:
         rows.append(exported.step(ids[:, start:stop], cache)[0, -1])
-    expected, got = model(ids[:, :T])[0, prompt - 1 :].log_softmax(-1), torch.stack(rows).log_softmax(-1)
+    expected = model(ids[:, :T])[0, prompt - 1 :].log_softmax(-1)
+    got = torch.stack(rows).log_softmax(-1)
     kl = F.kl_div(got, expected, log_target=True, reduction="batchmean").item()
     return (
         kl,
@@ -100,7 +104,8 @@ def _padding(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float
     short = max(1, long // 2)
     mask = torch.ones(2, long + 2, dtype=torch.long)
     mask[1, short:long] = 0
-    prompts, cache = ids[:, :long].repeat(2, 1), exported.new_cache(2, long + 2)
+    prompts = ids[:, :long].repeat(2, 1)
+    cache = exported.new_cache(2, long + 2)
     got = exported.step(prompts, cache, mask[:, :long])
     expected = model(ids[:, : long + 2])[0], model(torch.cat([ids[:, :short], ids[:, long : long + 2]], 1))[0]
     pairs = [(got[0], expected[0][:long]), (got[1, :short], expected[1][:short])]
@@ -115,27 +120,29 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     config = model.config
     tile = max(1, min(TILE, ids.shape[1] - FAR_STEPS))
     stop = min(start + FAR_STEPS, config.max_position, start + ids.shape[1] - tile)
-    near, theirs, ours = model.new_cache(1, tile), model.new_cache(1, stop), exported.new_cache(1, stop)
+    near = model.new_cache(1, tile)
+    torch_cache = model.new_cache(1, stop)
+    exported_cache = exported.new_cache(1, stop)
     model(ids[:, :tile], near)
     index = (torch.arange(start) - start) % tile  # ends with the end of the tile, so that the text goes on
     (cos, sin), (far_cos, far_sin) = (config.rope.tables(config.head_dim, n) for n in (tile, start))
-    for slot, (pair, i) in enumerate(zip(ours.layers, attention_layers(config))):
+    for slot, (pair, i) in enumerate(zip(exported_cache.layers, attention_layers(config))):
         keys, values = near.layers[i]
-        varies = (
-            config.rope.varies_with_length
-        )  # then torch caches keys as they are; the file only if its context reaches that far
+        # then torch caches keys as they are; the file only if its context reaches that far
+        varies = config.rope.varies_with_length
         plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
         far_keys = rotate(plain[:, :, index], far_cos, far_sin)
-        key_buffers = ((pair[0], unrotated_keys(config)), (theirs.layers[i][0], varies))
+        key_buffers = ((pair[0], unrotated_keys(config)), (torch_cache.layers[i][0], varies))
         for buffer, as_they_are in key_buffers:
             buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
-        if ours.key_scales:
-            pair[0][:, :, :start] /= ours.key_scales[slot][:, None]
-        for buffer in (pair[1], theirs.layers[i][1]):
+        if exported_cache.key_scales:
+            pair[0][:, :, :start] /= exported_cache.key_scales[slot][:, None]
+        for buffer in (pair[1], torch_cache.layers[i][1]):
             buffer[:, :, :start] = values[:, :, index]
-    ours.length = theirs.length = start
+    exported_cache.length = start
+    torch_cache.length = start
     steps = ids[:, tile : tile + stop - start].split(1, 1)
-    pairs = [(exported.step(step, ours), model(step, theirs)) for step in steps]
+    pairs = [(exported.step(step, exported_cache), model(step, torch_cache)) for step in steps]
     return *compare(pairs), f"positions {start} … {stop - 1} behind repeated text"
 
 
@@ -149,7 +156,9 @@ def far(config: Config) -> dict[str, int]:
     """Where the far checks start: none without attention."""
     if not attention_layers(config):
         return {}
-    out, original, end = {}, config.rope.original_max_position, config.max_position
+    out = {}
+    original = config.rope.original_max_position
+    end = config.max_position
     if original and original < end:
         out["beyond_context"] = max(0, original - FAR_STEPS // 2)
     width = sum(layer.n_kv_heads for layer in config.layers) * config.head_dim * 2 * 4
@@ -170,9 +179,13 @@ class Shipped:
 
 def shipped(exported: OrtModel, model: Transformer, ids: Tensor, bar: Any) -> Shipped:
     """KL, flips and perplexity at the level in the file, on windows ids [W, T]."""
-    kl, flips, nll, count = 0.0, 0, torch.zeros(2, dtype=torch.float64), 0
+    kl = 0.0
+    flips = 0
+    nll = torch.zeros(2, dtype=torch.float64)
+    count = 0
     for window in ids.split(1):
-        p, q = model(window)[0], exported(window)[0]  # (T, V)
+        p = model(window)[0]  # (T, V)
+        q = exported(window)[0]
         kl += sum(
             F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum").item()
             for a, b in zip(p.split(64), q.split(64))
@@ -181,5 +194,5 @@ def shipped(exported: OrtModel, model: Transformer, ids: Tensor, bar: Any) -> Sh
         nll += torch.stack([F.cross_entropy(logits[:-1], window[0, 1:]).double() for logits in (p, q)])
         count += len(p)
         bar.update()
-    ours, theirs = (nll / len(ids)).exp().tolist()
-    return Shipped(kl / count, flips, count, (ours, theirs))
+    torch_perplexity, exported_perplexity = (nll / len(ids)).exp().tolist()
+    return Shipped(kl / count, flips, count, (torch_perplexity, exported_perplexity))

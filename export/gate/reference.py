@@ -26,10 +26,9 @@ from ..dynamic.emit import attention_layers
 from ..profiles import profile_of
 
 NAME = "reference.json"
-WINDOWS, POSITIONS = (
-    8,
-    512,
-)  # the gate's: with int8 activations a perplexity over 64 tokens is only known to 1%, its limit
+# the gate's text: with int8 activations a perplexity over 64 tokens is only known to 1%, its limit
+WINDOWS = 8
+POSITIONS = 512
 LARGEST = 1 << 30  # bytes of logits that the default text may take: fewer windows where the vocabulary is large
 
 
@@ -94,7 +93,10 @@ def fitting(windows: int, positions: int, vocab_size: int) -> int:
 
 def _greedy(model: Any, prompt: Tensor, steps: int) -> tuple[list[int], list[float]]:
     """The continuation and, a step, how far its token was ahead of the next best: what rounding may turn over."""
-    cache, new, tokens, margins = model.new_cache(1, len(prompt) + steps), prompt[None], [], []
+    cache = model.new_cache(1, len(prompt) + steps)
+    new = prompt[None]
+    tokens = []
+    margins = []
     for _ in range(steps):
         best = model(new, cache)[0, -1].topk(2)
         tokens.append(int(best.indices[0]))

@@ -115,7 +115,8 @@ def gate(
     """`verify` without reading every file for its hash: what `export` runs on files it has just written."""
     manifest = read_manifest(folder)
     report = report or _report(folder, limits)
-    stored, limit = read(folder), report["limits"]
+    stored = read(folder)
+    limit = report["limits"]
     same = stored.fingerprint() == manifest["fingerprint"]
     _record(report, "fingerprint", 0 if same else 1, 0, "the folder read back against the graph as exported")
     if attention_layers(stored.config):
@@ -127,9 +128,8 @@ def gate(
             f"cos and sin of {stored.config.max_position} positions",
         )
     expected = _prepared(graph, manifest) if graph else stored
-    torch_model = (
-        expected.dense(torch.float32) if 4 * expected.config.n_params <= LARGEST_DENSE else expected
-    ).module()
+    fits = 4 * expected.config.n_params <= LARGEST_DENSE
+    torch_model = (expected.dense(torch.float32) if fits else expected).module()
     ids, report["text"] = _text(stored.config, stored.tokenizer, tokens, windows, seq_len)
 
     bar = tqdm(total=3 + len(far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
@@ -145,7 +145,9 @@ def gate(
             _record(report, "kv_cache", *cached(exported, torch_model, ids[:1], limit["kl"]))
         _as_shipped(report, shipped(exported, torch_model, ids, bar))
         del exported
-    runtime, optional = profile_of(manifest["profile"]).runtime, profile_of(manifest["profile"]).form == "static"
+    profile = profile_of(manifest["profile"])
+    runtime = profile.runtime
+    optional = profile.form == "static"
     if optional and not installed(runtime):
         report["not_run"] = [f"{runtime}: not installed (make runtime NAME={runtime})"]
     elif runtime != "onnxruntime":
@@ -178,7 +180,8 @@ def _in_runtime(
 
 def _prepared(graph: Graph, manifest: Mapping[str, Any]) -> Graph:
     """The graph as it was exported."""
-    profile, dtype = profile_of(manifest["profile"]), manifest.get("dtype", "auto")
+    profile = profile_of(manifest["profile"])
+    dtype = manifest.get("dtype", "auto")
     if profile.form == "static":
         return make_ready(graph, profile, dtype, manifest["config"]["max_position"])
     return prepare(graph, dtype, manifest.get("scales", "float32"))
@@ -230,21 +233,21 @@ def _text(
     if tokens is not None:
         if tokens.dim() != 2 or min(tokens.shape[0], tokens.shape[1] - 1) < 1:
             raise InputError("verification tokens", tuple(tokens.shape), "[windows, seq_len], windows of at least 2")
-        ids, what = tokens.long(), "the given tokens"
+        ids = tokens.long()
+        source = "the given tokens"
     else:
         seq_len = min(seq_len, config.max_position)
         if tokenizer is not None:
             from tinycompress.calibration.data import tokens as read_tokens
 
-            ids, what = read_tokens("pydoc", tokenizer, windows, seq_len, split="test"), "pydoc (test)"
+            ids = read_tokens("pydoc", tokenizer, windows, seq_len, split="test")
+            source = "pydoc (test)"
         else:
             generator = torch.Generator().manual_seed(0)
-            ids, what = (
-                torch.randint(config.vocab_size, (windows, seq_len), generator=generator),
-                "random ids: no tokenizer",
-            )
+            ids = torch.randint(config.vocab_size, (windows, seq_len), generator=generator)
+            source = "random ids: no tokenizer"
     check_ids(ids, config.vocab_size)
-    return ids, f"{len(ids)} × {ids.shape[1]} tokens, {what}"
+    return ids, f"{len(ids)} × {ids.shape[1]} tokens, {source}"
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -271,16 +274,24 @@ def _record(report: dict[str, Any], check: str, figure: float, limit: float, abo
     )
 
 
-def _as_shipped(report: dict[str, Any], found: Shipped) -> None:
-    ours, theirs = found.perplexity
-    report["perplexity"] = {"torch": ours, "exported": theirs}
+def _as_shipped(report: dict[str, Any], measured: Shipped) -> None:
+    in_torch, as_exported = measured.perplexity
+    report["perplexity"] = {"torch": in_torch, "exported": as_exported}
     limit = report["limits"]
-    _record(report, "kl", found.kl, limit["kl"], f"nats a token over {found.count} tokens")
+    _record(report, "kl", measured.kl, limit["kl"], f"nats a token over {measured.count} tokens")
     _record(
-        report, "flips", found.flips / found.count, limit["flips"], f"{found.flips} of {found.count} top tokens differ"
+        report,
+        "flips",
+        measured.flips / measured.count,
+        limit["flips"],
+        f"{measured.flips} of {measured.count} top tokens differ",
     )
     _record(
-        report, "perplexity", abs(theirs / ours - 1), limit["perplexity"], f"{ours:.4g} in torch, {theirs:.4g} exported"
+        report,
+        "perplexity",
+        abs(as_exported / in_torch - 1),
+        limit["perplexity"],
+        f"{in_torch:.4g} in torch, {as_exported:.4g} exported",
     )
 
 

@@ -30,12 +30,16 @@ class Reference:
 
     def __init__(self, folder: Path) -> None:
         data = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        self.folder, self.limits = folder, data["limits"]
+        self.folder = folder
+        self.limits = data["limits"]
         self.ids = np.array(data["ids"], np.int64)
         self.windows, self.length = self.ids.shape
-        self.prompt, self.vocab, self.context = data["prompt"], data["vocab"], data["context"]
+        self.prompt = data["prompt"]
+        self.vocab = data["vocab"]
+        self.context = data["context"]
         self.cache: list[list[int]] = data["cache"]
-        self.greedy, self.margins = data["greedy"], data["margins"]
+        self.greedy = data["greedy"]
+        self.margins = data["margins"]
         self.logits = np.memmap(folder / "reference.f32", "<f4", "r", shape=(*self.ids.shape, self.vocab))
 
     def spans(self, window: int = 0) -> list[tuple[int, int]]:
@@ -60,7 +64,8 @@ def figures(
     decided ones are there to read them by: where two tokens are as good as level (random weights: 0.3 apart) any
     rounding turns them over. `flips_se` and `perplexity_se` are the standard errors of those means over so few
     positions."""
-    rows, losses = [], []
+    rows = []
+    losses = []
     windows = slice(1 if stop else None)
     for expected, ids, got in zip(
         reference.logits[windows, first:stop], reference.ids[windows, first:stop], logits, strict=True
@@ -77,7 +82,8 @@ def figures(
             target = ids[a + 1 : a + 1 + CHUNK]
             losses.append((p - q)[np.arange(len(target)), target])
     error, kl, flips, decided = np.concatenate(rows, 1)
-    lost, share = np.concatenate(losses), float(flips.mean())
+    lost = np.concatenate(losses)
+    share = float(flips.mean())
     return {
         "error": float(error.max()),
         "kl": float(kl.mean()),

@@ -46,7 +46,8 @@ class ActivationGrid:
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise InputError("activation range", f"{low} … {high}", "two finite numbers, the lower first")
         first, last = GRIDS[dtype]
-        low, high = min(low, 0.0), max(high, 0.0)
+        low = min(low, 0.0)
+        high = max(high, 0.0)
         scale = float(np.float32(max(high - low, SMALLEST) / (last - first)))
         return ActivationGrid(scale, int(np.clip(round(first - low / scale), first, last)), dtype)
 
@@ -81,12 +82,14 @@ class Observer:
 
     def see(self, name: str, x: Array) -> None:
         """Adds values; NaN or infinity is an `InputError` that names the activation."""
-        low, high = float(x.min()), float(x.max())
+        low = float(x.min())
+        high = float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 f"activation {name}", "NaN or infinite values", "finite ones (look at the weights before it)"
             )
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.low = min(self.low, low)
+        self.high = max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         if self.histogram:
             self.counts += np.histogram(x, BINS, (-self.reach, self.reach))[0]
@@ -122,7 +125,8 @@ def choose(
         raise InputError("activation ranges", repr(method), " | ".join(METHODS))
     if not math.isfinite(seen.low):
         raise InputError(f"activation {name}", "no values", "calibration text that reaches it")
-    low, high = seen.low, seen.high
+    low = seen.low
+    high = seen.high
     if method != "minmax" and seen.histogram:
         low, high = _percentile(seen, clip) if method == "percentile" else _mse(seen, dtype)
         if (lost := outside(seen, low, high)) > saturation:
@@ -154,7 +158,8 @@ def grids(
 def _percentile(seen: Observer, clip: float) -> tuple[float, float]:
     if not 0 <= clip < 1:
         raise InputError("clip", clip, "a share from 0 to below 1")
-    share, half = np.cumsum(seen.counts) / seen.counts.sum(), seen.reach / BINS
+    share = np.cumsum(seen.counts) / seen.counts.sum()
+    half = seen.reach / BINS
     low = seen.centres[int(np.searchsorted(share, clip / 2, side="right"))] - half
     high = seen.centres[int(np.searchsorted(share, 1 - clip / 2))] + half
     return max(low, seen.low), min(high, seen.high)
@@ -163,14 +168,19 @@ def _percentile(seen: Observer, clip: float) -> tuple[float, float]:
 def _mse(seen: Observer, dtype: str) -> tuple[float, float]:
     """Clipping errors by the histogram; rounding errors s²/12 a value, as for values spread evenly within a step."""
     first, last = GRIDS[dtype]
-    x, n = seen.centres, seen.counts
-    best, chosen = math.inf, (seen.low, seen.high)
-    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    x = seen.centres
+    n = seen.counts
+    least = math.inf
+    chosen = (seen.low, seen.high)
+    low = min(seen.low, 0.0)
+    high = max(seen.high, 0.0)
     for i in range(SHRINKS, 0, -1):
-        a, b = low * i / SHRINKS, high * i / SHRINKS
+        a = low * i / SHRINKS
+        b = high * i / SHRINKS
         step = max(b - a, SMALLEST) / (last - first)
         inside = (x >= a) & (x <= b)
         error = (n[inside].sum() * step**2 / 12) + (n * np.square(x - np.clip(x, a, b)))[~inside].sum()
-        if error < best:
-            best, chosen = error, (a, b)
+        if error < least:
+            least = error
+            chosen = (a, b)
     return chosen

@@ -51,7 +51,8 @@ def calibrate(
     form = FORMS[profile.name]
     assert form.activations is not None
     tokens = _whole_chunks(check_calibration(graph, tokens), chunk_of(graph, profile))
-    shape, host = layout(graph, profile), {name: t.numpy() for name, t in host_tensors(graph).items()}
+    shape = layout(graph, profile)
+    host = {name: t.numpy() for name, t in host_tensors(graph).items()}
     balance = key_scales(graph, tokens, progress)
     model, named, given = observed(graph, profile, shape["chunk"], balance)
     fixed: dict[str, Observer] = {}
@@ -71,15 +72,16 @@ def calibrate(
 def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str, Tensor]:
     """For each attention, by its prefix, the largest |key| of each channel [K, d] behind the rotation, over `tokens`
     [windows, T]; at least 1 / QUIETEST of the layer's largest, since the scales themselves are held in 16 bits."""
-    model, config = graph.dense(torch.float32).module(), graph.config
+    model = graph.dense(torch.float32).module()
+    config = graph.config
     with_attention = [i for i, layer in enumerate(config.layers) if layer.n_heads]
     peaks: dict[int, Tensor] = {}
     for window in tqdm(tokens, desc="keys", unit="window", delay=2, disable=not progress):
         cache = model.new_cache(1, len(window))
         model.hidden(window[None], cache)
         for i in with_attention:
-            found = cache.layers[i][0][0].abs().amax(1)  # (K, d)
-            peaks[i] = torch.maximum(peaks[i], found) if i in peaks else found
+            peak = cache.layers[i][0][0].abs().amax(1)  # (K, d)
+            peaks[i] = torch.maximum(peaks[i], peak) if i in peaks else peak
     return {layer_names(i).attention: p.clamp_min(max(p.max().item() / QUIETEST, SMALLEST)) for i, p in peaks.items()}
 
 
@@ -131,7 +133,9 @@ class _Watcher:
         options.add_session_config_entry(*FLOAT_PRODUCTS)
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        self.named, self.seen, self.method = named, seen, method
+        self.named = named
+        self.seen = seen
+        self.method = method
         self.groups: list[list[str]] = [list(named)]
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Array]:

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 UNIT = 1 / 65536  # HTP's own step for sigmoid and softmax
-MASK, COS, SIN = "mask", "cos", "sin"
+MASK = "mask"
+COS = "cos"
+SIN = "sin"
 MOVES = ("Reshape", "Transpose", "Slice", "Concat")
 Points = dict[str, list["ir.Value"]]
 
@@ -79,7 +81,8 @@ def observed(
                 given.setdefault(key, value)
             elif node.op_type not in MOVES and not emitter.fixed(key):
                 if value not in draw.outputs:
-                    value.name, value.dtype = f"point_{len(named)}", draw.ir.DataType.FLOAT
+                    value.name = f"point_{len(named)}"
+                    value.dtype = draw.ir.DataType.FLOAT
                     draw.outputs.append(value)
                 named[str(value.name)] = key
     return draw.model(), named, given
@@ -90,8 +93,12 @@ class _Static:
 
     def __init__(self, graph: Graph, profile: Profile, length: int, activations: Activations | None) -> None:
         self.draw = Draw(graph, profile, Choices(accuracy_level=0))
-        self.graph, self.config, self.profile, self.form = graph, graph.config, profile, FORMS[profile.name]
-        self.S, self.C = length, graph.config.max_position
+        self.graph = graph
+        self.config = graph.config
+        self.profile = profile
+        self.form = FORMS[profile.name]
+        self.S = length
+        self.C = graph.config.max_position
         self.grids: Mapping[str, ActivationGrid] | None = activations.grids if activations else None
         self.key_scales: Mapping[str, Tensor] = activations.key_scales if activations else {}
         self.attention_bits = activations.attention_bits if activations else None
@@ -100,7 +107,10 @@ class _Static:
         self.host: dict[str, ir.Value] = {}  # mask, cos and sin, on their grids
 
     def draw_model(self) -> None:
-        D, S, C, half = self.config.hidden_size, self.S, self.C, self.config.head_dim // 2
+        D = self.config.hidden_size
+        S = self.S
+        C = self.C
+        half = self.config.head_dim // 2
         x = self.act(self.draw.input("hidden", "FLOAT", (1, S, D)), "hidden")
         if attention_layers(self.config):
             for name, sizes in ((MASK, (1, 1, S, C + S)), (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
@@ -138,7 +148,11 @@ class _Static:
         self, names: LayerNames, x: ir.Value, layer: Layer, caches: list[tuple[str, ir.Value, tuple[int, ...]]]
     ) -> ir.Value:
         """Grouped-query attention behind the cache; the new keys and values are added to `caches`."""
-        S, C, d, H, K = self.S, self.C, self.config.head_dim, layer.n_heads, layer.n_kv_heads
+        S = self.S
+        C = self.C
+        d = self.config.head_dim
+        H = layer.n_heads
+        K = layer.n_kv_heads
         slot = len(caches) // 2
         at = names.attention
         q = self.rotate(f"{at}.query", names.query, self.heads(names.query, x, H))
@@ -176,12 +190,12 @@ class _Static:
         is 2."""
         if self.grids is None or self.attention_bits == 8:
             return self.op(key, "MatMul", [x, cached])
-        grid, at = self.grids[cached_key], f"{key}.second"
+        grid = self.grids[cached_key]
+        at = f"{key}.second"
         coarse = self.on(cached, f"{at}.coarse", ActivationGrid(257 * grid.scale, round(grid.zero / 257), "uint8"))
         rest = self.draw.op(f"{at}.rest", "Sub", [cached, self.on(coarse, f"{at}.coarse16", grid)])
-        rest = self.on(
-            rest, f"{at}.rest16", ActivationGrid(grid.scale / 100, 32768, "uint16")
-        )  # reaches 327 steps: more than the coarse one
+        # its grid reaches 327 steps: more than the coarse one's step
+        rest = self.on(rest, f"{at}.rest16", ActivationGrid(grid.scale / 100, 32768, "uint16"))
         fine = self.on(rest, f"{at}.fine", ActivationGrid(2 * grid.scale, 128, "uint8"))
         return self.op(key, "Add", [self.op(key, "MatMul", [x, coarse]), self.op(key, "MatMul", [x, fine])])
 
@@ -193,13 +207,16 @@ class _Static:
     def rotate(self, key: str, source: str, x: ir.Value) -> ir.Value:
         """x [1, n, S, d] turned by the half-split rule; its own grid is that of the linear `source` it comes from."""
         half = self.config.head_dim // 2
-        a, b = self.slice(x, source, 0, half), self.slice(x, source, half, 2 * half)
-        cos, sin = self.host[COS], self.host[SIN]
+        a = self.slice(x, source, 0, half)
+        b = self.slice(x, source, half, 2 * half)
+        cos = self.host[COS]
+        sin = self.host[SIN]
         products = [
             self.op(f"{key}.turned", "Mul", [half_x, table])
             for half_x, table in ((a, cos), (b, sin), (b, cos), (a, sin))
         ]
-        first, second = self.op(key, "Sub", products[:2]), self.op(key, "Add", products[2:])
+        first = self.op(key, "Sub", products[:2])
+        second = self.op(key, "Add", products[2:])
         return self.op(key, "Concat", [first, second], axis=3)
 
     def behind(self, name: str, new: ir.Value, key: str, kv_heads: int) -> ir.Value:
@@ -217,7 +234,8 @@ class _Static:
 
     def linear(self, name: str, x: ir.Value) -> ir.Value:
         """x [1, S, K] to [1, S, N]."""
-        weight, bias = self.draw.entry(f"{name}.weight"), f"{name}.bias" in self.graph.weights
+        weight = self.draw.entry(f"{name}.weight")
+        bias = f"{name}.bias" in self.graph.weights
         key = f"{name}.product" if bias else name
         if not isinstance(weight, QuantTensor):
             y = self.op(key, "MatMul", [x, self.draw.dense(f"{name}.weight", transposed=True)])

@@ -152,9 +152,9 @@ def _untied(graph: Graph, table: str) -> Graph:
 def _rounded(graph: Graph) -> Graph:
     """Dense linears to w8, one scale a channel that covers its range."""
     spec = QuantSpec(8, None, search="minmax")
-    todo = [n for n in _linears(graph.config) if not isinstance(graph.weights.entries[n], QuantTensor)]
+    dense = [name for name in _linears(graph.config) if not isinstance(graph.weights.entries[name], QuantTensor)]
     changed = {}
-    for name in tqdm(todo, desc="rounding to int8", unit="linear", delay=2, disable=not todo):
+    for name in tqdm(dense, desc="rounding to int8", unit="linear", delay=2, disable=not dense):
         weight: Tensor = graph.tensor(name).float()
         scales, _ = find_grid(name, weight, spec)
         changed[name] = QuantTensor.from_ints(round_to_grid(weight, scales, None, spec), scales, None, spec)
@@ -163,7 +163,8 @@ def _rounded(graph: Graph) -> Graph:
 
 def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
     """What the host must know of a graph made ready: the manifest's "static"."""
-    form, config = FORMS[profile.name], graph.config
+    form = FORMS[profile.name]
+    config = graph.config
     weight = graph.weights.entries[EMBEDDING]
     return {
         "chunk": min(form.chunk, config.max_position),
@@ -178,7 +179,8 @@ def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
 
 def host_tensors(graph: Graph) -> dict[str, Tensor]:
     """What the host reads: the embedding [V, D], dense or packed, and cos and sin [C, d/2]."""
-    weight, config = graph.weights[EMBEDDING], graph.config
+    weight = graph.weights[EMBEDDING]
+    config = graph.config
     parts = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
     cos, sin = config.rope.tables(config.head_dim, config.max_position)
     return {EMBEDDING + suffix: t.contiguous() for suffix, t in parts.items()} | {"rope.cos": cos, "rope.sin": sin}

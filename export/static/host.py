@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-HOST, WEIGHTS = "host.safetensors", "weights.data"
+HOST = "host.safetensors"
+WEIGHTS = "weights.data"
 GRAPHS = {"prefill": "prefill.onnx", "decode": "decode.onnx"}
 # On a CPU, ONNX Runtime would round the activations of products with packed weights to int8: not what an NPU does.
 FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
@@ -48,14 +49,17 @@ class StaticSession:
     decode."""
 
     def __init__(self, shape: Mapping[str, Any], host: Mapping[str, Array], graphs: Mapping[str, Runnable]) -> None:
-        self.shape, self.host, self.graphs = shape, host, graphs
+        self.shape = shape
+        self.host = host
+        self.graphs = graphs
 
     @staticmethod
     def from_folder(folder: str | Path, open: Callable[[Path], Runnable] | None = None) -> StaticSession:
         """An exported folder; `open` turns the path of a graph into what runs it (default: onnxruntime on the CPU)."""
         from safetensors.numpy import load_file
 
-        folder, open = Path(folder), open or cpu_session
+        folder = Path(folder)
+        open = open or cpu_session
         shape = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["static"]
         return StaticSession(
             shape, load_file(folder / HOST), {name: open(folder / file) for name, file in GRAPHS.items()}
@@ -78,14 +82,16 @@ class StaticSession:
 
     def logits(self, ids: Array, steps: int = 0) -> Array:
         """[T, V] of ids [T] behind nothing: in chunks, the last `steps` one at a time."""
-        cache, start = self.new_cache(), max(1, len(ids) - steps)
+        cache = self.new_cache()
+        start = max(1, len(ids) - steps)
         return np.concatenate(
             [self.step(ids[:start], cache), *(self.step(ids[i : i + 1], cache) for i in range(start, len(ids)))]
         )
 
     def _run(self, name: str, ids: Array, size: int, cache: Cache) -> Array:
         """One run of a graph that takes `size` positions, of which ids [n] fill the first n."""
-        n, start = len(ids), cache.length
+        n = len(ids)
+        start = cache.length
         entries = [
             (f"{kind}_{slot}", array)
             for slot, pair in enumerate(cache.layers)
@@ -100,7 +106,8 @@ class StaticSession:
 
     def feeds(self, ids: Array, size: int, cache: Cache) -> dict[str, Array]:
         """A graph's inputs for ids [n] behind the cache, padded to `size` positions."""
-        n, start = len(ids), cache.length
+        n = len(ids)
+        start = cache.length
         hidden = np.zeros((1, size, self.shape["hidden"]), np.float32)
         hidden[0, :n] = self.rows(ids)
         feeds = {"hidden": hidden}
@@ -125,8 +132,10 @@ class StaticSession:
         """The embedding of ids [n], float32 [n, D]; a packed table is a stream of bits, low ones first."""
         if EMBEDDING in self.host:
             return self.host[EMBEDDING][ids]
-        packed, scales = self.host[f"{EMBEDDING}.packed"][ids], self.host[f"{EMBEDDING}.scales"][ids]
-        bits, group = self.shape["embedding_bits"], self.shape["hidden"] // scales.shape[1]
+        packed = self.host[f"{EMBEDDING}.packed"][ids]
+        scales = self.host[f"{EMBEDDING}.scales"][ids]
+        bits = self.shape["embedding_bits"]
+        group = self.shape["hidden"] // scales.shape[1]
         stream = np.unpackbits(packed, axis=-1, bitorder="little")[..., : group * bits]
         q = stream.reshape(*scales.shape, group, bits) @ (1 << np.arange(bits))
         zeros = self.host.get(f"{EMBEDDING}.zeros")

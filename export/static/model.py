@@ -25,7 +25,9 @@ class StaticCache:
     def __init__(self, config: Config, cache: Cache, max_length: int, key_scales: tuple[Tensor, ...] = ()) -> None:
         if max_length > config.max_position:
             raise InputError("positions", max_length, f"at most {config.max_position}: the slots of the graphs")
-        self.cache, self.max_length, self.key_scales = cache, max_length, key_scales
+        self.cache = cache
+        self.max_length = max_length
+        self.key_scales = key_scales
         self.layers = [tuple(torch.from_numpy(a) for a in pair) for pair in cache.layers]
 
     @property

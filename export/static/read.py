@@ -46,19 +46,17 @@ def _weight(name: str, shape: tuple[int, ...], stored: Mapping[str, Tensor], spe
         return tensor.T if transposed else tensor
     (N, K) = shape
     if spec.group(name, K) != K:
-        packed, scales = (
-            _get(stored, f"{name}.packed", None, torch.uint8),
-            _get(stored, f"{name}.scales", None, torch.float32),
-        )
+        packed = _get(stored, f"{name}.packed", None, torch.uint8)
+        scales = _get(stored, f"{name}.scales", None, torch.float32)
         if packed.numel() != N * K // 2 or scales.shape[0] != N or scales.shape[1] % (K // spec.group(name, K)):
             raise InputError(
                 name, f"packed {tuple(packed.shape)}, scales {tuple(scales.shape)}", f"blocks of a {(N, K)} weight"
             )
         return from_blocks(packed, scales, spec, (N, K))
-    ints = _get(
-        stored, f"{name}.ints", (K, N) if spec.bits == 8 else None, torch.int8 if spec.bits == 8 else torch.uint8
-    )
-    if spec.bits != 8:  # nibbles, two's complement
+    if spec.bits == 8:
+        ints = _get(stored, f"{name}.ints", (K, N), torch.int8)
+    else:  # two values in a byte, two's complement
+        ints = _get(stored, f"{name}.ints", None, torch.uint8)
         if ints.numel() != -(-K * N // 2):
             raise InputError(f"{name}.ints", f"{ints.numel()} bytes", -(-K * N // 2))
         ints = (((unpack(ints.reshape(-1), 4, K * N) + 8) & 15).to(torch.int8) - 8).view(K, N)

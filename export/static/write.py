@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,15 @@ def export_static(
     emit_static(ready, profile, 1)  # what cannot be drawn fails here
     with new_folder(folder, overwrite) as work:
         check_space(ready, work)
-        found, about = None, None
+        ranges = None
+        about = None
         if activations := FORMS[profile.name].activations:
-            text, what = calibration_text(ready, choices.calibration, chunk_of(ready, profile))
-            found = calibrate(ready, profile, text, choices.ranges, folder=work, progress=progress)
-            found = dataclasses.replace(found, attention_bits=choices.attention_bits)
-            about = {"type": activations, "ranges": choices.ranges, "text": what, "grids": len(found.grids)}
+            text, description = calibration_text(ready, choices.calibration, chunk_of(ready, profile))
+            ranges = calibrate(ready, profile, text, choices.ranges, folder=work, progress=progress)
+            ranges = dataclasses.replace(ranges, attention_bits=choices.attention_bits)
+            about = {"type": activations, "ranges": choices.ranges, "text": description, "grids": len(ranges.grids)}
             about |= {"attention_bits": choices.attention_bits}
-        write_graphs(ready, profile, found, work, progress)
+        write_graphs(ready, profile, ranges, work, progress)
         write_config(ready, work)
         manifest = _manifest(ready, profile, dtype) | {"static": layout(ready, profile), "activations": about}
         _seal(manifest, work)
@@ -108,7 +109,8 @@ def export_static(
 def check_space(graph: Graph, work: Path) -> None:
     """An `InputError` unless the disk has room for the weights (and, while ranges are read, for their float
     graph's)."""
-    needed, free = 2 * graph.nbytes, shutil.disk_usage(work).free
+    needed = 2 * graph.nbytes
+    free = shutil.disk_usage(work).free
     if needed > free:
         raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
 
@@ -168,7 +170,6 @@ def write_config(graph: Graph, work: Path) -> None:
 
 def _manifest(graph: Graph, profile: Profile, dtype: str) -> dict[str, Any]:
     packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
-    blocks = [w for w in packed.values() if w.scales.shape[1] > 1]
     return {
         "format": FORMAT,
         "profile": profile.name,
@@ -179,11 +180,19 @@ def _manifest(graph: Graph, profile: Profile, dtype: str) -> dict[str, Any]:
         "fingerprint": graph.fingerprint(),
         "dtype": dtype,
         "scheme": " + ".join(sorted({str(w.grid) for w in packed.values()})) or "float32",
-        "block_scales": None if not blocks else "lpbq" if all(map(is_lpbq, blocks)) else "ordinary",
+        "block_scales": _block_scales(packed.values()),
         "quantized": {name: dataclasses.asdict(w.grid) for name, w in packed.items()},
         "files": {},
         "checks": None,
     }
+
+
+def _block_scales(weights: Iterable[QuantTensor]) -> str | None:
+    """The form of the scales of weights in blocks; None where there are no such weights."""
+    blocks = [weight for weight in weights if weight.scales.shape[1] > 1]
+    if not blocks:
+        return None
+    return "lpbq" if all(map(is_lpbq, blocks)) else "ordinary"
 
 
 def _seal(manifest: dict[str, Any], work: Path) -> None:

@@ -27,14 +27,6 @@ WIDE = {"kl": 9.0, "flips": 1.0, "perplexity": 9.0}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def no_runtime(monkeypatch):
     """The gate without third-party runtimes, whether installed or not: they have tests of their own below."""
     monkeypatch.setattr(import_module("tinycompress.export.gate.verify"), "installed", lambda name: False)

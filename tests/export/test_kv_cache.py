@@ -11,7 +11,7 @@ from gate_results import checks, failed
 
 from tinycompress.errors import InputError
 from tinycompress.export import OrtModel, cache_scales, export, kv_scales, prepare, read, verify
-from tinycompress.export.dynamic.kv_cache import HEADROOM, LEVELS
+from tinycompress.export.dynamic.kv_cache import HEADROOM, LARGEST_INTEGER
 from tinycompress.export.gate.verify import gate
 from tinycompress.export.read import load_proto
 from tinycompress.graph.config import Layer
@@ -77,7 +77,7 @@ def test_ranges_hold_at_every_position():
     seen = torch.zeros_like(scales)
     for at in range(0, 4096, 16):
         seen = torch.maximum(seen, rotate(plain, cos[at : at + 16], sin[at : at + 16]).abs().amax(2, keepdim=True))
-    range_ = scales * LEVELS / HEADROOM["key"]
+    range_ = scales * LARGEST_INTEGER / HEADROOM["key"]
     assert (seen <= range_ * (1 + 1e-5)).all()
     assert (seen > 0.5 * range_).all()  # and are no wider than that asks for
     assert (

@@ -49,21 +49,21 @@ class Server(http.server.SimpleHTTPRequestHandler):
         logits: IO[bytes] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.model, self.request_data, self.answers, self.answered = (
-            model,
-            request,
-            answers,
-            kwargs.pop("answered", threading.Event()),
-        )
+        self.model = model
+        self.request_data = request
+        self.answers = answers
+        self.answered = kwargs.pop("answered", threading.Event())
         self.logits = logits
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path: str) -> str:
         path = path.split("?")[0].lstrip("/")
-        base, name = HERE, path or "page.html"
+        base = HERE
+        name = path or "page.html"
         for prefix, folder in (("model/", self.model), ("ort/", RUNTIME)):
             if path.startswith(prefix):
-                base, name = folder, path.removeprefix(prefix)
+                base = folder
+                name = path.removeprefix(prefix)
         target = (base / name).resolve()
         return str(target if target.is_relative_to(base.resolve()) else base / "none")
 

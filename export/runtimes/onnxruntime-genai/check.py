@@ -31,7 +31,8 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     model = og.Model(str(folder))
 
     def stepped(ids: np.ndarray) -> np.ndarray:
-        run, rows = generator(model, min(reference.length + 1, reference.context)), []
+        run = generator(model, min(reference.length + 1, reference.context))
+        rows = []
         for start, stop in reference.spans():  # of every window: genai keeps the last position only
             run.append_tokens(ids[start:stop].astype(np.int32))
             rows.append(np.asarray(run.get_logits()).reshape(-1, reference.vocab)[-1:].copy())

@@ -72,7 +72,9 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     found: dict[str, Any] = figures(reference, model.logits(reference))
     failures = judge(reference, found, is_exact(folder))
     model.reset()
-    tokens, new, start = [], reference.start[None], time.perf_counter()
+    tokens = []
+    new = reference.start[None]
+    start = time.perf_counter()
     for _ in reference.greedy:
         tokens.append(int(model.step(new)[0, -1].argmax()))
         new = np.array([[tokens[-1]]])

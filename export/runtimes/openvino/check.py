@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Reference, figures, greedy_agrees, judge, main
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-MARGIN, NPUW_MARGIN = 1e-3, 0.25  # logits that two tokens may be apart in torch where a greedy path parts from it
+# logits that two tokens may be apart in torch where a greedy path parts from it
+MARGIN = 1e-3
+NPUW_MARGIN = 0.25
 NPUW_POSITIONS = 64  # of the first window: on a CPU it takes its time
 NPUW = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "NPUW_LLM": "YES", "NPUW_LLM_PREFILL_HINT": "STATIC"}
 
@@ -40,7 +42,8 @@ NPUW = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "NPUW_LLM": "YES", "NPUW_L
 def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     """Figures and failures of every form that the folder's profile promises."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    core, path = ov.Core(), folder / manifest["model"]
+    core = ov.Core()
+    path = folder / manifest["model"]
     out: dict[str, Any] = {}
     failures: list[str] = []
 
@@ -105,7 +108,8 @@ def last_steps(compiled: Any, reference: Reference, positions: int) -> np.ndarra
 
 
 def _states(compiled: Any, ids: np.ndarray, spans: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    request, names = compiled.create_infer_request(), [i.get_any_name() for i in compiled.inputs]
+    request = compiled.create_infer_request()
+    names = [i.get_any_name() for i in compiled.inputs]
     for start, stop in spans:
         yield request.infer(_feeds(names, ids, start, stop) | {"beam_idx": np.zeros(1, np.int32)})["logits"][0].copy()
 
@@ -119,7 +123,9 @@ def generated(
         (Path(temporary) / "config.json").write_bytes((folder / "config.json").read_bytes())
         pipeline = openvino_genai.LLMPipeline(temporary, device, **properties)
         settings = openvino_genai.GenerationConfig()
-        settings.max_new_tokens, settings.do_sample, settings.ignore_eos = len(reference.greedy), False, True
+        settings.max_new_tokens = len(reference.greedy)
+        settings.do_sample = False
+        settings.ignore_eos = True
         settings.eos_token_id, settings.stop_token_ids = (
             0,
             {0},

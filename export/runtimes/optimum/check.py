@@ -30,7 +30,9 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     model = ORTModelForCausalLM.from_pretrained(folder)
 
     def logits(window: int) -> np.ndarray:
-        ids, past, rows = torch.from_numpy(reference.ids[window])[None], None, []
+        ids = torch.from_numpy(reference.ids[window])[None]
+        past = None
+        rows = []
         for start, stop in reference.spans(window):
             out = model(
                 input_ids=ids[:, start:stop],

@@ -27,7 +27,8 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
     with tempfile.TemporaryDirectory() as work:
         tool = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(folder / manifest["model"])]
         subprocess.run([*tool, "--output_dir", work, "--optimization_style", "Fixed"], capture_output=True, check=True)
-        made, operators = next(Path(work).glob("*.ort")), next(Path(work).glob("*.config")).read_text()
+        made = next(Path(work).glob("*.ort"))
+        operators = next(Path(work).glob("*.config")).read_text()
         session = stepper(made)
         found: dict[str, Any] = figures(reference, session.logits(reference))
         listed = sum(

@@ -37,7 +37,8 @@ class Simulated:
 
     def __init__(self, path: Path) -> None:
         graph = onnx.load(path, load_external_data=False).graph
-        self.inputs, self.outputs = [i.name for i in graph.input], [o.name for o in graph.output]
+        self.inputs = [i.name for i in graph.input]
+        self.outputs = [o.name for o in graph.output]
         heads = {i.type.tensor_type.shape.dim[1].dim_value for i in graph.input if i.name.startswith("past_key")}
         with redirect_stdout(sys.stderr):
             self.rknn = RKNN(verbose=False)
