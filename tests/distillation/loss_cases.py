@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from tinycompress.distillation.divergences import KINDS, Loss
+from tinycompress.distillation.divergences import LOSS_KINDS, Loss
 from tinycompress.distillation.fused_loss import HiddenTarget, SampledTarget, TopKTarget, fused_loss
 
-DIVERGENCES = [kind for kind in KINDS if kind != "ce"]
+DIVERGENCES = [kind for kind in LOSS_KINDS if kind != "ce"]
 
 
 def rng(seed=0):

@@ -27,16 +27,21 @@ from ..graph.graph import Graph
 from ..graph.rope import Rope
 
 METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
-UNTRAINED = (
-    "ntk",
-    "ntk-by-parts",
-    "yarn",
-)  # one table for every length; linear lost to these wherever measured (docs/context.md)
+# one table serves every length; linear lost to these wherever it was measured (docs/context.md)
+UNTRAINED = ("ntk", "ntk-by-parts", "yarn")
 
 
 @dataclass(frozen=True)
 class ScaleRope:
-    """Stretches the context to `context` positions by `method`."""
+    """Stretches the context without data: only the config changes, by the equations at the head of this file.
+
+    Fields:
+        context: the new context in positions, at least the present one.
+        method: "linear", "ntk", "ntk-by-parts", "dynamic", "yarn" (default) or "llama3".
+
+    Errors: an `InputError` for unknown methods, for a context shorter than the present one, and for a model that was
+    scaled by another method.
+    """
 
     context: int
     method: str = "yarn"

@@ -19,27 +19,27 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration.data import as_tokens
 from ..calibration.walk import check_calibration
 from ..errors import InputError
-from ..graph.graph import Graph, LazyTensor, Weight
+from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantSpec, QuantTensor
 from ..graph.topology import feeds
-from ..quantization.fake_quant import GRIDS, learned_scales, packed
+from ..quantization.fake_quant import GRIDS
 from ..quantization.linear_specs import named_specs, targets
-from .distributed import full_tensor, shard, world_size
+from .distributed import shard, world_size
 from .fused_loss import Loss
 from .hidden_losses import HiddenLoss
-from .lora import LoRA, add_lora, merge
+from .lora import LoRA, add_lora
 from .objective import Objective
-from .stable_embedding import stable_rows
 from .student import Network, add_fake_quant, add_packed, add_stable_embedding
 from .teacher_checks import check_cache, check_teacher
+from .trained_weights import matching, train_only, trained_weights
 from .training import Training
 from .training_loop import train
 
@@ -65,9 +65,11 @@ class Distill:
         scales: of a graph that is packed already the scales learn, with norms and biases; integers and tables stay.
         stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
         on_policy: the share of the steps whose second half the student writes itself, at temperature 1.
-        teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0. A teacher of
-            a short context then keeps what its student, stretched to a longer one, knew. Pieces should begin where
+        teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0. A teacher
+            of a short context then keeps what its student, stretched to a longer one, knew. Pieces should begin where
             documents do.
+        trainable: patterns of the parameters or modules that learn, as in a shell ("model.norm", "*.mlp.*"); all others
+            stay as they are. Empty: all learn. Only for plain weights.
         token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or
             for each by its kind. Each loss of a step is divided by the sum of its weights.
         work: folder of the training state, found again by a rerun.
@@ -91,6 +93,7 @@ class Distill:
     stable_embedding: bool = False
     on_policy: float = 0.0
     teacher_context: int | None = None
+    trainable: tuple[str, ...] = ()
     token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
@@ -127,6 +130,13 @@ class Distill:
                 "Distill",
                 "lora together with stable_embedding",
                 "one of the two (with LoRA the embedding does not learn)",
+            )
+        object.__setattr__(self, "trainable", _patterns(self.trainable))
+        if self.trainable and (self.lora or self.fake_quant or self.scales or self.stable_embedding):
+            raise InputError(
+                "Distill.trainable",
+                f"{self.trainable} together with lora, fake_quant, scales or stable_embedding",
+                "plain weights, or () for all that the other field lets learn",
             )
         if not 0 <= self.on_policy <= 1:
             raise InputError("Distill.on_policy", self.on_policy, "a share of the steps, between 0 and 1")
@@ -182,6 +192,8 @@ class Distill:
         dtype = torch.promote_types(graph.dtype, torch.float32)
         dense = graph.dense(dtype) if self.scales else graph
         network = Network(dense, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
+        if self.trainable:
+            train_only(network, matching(graph.weights, self.trainable))
         if self.lora:
             add_lora(network, graph, self.lora, self.training.seed)
         if self.fake_quant:
@@ -208,7 +220,8 @@ class Distill:
             progress=self.progress,
         )
         with torch.no_grad():
-            changed = self._weights(graph, network, parameters)
+            quantized = targets(graph, self.fake_quant) if self.fake_quant else {}
+            changed = trained_weights(graph, network, parameters, quantized, self.lora)
         return graph.replace(weights=changed, by=self)
 
     def check(self, graph: Graph) -> None:
@@ -238,9 +251,8 @@ class Distill:
                 raise InputError(
                     "Distill.scales", "True for a graph without a packed linear in its layers", "a quantized graph"
                 )
-        specs = (
-            {} if self.scales else targets(graph, self.fake_quant or QuantSpec(8, None))
-        )  # still dense, and groups that divide
+        # the weights must still be dense, and groups must divide them
+        specs = {} if self.scales else targets(graph, self.fake_quant or QuantSpec(8, None))
         if "lm_head" in specs:
             raise InputError("Distill.fake_quant", "a grid for lm_head", "linears of the layers")
         if self.grid == "learn" and any(spec.search == "lpbq" for spec in specs.values()):
@@ -253,6 +265,7 @@ class Distill:
                 f"{self.on_policy} on {world_size()} processes",
                 "one process: the student generates whole",
             )
+        matching(graph.weights, self.trainable)
         if self.training.lr == 0:
             raise InputError("Training.lr", 0, "a number above 0")
 
@@ -273,56 +286,21 @@ class Distill:
             json.dumps(settings),
             f"({self.losses!r}, {self.hidden!r}, {self.lora!r}, {_spec_text(self.fake_quant)})",
         ]
-        digest = hashlib.sha256(
-            " ".join(
-                [*parts, f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece} {self.scales}"]
-            ).encode()
-        )
+        parts.append(f"{self.grid} {self.stable_embedding} {self.on_policy} {self.piece} {self.scales}")
+        if self.trainable:  # a key without it is that of older versions
+            parts.append(repr(self.trainable))
+        digest = hashlib.sha256(" ".join(parts).encode())
         measured = self._held_out().values() if self.training.patience else ()  # what decides about stopping
         weights = [part.double() for _, part in sorted(self.weights_by_kind().items())]
         for windows in (self.tokens, *weights, *measured):
             digest.update(windows.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def _weights(
-        self, graph: Graph, network: Network, parameters: Mapping[str, nn.Parameter]
-    ) -> dict[str, Weight | LazyTensor]:
-        """The graph's changed weights, in their own dtype and place; those of a fake-quantized linear are packed."""
-        quantized = targets(graph, self.fake_quant) if self.fake_quant else {}
-        out: dict[str, Weight | LazyTensor] = {}
-        for name, entry in graph.weights.entries.items():
-            owner, _, what = name.rpartition(".")
-            table = parameters.get(f"transformer.{owner}.table")
-            if table is not None:
-                embedding: Any = network.transformer.get_submodule(owner)
-                folded = stable_rows(
-                    full_tensor(table), embedding.length, full_tensor(parameters[f"transformer.{owner}.gain"])
-                )
-                out[name] = folded.to(_device(entry), entry.dtype)
-                continue
-            if isinstance(entry, QuantTensor):
-                delta = parameters.get(f"transformer.{owner}.scales_delta")
-                if delta is not None:  # else a table, which stays
-                    learned = learned_scales(entry.scales.to(delta.dtype), full_tensor(delta).detach().to(entry.device))
-                    out[name] = replace(entry, scales=learned.to(entry.dtype))
-                continue
-            parameter = parameters[f"transformer.{name}"]
-            lora_a = parameters.get(f"transformer.{owner}.lora_a") if what == "weight" else None
-            if not parameter.requires_grad and lora_a is None:
-                continue  # frozen: the very tensor that was given
-            weight = full_tensor(parameter).detach()
-            if lora_a is not None:
-                b = full_tensor(parameters[f"transformer.{owner}.lora_b"])
-                assert self.lora
-                weight = merge(weight, full_tensor(lora_a), b, self.lora.alpha / self.lora.rank)
-            if what == "weight" and owner in quantized:
-                delta = parameters.get(f"transformer.{owner}.scales_delta")
-                module: Any = network.transformer.get_submodule(owner)
-                scales = None if delta is None else learned_scales(module.start, full_tensor(delta).detach())
-                out[name] = packed(owner, weight, quantized[owner], scales, module.zeros).to(_device(entry))
-            else:
-                out[name] = weight.to(_device(entry), entry.dtype)
-        return out
+
+def _patterns(trainable: object) -> tuple[str, ...]:
+    if not isinstance(trainable, list | tuple) or not all(isinstance(name, str) and name for name in trainable):
+        raise InputError("Distill.trainable", repr(trainable), "a tuple of patterns of names")
+    return tuple(trainable)
 
 
 def _spec_text(spec: object) -> str:
@@ -331,7 +309,3 @@ def _spec_text(spec: object) -> str:
         return repr(spec)
     grid = f"bits={spec.bits}, group_size={spec.group_size}, symmetric={spec.symmetric}"
     return f"QuantSpec({grid}, scale={spec.search!r}, float_zero={spec.float_zero})"
-
-
-def _device(entry: Weight | LazyTensor) -> torch.device:
-    return entry.device if not isinstance(entry, LazyTensor) else torch.device("cpu")

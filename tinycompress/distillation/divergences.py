@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import InputError
 from .schedule import Ramp, check_weight, weight_at
 
-KINDS = ("kl", "reverse_kl", "jsd", "skew_kl", "ce")
+LOSS_KINDS = ("kl", "reverse_kl", "jsd", "skew_kl", "ce")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Loss:
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError("Loss.kind", repr(self.kind), " | ".join(KINDS))
+        if self.kind not in LOSS_KINDS:
+            raise InputError("Loss.kind", repr(self.kind), " | ".join(LOSS_KINDS))
         check_weight("Loss.weight", self.weight)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError("Loss.temperature", self.temperature, "a positive number")
@@ -83,18 +83,18 @@ def divergence(loss: Loss, p: Softmax, q: Softmax) -> tuple[Tensor, Tensor]:
     if loss.kind == "kl":
         return (p.probs * ratio).sum(-1), -p.probs
     if loss.kind == "reverse_kl":
-        return -(q.probs * ratio).sum(-1), _times(ratio.neg_(), q)
+        return -(q.probs * ratio).sum(-1), _weighted_slope(ratio.neg_(), q)
     share = loss.beta if loss.kind == "jsd" else loss.alpha
     mixed = torch.logaddexp(ratio + math.log(share), ratio.new_tensor(math.log1p(-share)))  # log(m / q)
     ratio -= mixed  # log(p / m)
     value = (p.probs * ratio).sum(-1)
     if loss.kind == "skew_kl":
-        return value, _times(ratio.exp_().mul_(share - 1), q)
+        return value, _weighted_slope(ratio.exp_().mul_(share - 1), q)
     value = share * value - (1 - share) * (q.probs * mixed).sum(-1)
-    return value, _times(mixed.mul_(share - 1), q)
+    return value, _weighted_slope(mixed.mul_(share - 1), q)
 
 
-def _times(slope: Tensor, q: Softmax) -> Tensor:
+def _weighted_slope(slope: Tensor, q: Softmax) -> Tensor:
     """q · slope, up to the multiple of q that changes no gradient: the slope of the likeliest outcome becomes 0, since
     a confident student's gradient is the small difference of slopes, and would be lost to rounding."""
     top = slope.gather(-1, q.probs.argmax(-1, keepdim=True))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 OF_STATES = ("cosine", "mse")
 OF_RELATIONS = {"relation": (("q", "q"), ("k", "k"), ("v", "v")), "attention": (("q", "k"), ("v", "v"))}
-KINDS = (*OF_STATES, *OF_RELATIONS)
+HIDDEN_KINDS = (*OF_STATES, *OF_RELATIONS)
 SCORES = 1 << 21  # scores of positions with positions that exist at a time, of each model
 
 Tap: TypeAlias = int | tuple[int, str]  # what is wanted of a forward: the output of a layer, or of its q, k or v
@@ -54,8 +54,8 @@ class HiddenLoss:
     heads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError("HiddenLoss.kind", repr(self.kind), " | ".join(KINDS))
+        if self.kind not in HIDDEN_KINDS:
+            raise InputError("HiddenLoss.kind", repr(self.kind), " | ".join(HIDDEN_KINDS))
         check_weight("HiddenLoss.weight", self.weight)
         if self.heads is not None and (self.heads < 1 or self.kind in OF_STATES):
             raise InputError(
@@ -118,7 +118,7 @@ class HiddenLoss:
 
 
 def relation_sum(
-    kind: str, heads: int, student: list[Tensor], teacher: list[Tensor], turn: tuple[Turn, Turn]
+    kind: str, heads: int, student: list[Tensor], teacher: list[Tensor], turn: tuple[QueryKeyRotation, QueryKeyRotation]
 ) -> Tensor:
     """The sum of the relations that a kind is made of. student, teacher: q, k, v [B, T, width] of a layer; turn: of
     each model, what gives (q, k) as attention multiplies them, [B, T, H·d] both."""
@@ -133,7 +133,7 @@ def relation_sum(
     return total
 
 
-Turn: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+QueryKeyRotation: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def hidden_loss(
@@ -168,7 +168,7 @@ def hidden_loss(
     if valid is not None:  # first, so that nothing in the others can do harm
         student, teacher = student[valid], teacher[valid]
     s = student if project is None else student @ project.T.to(student.dtype)
-    s, t = _wide(s), _wide(teacher.detach())
+    s, t = _at_least_float32(s), _at_least_float32(teacher.detach())
     values = 1 - F.cosine_similarity(s, t, -1) if kind == "cosine" else (s - t).square().mean(-1)
     return _mean(values, denominator)
 
@@ -209,7 +209,7 @@ def relation_loss(
             "equal [B, T], and keys for both or for neither",
         )
     counted = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if valid is None else valid
-    (s, sk), (t, tk) = ((_heads(_wide(a), heads), _heads(_wide(b), heads)) for a, b in pairs)
+    (s, sk), (t, tk) = ((_heads(_at_least_float32(a), heads), _heads(_at_least_float32(b), heads)) for a, b in pairs)
     total = _Relations.apply(s, sk, t.detach(), tk.detach(), counted.repeat_interleave(heads, 0)) / heads
     return total / (counted.sum().clamp_min(1) if denominator is None else denominator)
 
@@ -281,7 +281,7 @@ def layer_pairs(student_layers: int, teacher_layers: int, last: int | None = Non
     return tuple(pairs if last is None else pairs[-last:])
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-KINDS = ("sample", "topk")
+CACHE_KINDS = ("sample", "topk")
 SHARE_SEEN = 0.36  # entries an estimate of disk space counts for each draw: text has about 0.24 (12 ids of 50 draws)
 
 
@@ -28,8 +28,8 @@ class Form:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError("kind of cache", repr(self.kind), " | ".join(KINDS))
+        if self.kind not in CACHE_KINDS:
+            raise InputError("kind of cache", repr(self.kind), " | ".join(CACHE_KINDS))
         most = 255 if self.kind == "sample" else min(255, self.vocab_size)
         if not 1 <= self.n <= most:
             raise InputError("draws" if self.kind == "sample" else "k", self.n, f"1 … {most}")

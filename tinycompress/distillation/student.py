@@ -22,7 +22,8 @@ from ..model.transformer import ROWS, Transformer
 from ..quantization.fake_quant import FakeQuantLinear, PackedLinear
 from .hidden_losses import Tap
 
-Then = Callable[[Tensor, Tensor, list[Tensor]], Tensor]  # hidden [B, T, D], head [V, D], what was tapped → a result
+# hidden states [B, T, D], head [V, D] and the tapped states, each [B, T, width], to a result
+StateFunction = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 
 class Network(nn.Module):
@@ -44,7 +45,7 @@ class Network(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.blocks
 
-    def forward(self, ids: Tensor, then: Then, taps: Sequence[Tap] = ()) -> Tensor:
+    def forward(self, ids: Tensor, then: StateFunction, taps: Sequence[Tap] = ()) -> Tensor:
         """then(hidden [B, T, D], head [V, D], [what is tapped, each [B, T, width]]) for ids [B, T].
 
         A tap is a layer, for its output, or (layer, "q" | "k" | "v") for what that projection gives.

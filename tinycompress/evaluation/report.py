@@ -4,7 +4,6 @@ after."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..graph.config import Layer, shapes
+from ..graph.config import Layer, layer_of, layer_prefix, shapes
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed, feeds
@@ -75,8 +74,9 @@ def folded(rows: Iterable[tuple[str, T]], n_layers: int) -> Iterator[tuple[str, 
     before: list[tuple[str, T]] = []
     behind: list[tuple[str, T]] = []
     for name, what in rows:
-        if match := re.match(r"model\.layers\.(\d+)\.", name):
-            layers[int(match[1])].append((name[match.end() :], what))
+        layer = layer_of(name)
+        if layer is not None:
+            layers[layer].append((name.removeprefix(f"{layer_prefix(layer)}."), what))
         else:
             (behind if any(layers) else before).append((name, what))
     yield from (("", name, what) for name, what in before)
