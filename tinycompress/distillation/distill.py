@@ -65,9 +65,9 @@ class Distill:
         scales: of a graph that is packed already the scales learn, with norms and biases; integers and tables stay.
         stable_embedding: the embedding learns behind a norm, which is folded away (stable_embedding.py).
         on_policy: the share of the steps whose second half the student writes itself, at temperature 1.
-        teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0. A teacher of
-            a short context then keeps what its student, stretched to a longer one, knew. Pieces should begin where
-            documents do.
+        teacher_context: the teacher reads longer windows in pieces of so many tokens, each from position 0. A
+            teacher of a short context then keeps what its student, stretched to a longer one, knew. Pieces should begin
+            where documents do.
         token_weights: [N, T], how much each token counts as one to predict (0: not at all), for all losses of logits or
             for each by its kind. Each loss of a step is divided by the sum of its weights.
         work: folder of the training state, found again by a rerun.
