@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -98,12 +99,12 @@ def test_verify_finds_changed_weights(made: Path, tmp_path: Path) -> None:
 def test_an_export_that_fails_its_gate_leaves_nothing(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tinycompress.export.write as write
+    verify = import_module("tinycompress.export.gate.verify")
     from tinycompress.export import ORT
 
-    gate = write.gate
+    gate = verify.gate
     monkeypatch.setattr(
-        write, "gate", lambda folder, **options: gate(folder, **options | {"limits": dict.fromkeys(ORT.limits, -1.0)})
+        verify, "gate", lambda folder, **options: gate(folder, **options | {"limits": dict.fromkeys(ORT.limits, -1.0)})
     )
     error = refused("export", made / "mixed", output=tmp_path / "out", code=1)
     assert "failed" in error and "prefill" in error and "limit" in error

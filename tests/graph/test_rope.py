@@ -257,7 +257,7 @@ def test_a_recipe_measures_the_scaling_when_asked(tiny):
         auto.passes(tiny)[0](tiny)
     with pytest.raises(InputError, match="present context, 64"):
         Recipe(context=32, rope_method="auto").check(tiny)
-    with pytest.raises(InputError, match=r"--rope-method.*'magic'.*auto \| linear"):
+    with pytest.raises(InputError, match=r"Recipe\.rope_method.*'magic'.*auto \| linear"):
         Recipe(rope_method="magic")
 
 

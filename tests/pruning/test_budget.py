@@ -138,5 +138,5 @@ def test_the_forms_of_the_command_line():
         "layers": 20
     }
     for bad in ("ffn=1.5", "ffn", "depth=0.5", "params=much", "layers=0"):
-        with pytest.raises(InputError, match=r"--prune.*params"):
+        with pytest.raises(InputError, match=r"Recipe\.prune.*params"):
             prune_pass(ids(), bad, 64)
