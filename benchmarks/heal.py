@@ -38,6 +38,7 @@ from tinycompress.evaluation.statistics import paired_difference
 from tinycompress.files import read_json, write_json, write_text
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.model.cpu_memory import keep_memory
 from tinycompress.quantization.rtn import RTN
 
 RESULTS = Path(__file__).parent / "results"
@@ -232,4 +233,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

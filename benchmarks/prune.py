@@ -60,6 +60,7 @@ from tinycompress.evaluation.perplexity import environment, perplexity, tokens_p
 from tinycompress.files import read_json, write_json, write_text
 from tinycompress.graph.config import Layer
 from tinycompress.graph.graph import Graph
+from tinycompress.model.cpu_memory import keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "prune.json"
 SHARES = (0.8, 0.7, 0.5, 0.9)
@@ -272,4 +273,5 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

@@ -38,6 +38,7 @@ from tinycompress.evaluation.statistics import Interval, paired_difference
 from tinycompress.files import write_json, write_text
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.model.cpu_memory import keep_memory
 from tinycompress.quantization.autoround import AutoRound
 from tinycompress.quantization.awq import AWQ
 from tinycompress.quantization.block_tuning import BlockTuning
@@ -301,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

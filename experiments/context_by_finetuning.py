@@ -48,6 +48,7 @@ from tinycompress.evaluation.passkey import Passkey, heat_map, passkey
 from tinycompress.evaluation.perplexity import window_nll
 from tinycompress.evaluation.statistics import Interval, paired_difference
 from tinycompress.graph.graph import Graph
+from tinycompress.model.cpu_memory import keep_memory
 
 TIMES = 4
 TASK = Passkey(intro="Find the pass key.", digits=5)
@@ -289,4 +290,5 @@ def retrieval(before: Graph, after: Graph, args: argparse.Namespace, rows: Rows)
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

@@ -24,6 +24,7 @@ from tinycompress.export import OrtModel, export, summary
 from tinycompress.files import write_json, write_text
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
+from tinycompress.model.cpu_memory import keep_memory
 from tinycompress.pruning.prune_ffn import PruneFFN
 from tinycompress.quantization.embedding import QuantizeEmbedding
 from tinycompress.recipe import best_gptq
@@ -155,4 +156,5 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

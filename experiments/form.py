@@ -28,6 +28,7 @@ from tinycompress.evaluation.perplexity import environment, perplexity
 from tinycompress.evaluation.statistics import Interval
 from tinycompress.files import read_json, write_json, write_text
 from tinycompress.graph.graph import Graph
+from tinycompress.model.cpu_memory import keep_memory
 
 HERE = Path(__file__).parent
 
@@ -79,6 +80,11 @@ Experiment = Callable[[Bench], Iterator[Finding]]
 
 def run(experiment: Experiment, doc: str | None, argv: list[str] | None = None) -> None:
     """The command line of an experiment file."""
+    with keep_memory():  # as the command line does
+        _run(experiment, doc, argv)
+
+
+def _run(experiment: Experiment, doc: str | None, argv: list[str] | None) -> None:
     path = Path(inspect.getfile(experiment))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -37,6 +37,7 @@ from tinycompress.context.scale_rope import ScaleRope
 from tinycompress.evaluation.long_context import full_windows, perplexity_interval
 from tinycompress.evaluation.statistics import paired_difference
 from tinycompress.graph.graph import Graph
+from tinycompress.model.cpu_memory import keep_memory
 from tinycompress.model.self_extend import SelfExtend
 from tinycompress.model.transformer import Transformer
 
@@ -210,4 +211,5 @@ def build(graph: Graph, method: str, target: int, text: str, args: argparse.Name
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

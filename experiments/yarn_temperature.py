@@ -32,6 +32,7 @@ from tinycompress.context.scale_rope import ScaleRope
 from tinycompress.evaluation.long_context import full_windows, perplexity_interval
 from tinycompress.evaluation.statistics import paired_difference
 from tinycompress.graph.graph import Graph
+from tinycompress.model.cpu_memory import keep_memory
 
 SWEEP = (0.9, 1.0, 1.05, 1.1, 1.2, 1.3)
 
@@ -121,4 +122,5 @@ def sweep(graph: Graph, text: str, ids: Tensor, times: int, tokens: int, rows: R
 
 
 if __name__ == "__main__":
-    main()
+    with keep_memory():  # as the command line does
+        main()

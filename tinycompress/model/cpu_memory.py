@@ -5,7 +5,7 @@ times (in a virtual machine, whose host takes free pages back, longer still). gl
 (at most 32 MB) as soon as it is freed, and a smaller one when it is the top of its heap.
 
 `keep_memory` changes settings of the whole process (mallopt), so nothing in the library enters it. The command line,
-the benchmarks and the experiments do; a script that distils on a CPU should too:
+the experiments and the benchmarks that train do; a script that distils on a CPU should too:
 
     with tinycompress.keep_memory():
         student = Distill(tokens, teacher, Training(steps=500))(student)
