@@ -163,7 +163,6 @@ def check_command(line: str) -> str | None:
         return None if (ROOT / words[1]).exists() else f"no file {words[1]}"
     if words[0] != "tinycompress":
         return None
-    import click
     import typer
 
     from tinycompress.cli.main import app
@@ -175,9 +174,7 @@ def check_command(line: str) -> str | None:
         return None
     try:
         group.commands[words[1]].make_context(words[1], words[2:])
-    except click.UsageError as error:
-        return error.format_message()
-    except Exception as error:  # typer carries a click of its own in newer versions
+    except Exception as error:  # a usage error of click, which newer versions of typer carry as a part of themselves
         if hasattr(error, "format_message"):
             return str(error.format_message())
         raise
