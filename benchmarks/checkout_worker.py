@@ -74,13 +74,10 @@ TIMES: dict[str, Callable[[], None]] = {
 
 
 def seconds(task: Callable[[], None]) -> float:
-    """How long a task takes, with the memory kept for reuse: older checkouts do that unasked, newer ones on request."""
-    import tinycompress
-
-    with getattr(tinycompress, "keep_memory", contextlib.nullcontext)():
-        start = time.perf_counter()
-        task()
-        return time.perf_counter() - start
+    """How long a task takes."""
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -107,12 +104,14 @@ def main() -> None:
         "machine": f"{platform.machine()}, {platform.system()}",
     }
     print(json.dumps(about), file=answers, flush=True)
-    for line in sys.stdin:
-        kind, name = line.strip().split(" ", 1)
-        if kind == "check":
-            print(json.dumps(CHECKS[name]()), file=answers, flush=True)
-        else:
-            print(json.dumps(seconds(TIMES[name])), file=answers, flush=True)
+    kept = contextlib.nullcontext()
+    if sys.argv[3] == "kept" and hasattr(tinycompress, "keep_memory"):  # older checkouts keep it unasked
+        kept = tinycompress.keep_memory()
+    with kept:
+        for line in sys.stdin:
+            kind, name = line.strip().split(" ", 1)
+            answer = CHECKS[name]() if kind == "check" else seconds(TIMES[name])
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

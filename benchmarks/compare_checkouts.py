@@ -44,14 +44,14 @@ EXPECTED = {  # values that may differ, and why
 class Worker:
     """A process in a checkout, asked by lines of standard input, one answer a line."""
 
-    def __init__(self, checkout: Path, threads: int, scratch: Path) -> None:
+    def __init__(self, checkout: Path, threads: int, scratch: Path, memory: str) -> None:
         python = checkout / ".venv" / "bin" / "python"
         if not python.exists():
             sys.exit(f"{checkout}: no .venv/bin/python; make it, and in it: pip install -e '{checkout}[export]'")
         scratch.mkdir()
         environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
         environment.pop("PYTHONPATH", None)
-        command = [str(python), str(WORKER), str(checkout), str(threads)]
+        command = [str(python), str(WORKER), str(checkout), str(threads), memory]
         self.process = subprocess.Popen(
             command, cwd=scratch, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -120,7 +120,8 @@ def table(result: dict[str, Any]) -> str:
         "    python benchmarks/compare_checkouts.py OLD NEW",
         "",
         *(f"- {name}: commit {about[name]['commit'][:12]}, torch {about[name]['torch']}" for name in ("old", "new")),
-        f"- {about['new']['machine']}, {about['new']['threads']} threads, {result['rounds']} rounds by turns",
+        f"- {about['new']['machine']}, {about['new']['threads']} threads",
+        f"- {result['rounds']} rounds by turns, memory {result['memory']}",
         "",
         "| check | values | different | of these expected |",
         "|---|---|---|---|",
@@ -156,6 +157,15 @@ def shortened(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"checks": checks}
 
 
+def start(args: argparse.Namespace, scratch: Path) -> dict[str, Worker]:
+    """A worker in each of the two checkouts."""
+    scratch.mkdir()
+    return {
+        name: Worker(checkout.resolve(), args.threads, scratch / name, args.memory)
+        for name, checkout in (("old", args.old), ("new", args.new))
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="checkout to compare with")
@@ -164,22 +174,31 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.05, help="largest ratio new / old that passes (default: 1.05)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker (default: 2)")
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), help="checks to run (default: all)")
+    parser.add_argument(
+        "--memory",
+        choices=("kept", "plain"),
+        default="kept",
+        help="kept: the new checkout's process enters keep_memory(), as its command line does; plain: it does not",
+    )
     parser.add_argument("--no-timing", action="store_true", help="compare values only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        workers = {
-            name: Worker(checkout.resolve(), args.threads, Path(scratch) / name)
-            for name, checkout in (("old", args.old), ("new", args.new))
-        }
+        workers = start(args, Path(scratch) / "checks")
         result: dict[str, Any] = {
             "about": {name: worker.about for name, worker in workers.items()},
             "rounds": 0 if args.no_timing else args.rounds,
             "limit": args.limit,
+            "memory": args.memory,
             "checks": check_all(workers, list(CHECKS) if args.only is None else args.only),
-            "times": {} if args.no_timing else time_all(workers, args.rounds),
+            "times": {},
         }
         for worker in workers.values():
             worker.close()
+        if not args.no_timing:  # in processes that have done nothing else
+            workers = start(args, Path(scratch) / "times")
+            result["times"] = time_all(workers, args.rounds)
+            for worker in workers.values():
+                worker.close()
     RESULTS.mkdir(exist_ok=True)
     text = table(result)
     (RESULTS / "compare_checkouts.md").write_text(text)
