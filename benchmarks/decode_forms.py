@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from tinycompress.export import PROFILES, emit
 from tinycompress.files import write_json
-from tinycompress.graph.config import SMOLLM2_135M, TINYLLAMA_1_1B, shapes
+from tinycompress.graph.config import shapes
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 SHAPES = {"tinyllama": TINYLLAMA_1_1B, "smollm2": SMOLLM2_135M}

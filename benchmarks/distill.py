@@ -39,8 +39,9 @@ from tinycompress.distillation.objective import Objective
 from tinycompress.distillation.student import Network
 from tinycompress.distillation.training import Training
 from tinycompress.distillation.training_loop import Run
-from tinycompress.graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph, Weights
+from tinycompress.graph.presets import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.model.cpu_memory import keep_memory
 
 ENGINES = ("ours", "transformers")

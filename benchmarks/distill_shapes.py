@@ -32,8 +32,9 @@ from tokenizers import models, pre_tokenizers
 from tinycompress.checkpoints.checkpoint import save
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.evaluation.perplexity import environment
-from tinycompress.graph.config import LLAMA_2_7B, TINYLLAMA_1_1B, Config
+from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import LLAMA_2_7B, TINYLLAMA_1_1B
 
 
 def checkpoint(config: Config, layers: int, folder: Path) -> Path:

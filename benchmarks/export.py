@@ -34,7 +34,7 @@ from export_graphs import GGUF, OURS, make_graphs
 from tqdm import tqdm
 
 from tinycompress.files import write_json
-from tinycompress.graph.config import TINYLLAMA_1_1B
+from tinycompress.graph.presets import TINYLLAMA_1_1B
 
 PROMPT = 32
 AIMS = {  # of the whole shape: what, of which rows, at most

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tinycompress.files import write_json
-from tinycompress.graph.config import TINYLLAMA_1_1B
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import TINYLLAMA_1_1B
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 GGUF = "q4_0.gguf"

@@ -30,8 +30,9 @@ import torch
 from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.evaluation.perplexity import environment
 from tinycompress.files import write_json
-from tinycompress.graph.config import LLAMA_2_7B, TINYLLAMA_1_1B, shapes
+from tinycompress.graph.config import shapes
 from tinycompress.graph.graph import Graph, LazyTensor, Weights
+from tinycompress.graph.presets import LLAMA_2_7B, TINYLLAMA_1_1B
 from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.quantization.gptq import GPTQ
 from tinycompress.quantization.hqq import HQQ

@@ -38,6 +38,7 @@ def web_dtype(graph: Graph) -> str:
 
 def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
     """config.json, genai_config.json and the tokenizer's files with the chat template."""
+    from tinycompress.checkpoints.families import family_of
     from tinycompress.checkpoints.hf import config_to_hf
 
     config = graph.config
@@ -46,7 +47,7 @@ def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
         write_json(work / "generation_config.json", _ids(config))
     else:
         own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
-        write_json(work / "config.json", config_to_hf(config, torch.float32) if config.uniform else own)
+        write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
         if attention_layers(config):
             write_json(work / "genai_config.json", genai_config(config, profile))
     if graph.tokenizer is not None:

@@ -1,5 +1,6 @@
 """Small graphs, one of them non-uniform, and the real models where they are at hand."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def nonuniform() -> Graph:
     """Every layer differs, one has no attention and one no FFN."""
     layers = (Layer(4, 2, 96), Layer(2, 1, 64), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
     return random_graph(Config(vocab_size=128, hidden_size=64, head_dim=16, layers=layers, max_position=64))
+
+
+@pytest.fixture
+def peculiar() -> Graph:
+    """Layers that differ in width, and all that families add to Llama: biases, norms of queries and keys, windows
+    narrower than the tests' texts, a layer without RoPE."""
+    layers = (Layer(4, 2, 96, window=5), Layer(2, 1, 64, rope=False), Layer(0, 0, 32), Layer(4, 4, 0), Layer(3, 1, 48))
+    config = Config(128, 64, 16, layers, max_position=64, biases=frozenset({"q_proj", "k_proj", "v_proj"}))
+    graph = random_graph(dataclasses.replace(config, qk_norm_eps=1e-6))
+    biases = {name: graph.tensor(name) * 5 for name in graph.weights if name.endswith(".bias")}
+    return graph.replace(weights=biases)
 
 
 @pytest.fixture(scope="session")

@@ -159,11 +159,12 @@ def write_graphs(
 
 def write_config(graph: Graph, work: Path) -> None:
     """config.json, Hugging Face's where it can say it, and the tokenizer."""
+    from tinycompress.checkpoints.families import family_of
     from tinycompress.checkpoints.hf import config_to_hf
 
     config = graph.config
     own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
-    write_json(work / "config.json", config_to_hf(config, torch.float32) if config.uniform else own)
+    write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
     if graph.tokenizer is not None:
         graph.tokenizer.save(work)
 

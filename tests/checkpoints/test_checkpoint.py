@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tinycompress.checkpoints import hf
 from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.errors import InputError
-from tinycompress.graph.config import TINYLLAMA_1_1B, Config, Layer, shapes
+from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph, LazyTensor, Weights
+from tinycompress.graph.presets import TINYLLAMA_1_1B
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import LINEARS, LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, shapes
+from tinycompress.graph.config import LINEARS, Config, Layer, shapes
 from tinycompress.graph.edit import cut
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.graph.rope import Rope
 from tinycompress.graph.topology import axes, feeds
 
@@ -30,11 +31,13 @@ def double_graph(config: Config, seed: int = 0) -> Graph:
 def configs(draw):
     d = draw(st.sampled_from([4, 8]))
     layer = st.builds(
-        lambda kv, group, ffn, attn: Layer(kv * group * attn, kv * attn, ffn),
+        lambda kv, group, ffn, attn, window, rope: Layer(kv * group * attn, kv * attn, ffn, window, rope),
         st.integers(1, 3),
         st.integers(1, 3),
         st.sampled_from([0, 5, 12]),
         st.integers(0, 1),
+        st.sampled_from([None, 3]),
+        st.booleans(),
     )
     return Config(
         vocab_size=16,
@@ -45,6 +48,7 @@ def configs(draw):
         max_position=64,
         tie_embeddings=draw(st.booleans()),
         biases=draw(st.frozensets(st.sampled_from(LINEARS))),
+        qk_norm_eps=draw(st.sampled_from([None, 1e-5])),
     )
 
 

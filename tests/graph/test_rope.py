@@ -13,8 +13,9 @@ from tinycompress.checkpoints.hf_rope import rope_from_hf
 from tinycompress.context.scale_rope import METHODS, UNTRAINED, ChooseRope, ScaleRope, scale_rope
 from tinycompress.errors import InputError
 from tinycompress.evaluation.perplexity import perplexity
-from tinycompress.graph.config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer
+from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.graph.rope import Rope
 from tinycompress.recipe import Recipe
 

@@ -116,7 +116,7 @@ def test_the_command_line_names_the_extra(tmp_path: Path) -> None:
 
 
 def draw_widths(path: Path) -> None:
-    from tinycompress.graph.config import SMOLLM2_135M
+    from tinycompress.graph.presets import SMOLLM2_135M
     from tinycompress.pruning.plot import draw_widths
 
     draw_widths(path, SMOLLM2_135M, SMOLLM2_135M, {})

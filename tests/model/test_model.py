@@ -13,6 +13,7 @@ from tinycompress.graph.edit import cut
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.graph.rope import Rope
+from tinycompress.model.attention import attend
 from tinycompress.model.generation import sample
 from tinycompress.quantization.rtn import RTN
 
@@ -56,8 +57,10 @@ ROPES = [
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda r: r.type)
 @pytest.mark.parametrize("chunks", [[16], [1] * 16, [5, 1, 7, 3]])
-def test_the_cache_changes_nothing(nonuniform, rope, chunks):
-    graph = nonuniform.replace(config=dataclasses.replace(nonuniform.config, rope=rope))
+@pytest.mark.parametrize("kind", ["nonuniform", "peculiar"])
+def test_the_cache_changes_nothing(kind, rope, chunks, request):
+    graph = request.getfixturevalue(kind)
+    graph = graph.replace(config=dataclasses.replace(graph.config, rope=rope))
     model = graph.module(dtype=torch.float64)
     whole = model(IDS)
     cache = model.new_cache(1, 16)
@@ -182,3 +185,41 @@ def test_stories260k_equals_transformers(shared):
     assert (
         graph.tokenizer.decode(ours.tolist()).strip().startswith("named Lily. She loved to play outside in the park.")
     )
+
+
+def test_a_window_is_a_mask_over_all_scores(tiny):
+    """The naive oracle: every score, masked to the last `window` keys."""
+    q, k, v = (torch.randn(2, heads, 37, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    i = torch.arange(37)
+    seen = (i[:, None] >= i[None]) & (i[:, None] - i[None] < 6)
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    assert torch.allclose(attend(q, k, v, 6), expected, atol=1e-12)
+    assert torch.allclose(attend(q[:, :, 30:], k, v, 6), expected[:, :, 30:], atol=1e-12)
+    assert torch.allclose(attend(q[:, :, 36:], k, v, 6), expected[:, :, 36:], atol=1e-12)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_window_bounds_the_cache(tiny, int8):
+    layers = tuple(dataclasses.replace(layer, window=4) for layer in tiny.config.layers)
+    windowed = tiny.replace(config=dataclasses.replace(tiny.config, layers=layers))
+    model = windowed.module(dtype=torch.float64)
+    cache = model.new_cache(1, 64, int8)
+    assert cache.nbytes * 8 == tiny.module(dtype=torch.float64).new_cache(1, 64, int8).nbytes
+    steps = torch.cat([model(IDS[:, t : t + 1], cache) for t in range(16)], 1)
+    assert torch.allclose(steps, model(IDS), atol=0.5 if int8 else 1e-10)
+    assert cache.layers[0][0].nbytes * 8 == tiny.module(dtype=torch.float64).new_cache(1, 64, int8).layers[0][0].nbytes
+
+
+def test_a_cache_with_a_window_goes_back_as_far_as_it_remembers(tiny):
+    layers = tuple(dataclasses.replace(layer, window=4) for layer in tiny.config.layers)
+    model = tiny.replace(config=dataclasses.replace(tiny.config, layers=layers)).module(dtype=torch.float64)
+    cache = model.new_cache(1, 16)
+    whole = model(IDS)
+    for piece in IDS.split(1, 1):
+        model(piece, cache)
+    cache.length = 15
+    assert torch.allclose(model(IDS[:, 15:], cache), whole[:, 15:], atol=1e-10)
+    cache.length = 6
+    with pytest.raises(InputError, match="left the window"):
+        model(IDS[:, 6:7], cache)

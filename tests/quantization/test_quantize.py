@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tinycompress.checkpoints import checkpoint
 from tinycompress.errors import InputError
-from tinycompress.graph.config import SMOLLM2_135M
 from tinycompress.graph.graph import Graph
+from tinycompress.graph.presets import SMOLLM2_135M
 from tinycompress.graph.quant_tensor import BITS, QuantSpec, QuantTensor, pack, unpack
 from tinycompress.model.linear import QuantLinear
 from tinycompress.quantization.grid_search import find_grid, round_to_grid

@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..graph.config import FINAL_NORM, Config
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
+from .families import family_of
 from .folder_reader import FORMAT, read_folder
 from .gguf_reader import load_gguf
 from .hf import config_to_hf, graph_from_model, missing_biases
@@ -143,7 +144,7 @@ def save(
     layout = None if format == "native" else layout_of(graph, format)
     entries: dict[str, Entry] = dict(graph.weights.entries)
     grids = {name: weight.grid for name, weight in entries.items() if isinstance(weight, QuantTensor) and not dense}
-    readable_by_hf = graph.config.uniform and (not grids or layout is not None)
+    readable_by_hf = family_of(graph.config) is not None and (not grids or layout is not None)
     if readable_by_hf:  # transformers wants every bias of a group
         dtype = entries[f"{FINAL_NORM}.weight"].dtype
         entries |= {name: torch.zeros(shape, dtype=dtype) for name, shape in missing_biases(graph.config).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from .. import files
 from ..errors import InputError
-from ..graph.config import HEAD, Config, shapes
+from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
 from ..graph.quant_tensor import Grid, QuantTensor
 from .hf import config_from_hf, missing_biases
@@ -53,8 +54,9 @@ class Description:
 def read_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
     """The graph of a folder, its weights in `dtype` or (None) as they are stored."""
     description = _read_description(folder)
-    config = description.config
     stored = _open_weights(folder, DTYPES if description.foreign is None else DTYPES | INTEGERS)
+    description = _untied(folder, description, stored)
+    config = description.config
     entries: dict[str, Entry] = {}
     if description.foreign is not None:
         packed = _read_foreign(folder, stored, description)
@@ -193,11 +195,26 @@ def _open_weights(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, 
     return tensors
 
 
+def _untied(folder: Path, description: Description, stored: Mapping[str, LazyTensor]) -> Description:
+    """The description with a head of its own, where one is stored beside the embedding that it should be tied to and
+    is another (fine-tunes are saved so by mistake). transformers 5 does the same; 4.x drops the head."""
+    head, embedding = stored.get(f"{HEAD}.weight"), stored.get(EMBEDDING)
+    if not description.config.tie_embeddings or head is None or embedding is None:
+        return description
+    if torch.equal(head.read().to(embedding.dtype), embedding.read()):
+        return description
+    warnings.warn(
+        f"{folder}: tie_word_embeddings is true, but the stored {HEAD}.weight is not the embedding: it is kept",
+        stacklevel=3,
+    )
+    return dataclasses.replace(description, config=dataclasses.replace(description.config, tie_embeddings=False))
+
+
 def _without_extra(stored: Mapping[str, LazyTensor], description: Description) -> dict[str, LazyTensor]:
     """The tensors without rotary buffers of old checkpoints, a tied head, and the zero biases that `save` adds."""
     config = description.config
     ignored = {f"{HEAD}.weight"} if config.tie_embeddings else set()
-    if description.own and config.uniform:
+    if description.own:
         ignored |= set(missing_biases(config))
     return {
         name: entry

@@ -13,51 +13,66 @@ import torch
 from ..errors import InputError, need
 from ..graph.config import EMBEDDING, FINAL_NORM, HEAD, Config, Layer, shapes
 from ..graph.graph import Graph, Weights
+from .config_keys import check_keys
+from .families import (
+    FAMILIES,
+    Family,
+    attention_to_hf,
+    expected_biases,
+    family_in,
+    family_of,
+    ropes_in,
+    windows_in,
+)
 from .hf_rope import rope_from_hf, rope_to_hf
 from .json_fields import flag, integer, number, token_id, token_ids
-
-MODEL_TYPES = ("llama", "mistral")
-ATTENTION_BIASES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-MLP_BIASES = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 def config_from_hf(data: Mapping[str, Any], where: str) -> Config:
     """The Config of a config.json's contents; `where` names the file in errors."""
+    family = family_in(data, where)
     check_supported(data, where)
     hidden = integer(data, "hidden_size", where)
     heads = integer(data, "num_attention_heads", where)
-    head_dim = integer(data, "head_dim", where, max(1, hidden // heads))
-    if data.get("head_dim") is None and hidden % heads:
+    head_dim = integer(data, "head_dim", where, family.head_dim or max(1, hidden // heads))
+    if data.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise InputError(
             f"hidden_size in {where}",
             f"{hidden}, not a multiple of num_attention_heads {heads}",
             "a multiple, or a head_dim",
         )
-    kv_heads = integer(data, "num_key_value_heads", where, heads)
-    layer = Layer(heads, kv_heads, integer(data, "intermediate_size", where))
-    rope, max_position = rope_from_hf(data, head_dim, where)
-    groups = (("attention_bias", ATTENTION_BIASES), ("mlp_bias", MLP_BIASES))
+    kv_heads = integer(data, "num_key_value_heads", where, _kv_heads(data, family) or heads)
+    ffn_dim = integer(data, "intermediate_size", where)
+    n_layers = integer(data, "num_hidden_layers", where, high=10_000)
+    ropes = ropes_in(data, family, n_layers, where)
+    windows = windows_in(data, family, ropes, where)
+    rope, max_position = rope_from_hf(data, head_dim, where, family.theta, family.max_position)
+    norm_eps = number(data, "rms_norm_eps", where, 1e-6)
+    flags = [names for key, names in family.bias_flags if flag(data, key, where)]
     return Config(
         vocab_size=integer(data, "vocab_size", where),
         hidden_size=hidden,
         head_dim=head_dim,
-        layers=(layer,) * integer(data, "num_hidden_layers", where, high=10_000),
+        layers=tuple(Layer(heads, kv_heads, ffn_dim, window, turned) for window, turned in zip(windows, ropes)),
         rope=rope,
         max_position=max_position,
-        norm_eps=number(data, "rms_norm_eps", where, 1e-6),
-        tie_embeddings=flag(data, "tie_word_embeddings", where),
-        biases=frozenset().union(*(names for key, names in groups if flag(data, key, where))),
-        bos_token_id=token_id(data, "bos_token_id", where, 1),
-        eos_token_id=token_ids(data, "eos_token_id", where, 2),
-        pad_token_id=token_id(data, "pad_token_id", where, None),
+        norm_eps=norm_eps,
+        tie_embeddings=flag(data, "tie_word_embeddings", where, family.tied),
+        biases=family.biases.union(*flags),
+        qk_norm_eps=norm_eps if family.qk_norm else None,
+        bos_token_id=token_id(data, "bos_token_id", where, family.bos),
+        eos_token_id=token_ids(data, "eos_token_id", where, family.eos),
+        pad_token_id=token_id(data, "pad_token_id", where, family.pad),
     )
 
 
+def _kv_heads(data: Mapping[str, Any], family: Family) -> int | None:
+    """transformers' default where the key is absent; null means as many as query heads."""
+    return family.kv_heads if "num_key_value_heads" not in data else None
+
+
 def check_supported(data: Mapping[str, Any], where: str) -> None:
-    """An `InputError` for a model that is not a dense Llama, or is one with parts that the graph does not have."""
-    model_type = data.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(f"model_type in {where}", repr(model_type), " | ".join(MODEL_TYPES))
+    """An `InputError` for a model with parts that the graph does not have."""
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"hidden_act in {where}", repr(data["hidden_act"]), "silu")
     if data.get("quantization_config") is not None:
@@ -66,25 +81,20 @@ def check_supported(data: Mapping[str, Any], where: str) -> None:
             "a quantized checkpoint",
             "float weights (quantize with tinycompress afterwards)",
         )
-    if model_type == "mistral":
-        window = data.get("sliding_window", 4096)  # transformers' default, when the key is absent
-        if window is not None and not (
-            isinstance(window, int) and window >= integer(data, "max_position_embeddings", where, 131072)
-        ):
-            raise InputError(f"sliding_window in {where}", repr(window), "null: full attention")
+    check_keys(data, where)
 
 
 def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a uniform config as Hugging Face's Llama. Biases come in two groups there, all or none."""
-    if not config.uniform:
-        raise InputError(
-            "graph", "layers of different widths", "layers all alike: all that Hugging Face's Llama can express"
-        )
+    """config.json of a config that a class of transformers can compute (`family_of`); an `InputError` for another."""
+    family = family_of(config)
+    if family is None:
+        accepted = f"what a class of transformers computes: {' | '.join(FAMILIES)}, layers all as wide"
+        raise InputError("graph", "layers of different widths, or parts that no one class has", accepted)
     layer = config.layers[0]
     eos = config.eos_token_id
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": layer.ffn_dim,
@@ -96,8 +106,7 @@ def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         **rope_to_hf(config),
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": bool(config.biases & ATTENTION_BIASES),
-        "mlp_bias": bool(config.biases & MLP_BIASES),
+        **attention_to_hf(config, family),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": config.pad_token_id,
@@ -106,35 +115,36 @@ def config_to_hf(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def missing_biases(config: Config) -> dict[str, tuple[int, ...]]:
-    """Biases (and shapes) that Hugging Face expects beside those of a partial set; they are zero."""
-    groups = (ATTENTION_BIASES, MLP_BIASES)
-    expected: frozenset[str] = frozenset().union(*(group for group in groups if config.biases & group))
-    missing = tuple(f".{name}" for name in sorted(expected - config.biases))
+    """Biases (and shapes) that Hugging Face's class has and the config lacks; they are zero."""
+    family = family_of(config)
+    if family is None:
+        return {}
+    missing = tuple(f".{name}" for name in sorted(expected_biases(config, family) - config.biases))
     return {linear.bias: linear.shape[:1] for linear in config.linears() if missing and linear.name.endswith(missing)}
 
 
 def graph_from_model(model: Any) -> Graph:
-    """The graph of a live transformers Llama; tensors are shared with the model."""
+    """The graph of a live transformers model of a family that is carried; tensors are shared with the model."""
     config = config_from_hf(model.config.to_dict(), "the model's config")
     state = model.state_dict()
     return Graph(config, Weights({name: state[name].detach() for name in shapes(config) if name in state}))
 
 
 def model_from_graph(graph: Graph) -> Any:
-    """A live transformers LlamaForCausalLM that shares the graph's tensors (quantized ones are dequantized)."""
+    """A live transformers model that shares the graph's tensors (quantized ones are dequantized)."""
     need("transformers", "hf")
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     state: dict[str, Any] = dict(graph.dense().weights)
     norm = state[f"{FINAL_NORM}.weight"]
     state |= {name: norm.new_zeros(shape) for name, shape in missing_biases(graph.config).items()}
     state.setdefault(f"{HEAD}.weight", state[EMBEDDING])
-    config = LlamaConfig(**config_to_hf(graph.config, norm.dtype))
+    values = config_to_hf(graph.config, norm.dtype)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):  # no memory for weights that are replaced at once
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, assign=True)
     with norm.device:  # the buffers are not in the state; transformers 5 takes no device here
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.tie_weights()
     return model.eval()

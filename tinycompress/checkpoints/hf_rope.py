@@ -19,16 +19,19 @@ from typing import Any
 from ..errors import InputError
 from ..graph.config import Config
 from ..graph.rope import TYPES, Rope
+from .config_keys import check_rope_keys
 from .json_fields import flag, integer, number
 
 ORIGINAL = "original_max_position_embeddings"
 
 
-def rope_from_hf(data: Mapping[str, Any], head_dim: int, where: str) -> tuple[Rope, int]:
-    """The Rope and the length it is good for, from either spelling."""
+def rope_from_hf(
+    data: Mapping[str, Any], head_dim: int, where: str, default_theta: float = 10000.0, default_length: int = 2048
+) -> tuple[Rope, int]:
+    """The Rope and the length it is good for, from either spelling; the defaults are those of the model's family."""
     values = _values(data, where)
-    theta = _theta(data, where)
-    length = integer(data, "max_position_embeddings", where, 2048)
+    theta = _theta(data, where, default_theta)
+    length = integer(data, "max_position_embeddings", where, default_length)
     kind = values.get("rope_type", "default")
     at = f"rope_scaling of {where}"
     if kind == "default":
@@ -79,12 +82,12 @@ def _values(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _theta(data: Mapping[str, Any], where: str) -> float:
+def _theta(data: Mapping[str, Any], where: str, default: float) -> float:
     inside = _rope_dictionary(data, "rope_parameters", where).get("rope_theta")
     beside = data.get("rope_theta")
     if inside is not None and beside is not None and inside != beside:
         raise InputError(f"rope_theta in {where}", f"{beside}, and {inside} in rope_parameters", "one value")
-    return number({"rope_theta": beside if inside is None else inside}, "rope_theta", where, 10000.0)
+    return number({"rope_theta": beside if inside is None else inside}, "rope_theta", where, default)
 
 
 def _original(values: Mapping[str, Any], kind: str, length: int, beside: int, at: str) -> int:
@@ -137,6 +140,7 @@ def _rope_dictionary(data: Mapping[str, Any], key: str, where: str) -> dict[str,
     if not isinstance(value, dict):
         raise InputError(f"{key} in {where}", repr(value), "an object or null")
     out = {k: v for k, v in value.items() if v is not None}
+    check_rope_keys(out, f"{key} in {where}")
     old = out.pop("type", None)
     if old is not None and out.setdefault("rope_type", old) != old:
         raise InputError(

@@ -17,6 +17,7 @@ from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import QuantTensor
 from . import awq_format, compressed_tensors, gptq_format
+from .families import FAMILIES, family_of
 
 FOLDERS = ("gptq", "awq", "compressed-tensors")
 FORMATS = ("native", *FOLDERS, "gguf")
@@ -41,8 +42,11 @@ def layout_of(graph: Graph, format: str) -> Layout:
     """The layout of `graph` in `format`; an `InputError` for what the format cannot carry."""
     if format not in FOLDERS:
         raise InputError("format", repr(format), " | ".join(FORMATS))
-    if not graph.config.uniform:
-        raise InputError(f"format {format}", "layers of different widths", "layers all alike (or format native)")
+    if family_of(graph.config) is None:
+        found = "layers of different widths, or parts that no one class of transformers has"
+        raise InputError(
+            f"format {format}", found, f"{' | '.join(FAMILIES)} with layers all as wide (or format native)"
+        )
     weights = _packed(graph, format)
     skipped = [linear.name for linear in graph.config.linears() if linear.name not in weights]
     if format == "compressed-tensors":

@@ -1,8 +1,9 @@
 """The graph: a model as a value, what reads what in it, and what is cut together."""
 
-from .config import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B, Config, Layer, Linear, shapes
+from .config import Config, Layer, Linear, shapes
 from .edit import cut, fold
 from .graph import Graph, LazyTensor, Pass, Weight, Weights
+from .presets import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B
 from .quant_tensor import Grid, QuantSpec, QuantTensor
 from .rope import Rope
 from .topology import Axis, Feed, axes, feeds

@@ -19,6 +19,8 @@ HEAD = "lm_head"
 FINAL_NORM = "model.norm"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = "model.layers."
+QUERY_NORM = "q_norm"
+KEY_NORM = "k_norm"
 KINDS = {  # of each linear: its kind, and the role of the feed that it reads
     "q_proj": ("query", "attention_in"),
     "k_proj": ("key", "attention_in"),
@@ -32,13 +34,28 @@ KINDS = {  # of each linear: its kind, and the role of the feed that it reads
 
 @dataclass(frozen=True)
 class Layer:
-    """Widths of one layer. A width of 0 removes that sublayer (n_heads and n_kv_heads go together)."""
+    """One layer in numbers. A width of 0 removes that sublayer (n_heads and n_kv_heads go together).
+
+    Fields:
+        n_heads: query heads.
+        n_kv_heads: key and value heads, which divide the query heads.
+        ffn_dim: channels of the FFN.
+        window: how many positions attention sees, its own included: query i sees key j where 0 <= i - j < window.
+            None: all that came before.
+        rope: whether queries and keys are turned by their positions; SmolLM3 has layers where they are not.
+    """
 
     n_heads: int
     n_kv_heads: int
     ffn_dim: int
+    window: int | None = None
+    rope: bool = True
 
     def __post_init__(self) -> None:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise InputError("Layer.window", self.window, "a positive integer, or None: all positions")
+        if not isinstance(self.rope, bool):
+            raise InputError("Layer.rope", self.rope, "True or False")
         if min(self.n_heads, self.n_kv_heads, self.ffn_dim) < 0:
             raise InputError("Layer", self, "widths of at least 0")
         if (self.n_heads == 0) != (self.n_kv_heads == 0) or (self.n_kv_heads and self.n_heads % self.n_kv_heads):
@@ -52,6 +69,17 @@ class Layer:
     def group(self) -> int:
         """Query heads a KV head: query head h reads KV head h // group."""
         return self.n_heads // self.n_kv_heads if self.n_kv_heads else 0
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """n_heads, n_kv_heads, ffn_dim."""
+        return self.n_heads, self.n_kv_heads, self.ffn_dim
+
+    def to_list(self) -> list[int | bool | None]:
+        """The fields in order, without those at the end that say nothing out of the ordinary."""
+        if not self.rope:
+            return [*self.widths, self.window, self.rope]
+        return [*self.widths] if self.window is None else [*self.widths, self.window]
 
 
 @dataclass(frozen=True)
@@ -82,7 +110,24 @@ class Linear:
 
 @dataclass(frozen=True)
 class Config:
-    """A Llama-family decoder in numbers. `biases` names the linears (of every layer) that have one."""
+    """A Llama-family decoder in numbers.
+
+    Fields:
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: channels of the residual stream.
+        head_dim: channels of a head, an even number.
+        layers: one `Layer` each.
+        rope: what positions mean.
+        max_position: how many positions the model is good for.
+        norm_eps: what is added under the root in the norms that read the residual stream.
+        tie_embeddings: whether the head multiplies by the embedding's table.
+        biases: the linears (of every layer) that have one, such as "q_proj".
+        qk_norm_eps: the same as norm_eps in the norms of queries and keys, head by head in front of RoPE (Qwen3).
+            None: there are no such norms.
+        bos_token_id: what a text begins with, if anything.
+        eos_token_id: what ends an answer: a token, several, or None.
+        pad_token_id: what fills a batch, if anything.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -93,6 +138,7 @@ class Config:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     biases: frozenset[str] = frozenset()
+    qk_norm_eps: float | None = None
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -104,8 +150,10 @@ class Config:
                 raise InputError(f"Config.{name}", value, "a positive integer")
         if self.head_dim % 2:
             raise InputError("Config.head_dim", self.head_dim, "an even number (RoPE turns pairs)")
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise InputError("Config.norm_eps", self.norm_eps, "a positive number")
+        for name in ("norm_eps", "qk_norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"Config.{name}", value, "a positive number")
         if unknown := set(self.biases) - set(LINEARS):
             raise InputError("Config.biases", sorted(unknown), " | ".join(LINEARS))
 
@@ -115,8 +163,13 @@ class Config:
 
     @property
     def uniform(self) -> bool:
-        """Every layer alike and none without a sublayer: what Hugging Face's config can express."""
-        return len(set(self.layers)) == 1 and self.layers[0].n_heads > 0 and self.layers[0].ffn_dim > 0
+        """Every layer as wide as the others, and none without a sublayer: what configs of other tools can express."""
+        return len({layer.widths for layer in self.layers}) == 1 and min(self.layers[0].widths) > 0
+
+    @property
+    def window(self) -> int | None:
+        """The narrowest window of a layer; None where every layer sees all positions."""
+        return min((layer.window for layer in self.layers if layer.window and layer.n_heads), default=None)
 
     @property
     def n_params(self) -> int:
@@ -161,8 +214,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
-        out["layers"] = [[layer.n_heads, layer.n_kv_heads, layer.ffn_dim] for layer in self.layers]
+        out["layers"] = [layer.to_list() for layer in self.layers]
         out["biases"] = sorted(self.biases)
+        if self.qk_norm_eps is None:
+            del out["qk_norm_eps"]  # what a file without such norms says is what it always said
         return out
 
     @staticmethod
@@ -181,7 +236,7 @@ class Config:
             eos = data.get("eos_token_id")
             data.update(
                 rope=Rope(**rope),
-                layers=tuple(Layer(*widths) for widths in data["layers"]),
+                layers=tuple(Layer(*numbers) for numbers in data["layers"]),
                 biases=frozenset(data.get("biases", ())),
                 eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             )
@@ -201,6 +256,7 @@ class LayerNames:
     Fields:
         attention, ffn: of the sublayers. attention_norm, ffn_norm: of the norms in front of them.
         query, key, value, output, gate, up, down: of the linears.
+        query_norm, key_norm: of the norms of queries and keys, where the model has them.
         qkv, gate_up: of products that take linears of one input together.
     """
 
@@ -215,6 +271,8 @@ class LayerNames:
     gate: str
     up: str
     down: str
+    query_norm: str
+    key_norm: str
     qkv: str
     gate_up: str
 
@@ -236,6 +294,8 @@ def layer_names(index: int) -> LayerNames:
         f"{at}.input_layernorm",
         f"{at}.post_attention_layernorm",
         **linears,
+        query_norm=f"{attention}.{QUERY_NORM}",
+        key_norm=f"{attention}.{KEY_NORM}",
         qkv=f"{attention}.qkv_proj",
         gate_up=f"{ffn}.gate_up_proj",
     )
@@ -282,39 +342,9 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
                 out[f"{at}.{block}.{name}.weight"] = shape
                 if name in config.biases:
                     out[f"{at}.{block}.{name}.bias"] = shape[:1]
+            if block == "self_attn" and config.qk_norm_eps is not None:
+                out |= {f"{at}.{block}.{name}.weight": (config.head_dim,) for name in (QUERY_NORM, KEY_NORM)}
     out["model.norm.weight"] = (D,)
     if not config.tie_embeddings:
         out["lm_head.weight"] = (config.vocab_size, D)
     return out
-
-
-TINYLLAMA_1_1B = Config(
-    vocab_size=32000,
-    hidden_size=2048,
-    head_dim=64,
-    layers=(Layer(32, 4, 5632),) * 22,
-    max_position=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-LLAMA_2_7B = Config(
-    vocab_size=32000,
-    hidden_size=4096,
-    head_dim=128,
-    layers=(Layer(32, 32, 11008),) * 32,
-    max_position=4096,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-SMOLLM2_135M = Config(
-    vocab_size=49152,
-    hidden_size=576,
-    head_dim=64,
-    layers=(Layer(9, 3, 1536),) * 30,
-    rope=Rope(theta=100000.0),
-    max_position=8192,
-    tie_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-)

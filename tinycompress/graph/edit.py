@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from .config import Config, Layer, layer_prefix, shapes
 from .graph import Graph, LazyTensor, Weight, Weights
-from .topology import Axis, Feed, axes, feeds
+from .topology import Axis, Feed, axes, feeds, stream_norms, stream_writers
 
 
 def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
@@ -54,12 +54,13 @@ def untie(graph: Graph) -> Graph:
 def turn(graph: Graph, R: Tensor) -> Graph:
     """The graph in the coordinates x·R, for an orthogonal R [D, D] in float64; norms must be ones."""
     changed: dict[str, Weight] = {}
+    writers = stream_writers(graph.config)
     for name in graph.weights:
-        weight, writes = graph.tensor(name), name.endswith(("o_proj.weight", "down_proj.weight"))
-        if name.endswith(("o_proj.bias", "down_proj.bias")):
+        weight = graph.tensor(name)
+        if name in writers and weight.dim() == 2:
+            changed[name] = (R.T @ weight.double()).to(weight.dtype)
+        elif name in writers or weight.dim() == 2:
             changed[name] = (weight.double() @ R).to(weight.dtype)
-        elif weight.dim() == 2:
-            changed[name] = (R.T @ weight.double() if writes else weight.double() @ R).to(weight.dtype)
     return graph.replace(weights=changed)
 
 
@@ -87,9 +88,8 @@ def cut(graph: Graph, axis: str | Axis, keep: Sequence[int] | Tensor) -> Graph:
             changed[name] = _select(name, graph.weights[name], dim, positions)
     if axis.kind == "hidden":
         ratio = axis.size / len(index)
-        for name in changed:
-            if len(remaining[name]) == 1 and not name.endswith(".bias"):
-                changed[name] = graph.tensor(name).index_select(0, index) * math.sqrt(ratio)
+        for name in stream_norms(config):
+            changed[name] = graph.tensor(name).index_select(0, index) * math.sqrt(ratio)
     return graph.replace(config=config, weights=changed)
 
 

@@ -89,6 +89,17 @@ def feeds(config: Config) -> tuple[Feed, ...]:
     return tuple(out)
 
 
+def stream_norms(config: Config) -> frozenset[str]:
+    """The weights [D] of the norms that read the residual stream; those of queries and keys are not among them."""
+    return frozenset(feed.norm for feed in feeds(config) if feed.norm)
+
+
+def stream_writers(config: Config) -> frozenset[str]:
+    """Weights and biases whose rows are channels of the residual stream; the embedding's are tokens."""
+    linears = [linear for linear in config.linears() if linear.kind in ("output", "down")]
+    return frozenset(name for linear in linears for name in (linear.weight, linear.bias))
+
+
 def axis_name(layer: int | None, kind: str) -> str:
     """`hidden` and `layers` as they are; an axis of a layer with its index."""
     return kind if layer is None else f"layers.{layer}.{kind}"
@@ -106,10 +117,10 @@ def axes(config: Config) -> dict[str, Axis]:
         biases = {f"{n[:-7]}.bias": (0, stride) for n, (dim, stride) in cuts.items() if dim == 0}
         return {n: c for n, c in (cuts | biases).items() if n in names}
 
+    writes_or_scales_stream = stream_writers(config) | stream_norms(config)
     hidden: dict[str, tuple[int, int]] = {}
     for name, shape in names.items():
-        writes = name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias"))
-        if (len(shape) == 1 and not name.endswith(".bias")) or writes:
+        if name in writes_or_scales_stream:
             hidden[name] = (0, 1)  # norms, and the rows that write the residual stream
         elif len(shape) == 2:
             hidden[name] = (1, 1)  # the embedding, the head, and the columns that read the residual stream

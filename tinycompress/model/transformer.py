@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..graph.config import EMBEDDING, HEAD, LINEARS, layer_prefix, name_in_layer
+from ..graph.config import EMBEDDING, HEAD, KEY_NORM, LINEARS, QUERY_NORM, layer_prefix, name_in_layer
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed
@@ -76,11 +76,17 @@ class Block(nn.Module):
             weights = {n: graph.weights[f"{at}.{block}.{n}.weight"].to(device, dtype) for n in names}
             return {n: linear(w, get(f"{block}.{n}.bias") if n in config.biases else None) for n, w in weights.items()}
 
+        def qk_norm(name: str, eps: float) -> Norm:
+            return Norm(get(f"self_attn.{name}.weight"), eps)
+
         self.self_attn: Attention | None = None
         self.mlp: MLP | None = None
         if layer.n_heads:
             self.input_layernorm = Norm(get("input_layernorm.weight"), config.norm_eps)
-            self.self_attn = Attention(linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), config.head_dim)
+            eps = config.qk_norm_eps
+            norms = None if eps is None else (qk_norm(QUERY_NORM, eps), qk_norm(KEY_NORM, eps))
+            projections = linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
+            self.self_attn = Attention(projections, config.head_dim, layer.window, layer.rope, norms)
         if layer.ffn_dim:
             self.post_attention_layernorm = Norm(get("post_attention_layernorm.weight"), config.norm_eps)
             self.mlp = MLP(linears("mlp", ("gate_proj", "up_proj", "down_proj")))
@@ -247,6 +253,10 @@ class Transformer(nn.Module):
                 "Self-Extend",
                 f"a model with {self.config.rope.type} scaling",
                 "an unscaled one: it changes positions itself",
+            )
+        if self.config.window:
+            raise InputError(
+                "Self-Extend", f"layers that see {self.config.window} positions", "a model without windows"
             )
         self.self_extend = option
         self.config = dataclasses.replace(self.config, max_position=option.context(self.config.max_position))
