@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import random_graph
+from family_cases import CASES, model_of
 
 from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.checkpoints.families import FAMILIES, family_of
@@ -14,50 +15,6 @@ from tinycompress.graph.config import LINEARS, Config, Layer
 from tinycompress.graph.graph import Graph
 
 IDS = torch.randint(3, 512, (2, 60), generator=torch.Generator().manual_seed(0))
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-SLIDING = {"use_sliding_window": True, "sliding_window": 9}
-CASES = {
-    "llama": {},
-    "llama, biases": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"sliding_window": 16},
-    "mistral, all positions": {"sliding_window": None},
-    "qwen2": {},
-    "qwen2, tied": {"tie_word_embeddings": True},
-    "qwen2, windows": {**SLIDING, "max_window_layers": 2},
-    "qwen3": {"head_dim": 32},
-    "qwen3, tied, biases, windows": {
-        "attention_bias": True,
-        "tie_word_embeddings": True,
-        **SLIDING,
-        "max_window_layers": 1,
-    },
-    "smollm3": {},
-    "smollm3, all": {"no_rope_layers": [0, 1, 1, 0], "attention_bias": True, "mlp_bias": True, **SLIDING},
-}
-
-
-def model_of(case: str, dtype: torch.dtype = torch.float32):
-    """A random model of transformers, its norms and biases no ones and zeros."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(case.partition(",")[0], **{**SIZES, **CASES[case]})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data = torch.randn_like(parameter) * 0.3 + ("norm" in name)
-    return model.to(dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
