@@ -188,13 +188,13 @@ class Graph:
 
     @staticmethod
     def from_hf(model: Any) -> Graph:
-        """The graph of a live transformers Llama; tensors are shared with the model."""
+        """The graph of a live transformers model of a family that is carried; tensors are shared with the model."""
         from ..checkpoints.hf import graph_from_model
 
         return graph_from_model(model)
 
     def to_hf(self) -> Any:
-        """A live transformers LlamaForCausalLM that shares the graph's tensors (quantized ones are dequantized)."""
+        """A live transformers model that shares the graph's tensors (quantized ones are dequantized)."""
         from ..checkpoints.hf import model_from_graph
 
         return model_from_graph(self)
