@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .arguments import open_model, training_windows
-from .options import Teacher, TrainingText
+from .options import Teacher, TrainingText, window_option
 
 
 def cache_teacher(
@@ -19,9 +19,7 @@ def cache_teacher(
     ],
     data: TrainingText = "pydoc",
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text are read.")] = 2048,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: 512, or the context if that is shorter]")
-    ] = None,
+    seq_len: Annotated[int | None, window_option(512)] = None,
     kind: Annotated[
         str,
         typer.Option(help="What is kept of each distribution: sample (unbiased random draws), or topk (the largest)."),

@@ -12,7 +12,7 @@ import typer
 from ..errors import InputError
 from .arguments import open_model, training_windows
 from .loss_options import parse_hidden, parse_losses
-from .options import Overwrite, TrainingText
+from .options import Out, Overwrite, TrainingText, folder_option, grid_option, window_option
 
 if TYPE_CHECKING:
     from ..graph.graph import Graph
@@ -25,9 +25,7 @@ def distill(
             metavar="STUDENT", help="The model that learns: a folder, a .gguf file, a hub name or smollm2-135m."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write; it appears when all is done.")
-    ],
+    output: Out,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -37,10 +35,7 @@ def distill(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Learn from answers that `tinycompress cache-teacher` wrote, instead of running TEACHER.",
-        ),
+        folder_option("Learn from answers that `tinycompress cache-teacher` wrote, instead of running TEACHER."),
     ] = None,
     data: TrainingText = "pydoc",
     held_out: Annotated[
@@ -54,9 +49,7 @@ def distill(
     budget: Annotated[
         int | None, typer.Option("--tokens", min=1, help="How many tokens to train on, instead of --steps.")
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: 512, or the context if that is shorter]")
-    ] = None,
+    seq_len: Annotated[int | None, window_option(512)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per update, over all processes.")] = 8,
     micro_batch: Annotated[
         int | None,
@@ -107,8 +100,7 @@ def distill(
         ),
     ] = None,
     fake_quant: Annotated[
-        str | None,
-        typer.Option(metavar="w4g64", help="Quantization-aware training: learn on this grid, and save quantized."),
+        str | None, grid_option("Quantization-aware training: learn on this grid, and save quantized.")
     ] = None,
     grid: Annotated[
         str,
@@ -154,14 +146,10 @@ def distill(
     ] = None,
     save_every: Annotated[int, typer.Option(min=0, help="With --work: updates between two saved states.")] = 100,
     work: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Save the state here: a killed run goes on from it, to the same bytes."),
+        Path | None, folder_option("Save the state here: a killed run goes on from it, to the same bytes.")
     ] = None,
     log: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where train.jsonl and TensorBoard files go.  [default: the folder of --work]"
-        ),
+        Path | None, folder_option("Where train.jsonl and TensorBoard files go.  [default: the folder of --work]")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
