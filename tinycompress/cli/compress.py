@@ -10,7 +10,7 @@ import typer
 
 from ..errors import InputError
 from .arguments import check_export, need_tokenizer, open_model, read_tokens
-from .options import Model, Out, Overwrite, folder_option, grid_option, text_option, window_option
+from .options import Model, Out, Overwrite, count_option, folder_option, grid_option, text_option, window_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ def compress(
         typer.Option("--tune", help="At the end let the scales learn from MODEL's outputs: better, minutes longer."),
     ] = False,
     calibration: Annotated[str, text_option("Calibration text")] = "pydoc",
-    samples: Annotated[int, typer.Option(min=1, help="How many windows of the calibration text are used.")] = 32,
+    samples: Annotated[int, count_option("How many windows of the calibration text are used.")] = 32,
     seq_len: Annotated[int | None, window_option(1024)] = None,
     seed: Annotated[int, typer.Option(help="Draws which windows of the calibration text are used.")] = 0,
     export: Annotated[

@@ -12,7 +12,7 @@ import typer
 from ..errors import InputError
 from .arguments import open_model, training_windows
 from .loss_options import parse_hidden, parse_losses
-from .options import Out, Overwrite, TrainingText, folder_option, grid_option, window_option
+from .options import Out, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
 
 if TYPE_CHECKING:
     from ..graph.graph import Graph
@@ -45,24 +45,19 @@ def distill(
             help="Text whose perplexity is measured during training; may be given several times.  [default: pydoc]",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="How many updates of the weights.  [default: 1000]")] = None,
+    steps: Annotated[int | None, count_option("How many updates of the weights.  [default: 1000]")] = None,
     budget: Annotated[
         int | None, typer.Option("--tokens", min=1, help="How many tokens to train on, instead of --steps.")
     ] = None,
     seq_len: Annotated[int | None, window_option(512)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per update, over all processes.")] = 8,
+    batch: Annotated[int, count_option("Windows per update, over all processes.")] = 8,
     micro_batch: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Windows that a process computes at a time: fewer take less memory.  [default: all of its share]",
-        ),
+        count_option("Windows that a process computes at a time: fewer take less memory.  [default: all of its share]"),
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="At most so many windows of the text.  [default: what the run reads, or the cache has]"
-        ),
+        count_option("At most so many windows of the text.  [default: what the run reads, or the cache has]"),
     ] = None,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     warmup: Annotated[
@@ -87,10 +82,9 @@ def distill(
     ] = None,
     relation_heads: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="With --hidden relation or attention: how many heads the states are cut into.  "
-            "[default: the most that split no head]",
+        count_option(
+            "With --hidden relation or attention: how many heads the states are cut into.  "
+            "[default: the most that split no head]"
         ),
     ] = None,
     lora: Annotated[
@@ -123,9 +117,7 @@ def distill(
     ] = 0.0,
     teacher_context: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="The teacher reads the windows in pieces of so many tokens, where its context is shorter."
-        ),
+        count_option("The teacher reads the windows in pieces of so many tokens, where its context is shorter."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows and of everything drawn.")] = 0,
     precision: Annotated[
@@ -141,9 +133,7 @@ def distill(
         int | None,
         typer.Option(min=0, help="Updates between measurements on the held-out text.  [default: a tenth of all]"),
     ] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many measurements without a better one.")
-    ] = None,
+    patience: Annotated[int | None, count_option("Stop after so many measurements without a better one.")] = None,
     save_every: Annotated[int, typer.Option(min=0, help="With --work: updates between two saved states.")] = 100,
     work: Annotated[
         Path | None, folder_option("Save the state here: a killed run goes on from it, to the same bytes.")

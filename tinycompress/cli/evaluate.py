@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
-
 from .arguments import open_model, read_tokens, runnable
-from .options import AsJson, Model, text_option, window_option
+from .options import AsJson, Model, count_option, text_option, window_option
 
 
 def evaluate(
     model: Model,
     data: Annotated[str, text_option("Evaluation text")] = "pydoc",
-    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")] = 8,
+    windows: Annotated[int, count_option("How many windows of the text are read.")] = 8,
     seq_len: Annotated[int | None, window_option(2048)] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .arguments import open_model, read_tokens
-from .options import Model, Out, Overwrite, text_option
+from .options import Model, Out, Overwrite, count_option, text_option
 
 
 def export(
@@ -49,8 +49,8 @@ def export(
     ] = True,
     context: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]"
+        count_option(
+            "Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]", at_least=2
         ),
     ] = None,
     calibration: Annotated[

@@ -25,6 +25,11 @@ def window_option(default: int) -> Any:
     )
 
 
+def count_option(help: str, at_least: int = 1) -> Any:
+    """An option for a whole number of things."""
+    return typer.Option(min=at_least, help=help)
+
+
 def folder_option(help: str) -> Any:
     """An option for a folder."""
     return typer.Option(metavar="FOLDER", help=help)
