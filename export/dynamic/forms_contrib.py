@@ -89,12 +89,13 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
     """Grouped-query attention with the rotation, the cache and the causal mask inside one operator: the heads' outputs
     [B, T, H·d] and the present key and value [B, K, S, d]."""
     at = layer.at
-    if isinstance(layer.shared, plain.Positions):
+    shared = layer.shared
+    if isinstance(shared, plain.Positions):
         if len(layer.qkv) == 1:
             widths = torch.tensor([n * draw.config.head_dim for n in (layer.heads, layer.kv_heads, layer.kv_heads)])
             sizes = draw.constant("split." + "x".join(map(str, widths.tolist())), widths)
             layer = replace(layer, qkv=draw.ops(at, "Split", [*layer.qkv, sizes], 3, axis=-1))
-        return plain.attention(draw, layer, layer.shared)
+        return plain.attention(draw, layer, shared)
     attributes: dict[str, Any] = {
         "num_heads": layer.heads,
         "kv_num_heads": layer.kv_heads,
@@ -103,7 +104,7 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
         "scale": draw.config.head_dim**-0.5,
     }
     joined: list[ir.Value | None] = [*layer.qkv, None, None]  # side by side in the place of q, or three
-    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *layer.shared, *draw.rope()]
+    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *shared, *draw.rope()]
     if draw.choices.kv_scales:
         inputs += [
             None,
