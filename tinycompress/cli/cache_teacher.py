@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .arguments import open_model, training_windows
-from .options import Teacher, TrainingText
+from .options import Teacher, TrainingText, count_option, window_option
 
 
 def cache_teacher(
@@ -18,16 +18,14 @@ def cache_teacher(
         typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the cache. A stopped run goes on there."),
     ],
     data: TrainingText = "pydoc",
-    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text are read.")] = 2048,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: 512, or the context if that is shorter]")
-    ] = None,
+    windows: Annotated[int, count_option("At most so many windows of the text are read.")] = 2048,
+    seq_len: Annotated[int | None, window_option(512)] = None,
     kind: Annotated[
         str,
         typer.Option(help="What is kept of each distribution: sample (unbiased random draws), or topk (the largest)."),
     ] = "sample",
-    draws: Annotated[int, typer.Option(min=1, help="With --kind sample: draws per token.")] = 50,
-    k: Annotated[int, typer.Option(min=1, help="With --kind topk: probabilities per token.")] = 50,
+    draws: Annotated[int, count_option("With --kind sample: draws per token.")] = 50,
+    k: Annotated[int, count_option("With --kind topk: probabilities per token.")] = 50,
     streamed: Annotated[
         bool, typer.Option("--streamed", help="Read the teacher layer by layer, if it does not fit in memory.")
     ] = False,

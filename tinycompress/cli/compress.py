@@ -10,7 +10,7 @@ import typer
 
 from ..errors import InputError
 from .arguments import check_export, need_tokenizer, open_model, read_tokens
-from .options import TEXTS, Model, Out, Overwrite
+from .options import Model, Out, Overwrite, count_option, folder_option, grid_option, text_option, window_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +50,9 @@ def compress(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(
-            metavar="w4g64",
-            help="Quantize the linears: bits and group size, such as w4g64, w3g64, w8 (one group per row), w4g32-asym "
-            "(zero points), w2g64-floatzero, w4g64-lpbq (for profile qnn).",
+        grid_option(
+            "Quantize the linears: bits and group size, such as w4g64, w3g64, w8 (one group per row), w4g32-asym "
+            "(zero points), w2g64-floatzero, w4g64-lpbq (for profile qnn)."
         ),
     ] = None,
     quantize_method: Annotated[
@@ -67,19 +66,15 @@ def compress(
         ),
     ] = None,
     quantize_embedding: Annotated[
-        str | None,
-        typer.Option(metavar="w8g64", help="Quantize the embedding and the head too: bits and group size."),
+        str | None, grid_option("Quantize the embedding and the head too: bits and group size.", example="w8g64")
     ] = None,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="At the end let the scales learn from MODEL's outputs: better, minutes longer."),
     ] = False,
-    calibration: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help=f"Calibration text: {TEXTS}.")] = "pydoc",
-    samples: Annotated[int, typer.Option(min=1, help="How many windows of the calibration text are used.")] = 32,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window.  [default: 1024, or the model's context if that is shorter]"),
-    ] = None,
+    calibration: Annotated[str, text_option("Calibration text")] = "pydoc",
+    samples: Annotated[int, count_option("How many windows of the calibration text are used.")] = 32,
+    seq_len: Annotated[int | None, window_option(1024)] = None,
     seed: Annotated[int, typer.Option(help="Draws which windows of the calibration text are used.")] = 0,
     export: Annotated[
         str | None,
@@ -94,8 +89,7 @@ def compress(
     ] = Format.native,
     overwrite: Overwrite = False,
     work: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Keep the result of every step here; a rerun goes on behind the last one."),
+        Path | None, folder_option("Keep the result of every step here; a rerun goes on behind the last one.")
     ] = None,
 ) -> None:
     """Prune, stretch the context, quantize, in this order, then save. Without a flag: a copy in Hugging Face form.

@@ -12,7 +12,7 @@ import typer
 from ..errors import InputError
 from .arguments import open_model, training_windows
 from .loss_options import parse_hidden, parse_losses
-from .options import Overwrite, TrainingText
+from .options import Out, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
 
 if TYPE_CHECKING:
     from ..graph.graph import Graph
@@ -25,9 +25,7 @@ def distill(
             metavar="STUDENT", help="The model that learns: a folder, a .gguf file, a hub name or smollm2-135m."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write; it appears when all is done.")
-    ],
+    output: Out,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -37,10 +35,7 @@ def distill(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Learn from answers that `tinycompress cache-teacher` wrote, instead of running TEACHER.",
-        ),
+        folder_option("Learn from answers that `tinycompress cache-teacher` wrote, instead of running TEACHER."),
     ] = None,
     data: TrainingText = "pydoc",
     held_out: Annotated[
@@ -50,26 +45,19 @@ def distill(
             help="Text whose perplexity is measured during training; may be given several times.  [default: pydoc]",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="How many updates of the weights.  [default: 1000]")] = None,
+    steps: Annotated[int | None, count_option("How many updates of the weights.  [default: 1000]")] = None,
     budget: Annotated[
         int | None, typer.Option("--tokens", min=1, help="How many tokens to train on, instead of --steps.")
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window.  [default: 512, or the context if that is shorter]")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per update, over all processes.")] = 8,
+    seq_len: Annotated[int | None, window_option(512)] = None,
+    batch: Annotated[int, count_option("Windows per update, over all processes.")] = 8,
     micro_batch: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Windows that a process computes at a time: fewer take less memory.  [default: all of its share]",
-        ),
+        count_option("Windows that a process computes at a time: fewer take less memory.  [default: all of its share]"),
     ] = None,
     windows: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="At most so many windows of the text.  [default: what the run reads, or the cache has]"
-        ),
+        count_option("At most so many windows of the text.  [default: what the run reads, or the cache has]"),
     ] = None,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     warmup: Annotated[
@@ -94,10 +82,9 @@ def distill(
     ] = None,
     relation_heads: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="With --hidden relation or attention: how many heads the states are cut into.  "
-            "[default: the most that split no head]",
+        count_option(
+            "With --hidden relation or attention: how many heads the states are cut into.  "
+            "[default: the most that split no head]"
         ),
     ] = None,
     lora: Annotated[
@@ -107,8 +94,7 @@ def distill(
         ),
     ] = None,
     fake_quant: Annotated[
-        str | None,
-        typer.Option(metavar="w4g64", help="Quantization-aware training: learn on this grid, and save quantized."),
+        str | None, grid_option("Quantization-aware training: learn on this grid, and save quantized.")
     ] = None,
     grid: Annotated[
         str,
@@ -131,9 +117,7 @@ def distill(
     ] = 0.0,
     teacher_context: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="The teacher reads the windows in pieces of so many tokens, where its context is shorter."
-        ),
+        count_option("The teacher reads the windows in pieces of so many tokens, where its context is shorter."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the windows and of everything drawn.")] = 0,
     precision: Annotated[
@@ -149,19 +133,13 @@ def distill(
         int | None,
         typer.Option(min=0, help="Updates between measurements on the held-out text.  [default: a tenth of all]"),
     ] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many measurements without a better one.")
-    ] = None,
+    patience: Annotated[int | None, count_option("Stop after so many measurements without a better one.")] = None,
     save_every: Annotated[int, typer.Option(min=0, help="With --work: updates between two saved states.")] = 100,
     work: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Save the state here: a killed run goes on from it, to the same bytes."),
+        Path | None, folder_option("Save the state here: a killed run goes on from it, to the same bytes.")
     ] = None,
     log: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where train.jsonl and TensorBoard files go.  [default: the folder of --work]"
-        ),
+        Path | None, folder_option("Where train.jsonl and TensorBoard files go.  [default: the folder of --work]")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
-
 from .arguments import open_model, read_tokens, runnable
-from .options import TEXTS, AsJson, Model
+from .options import AsJson, Model, count_option, text_option, window_option
 
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="PATH-OR-NAME", help=f"Evaluation text: {TEXTS}.")] = "pydoc",
-    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text are read.")] = 8,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window.  [default: 2048, or the model's context if that is shorter]"),
-    ] = None,
+    data: Annotated[str, text_option("Evaluation text")] = "pydoc",
+    windows: Annotated[int, count_option("How many windows of the text are read.")] = 8,
+    seq_len: Annotated[int | None, window_option(2048)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity over the first windows of a text: a checkpoint in torch, an export in its runtime.

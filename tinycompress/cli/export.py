@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .arguments import open_model, read_tokens
-from .options import TEXTS, Model, Out, Overwrite
+from .options import Model, Out, Overwrite, count_option, text_option
 
 
 def export(
@@ -49,16 +49,12 @@ def export(
     ] = True,
     context: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]"
+        count_option(
+            "Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]", at_least=2
         ),
     ] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH-OR-NAME",
-            help=f"Text that qnn and an int8 cache take their ranges from: {TEXTS}.  [default: pydoc]",
-        ),
+        str | None, text_option("Text that qnn and an int8 cache take their ranges from", default="pydoc")
     ] = None,
     ranges: Annotated[
         str, typer.Option(help="Profile qnn, how ranges of activations are chosen: minmax, percentile or mse.")

@@ -10,17 +10,17 @@ import typer
 
 from ..errors import InputError
 from .arguments import need_tokenizer, open_model, runnable
-from .options import Model
+from .options import Model, count_option
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    max_new_tokens: Annotated[int, count_option("Stop after so many tokens.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token each time; higher draws more freely.")
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the K likeliest tokens.  [default: all]")] = None,
+    top_k: Annotated[int | None, count_option("Draw among the K likeliest tokens.  [default: all]")] = None,
     top_p: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Draw among the likeliest tokens that make up this probability.  [default: 1]"),

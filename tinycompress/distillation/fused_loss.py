@@ -28,19 +28,18 @@ from ..errors import InputError
 from ..graph.quant_tensor import QuantTensor
 from ..model import cpu_memory
 from .divergences import Loss, Softmax, bucketed, full, labelled, sampled
+from .early_gradients import hand_over
 from .head_products import add_head_gradient, head_logits, product_dtype, through_head
 from .schedule import Ramp
-from .teacher_targets import HiddenTarget, SampledTarget, TeacherTarget, TopKTarget
+from .teacher_targets import HiddenTarget, SampledTarget, SparseTarget, TeacherTarget, TopKTarget
 
-__all__ = ["HiddenTarget", "Loss", "SampledTarget", "TeacherTarget", "TopKTarget", "fused_loss"]
+__all__ = ["HiddenTarget", "Loss", "SampledTarget", "SparseTarget", "TeacherTarget", "TopKTarget", "fused_loss"]
 
 IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
 BLOCK = 1 << 19  # logits whose softmax is made at a time: on a CPU the intermediates stay in its cache
 GPU_BLOCK = 1 << 25
 
-ChunkTarget: TypeAlias = (
-    Tensor | SampledTarget | TopKTarget | None
-)  # of one chunk: logits [c, V], or what a cache holds
+ChunkTarget: TypeAlias = Tensor | SparseTarget | None  # of one chunk: logits [c, V], or what a cache holds
 
 
 def fused_loss(
@@ -83,7 +82,7 @@ def fused_loss(
     index = torch.stack([w > 0 for w in weights.values()]).any(0).nonzero()[:, 0]
     if all(loss.kind == "ce" for loss in counting):
         teacher = None  # no loss needs it
-    elif isinstance(teacher, SampledTarget | TopKTarget):
+    elif isinstance(teacher, SparseTarget):
         teacher = teacher.to(hidden.device)  # a cache is read on the CPU
     work = _Work(counting, labels, teacher, weights, index, chunk)
     if torch.is_grad_enabled():
@@ -196,13 +195,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "fused_loss: backward was called a second time; its gradients are gone (call fused_loss again)"
-            )
-        out = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes)]
-        ctx.gradients = None  # so that the parameter's .grad can take the memory over instead of copying it
-        return *out, None
+        gradients = hand_over(ctx, scale, "fused_loss")
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
+from .early_gradients import hand_over
 from .schedule import Ramp, check_weight, weight_at
 
 if TYPE_CHECKING:
@@ -252,13 +253,7 @@ class _Relations(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "relation_loss: backward was called a second time; its gradients are gone (call relation_loss again)"
-            )
-        out = [None if g is None else g.mul_(scale) for g in ctx.gradients]
-        ctx.gradients = None
-        return *out, None, None, None
+        return *hand_over(ctx, scale, "relation_loss"), None, None, None
 
 
 def _relation_logs(a: Tensor, b: Tensor, first: int) -> Tensor:

@@ -115,7 +115,7 @@ class Objective:
             if cache is None or isinstance(cache, Graph):
                 return None, []
             target = cache.target(index)
-            return type(target)(target.ids.to(ids.device), target.probs.to(ids.device)), []
+            return target.to(ids.device), []
         found: list[Any] = []
 
         def keep(hidden: Tensor, head: Tensor, states: list[Tensor]) -> Tensor:

@@ -21,7 +21,15 @@ SHARE_SEEN = 0.36  # entries an estimate of disk space counts for each draw: tex
 
 @dataclass(frozen=True)
 class Form:
-    """What is kept of a teacher: `n` draws (sample) or ids (topk) a token, from a vocabulary of `vocab_size`."""
+    """What is kept of a teacher's distribution of a token.
+
+    Fields:
+        kind: "sample" (draws) or "topk" (the largest probabilities).
+        n: how many draws, or how many ids: from 1 to 255.
+        vocab_size: how many ids there are to choose from.
+
+    An `InputError` names an unknown kind or an `n` out of its range.
+    """
 
     kind: str
     n: int

@@ -37,7 +37,7 @@ from ..calibration.walk import BATCH_TOKENS
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import InputError
 from ..graph.graph import Graph
-from .fused_loss import HiddenTarget, SampledTarget, TopKTarget
+from .fused_loss import HiddenTarget, SampledTarget, SparseTarget, TopKTarget
 from .sparse_targets import Form
 from .teacher import OnlineTeacher, StreamedTeacher
 
@@ -253,7 +253,7 @@ class TeacherCache:
     def nbytes(self) -> int:
         return sum(shard["bytes"] for shard in self.index["shards"])
 
-    def target(self, window_indices: Tensor | Sequence[int]) -> SampledTarget | TopKTarget:
+    def target(self, window_indices: Tensor | Sequence[int]) -> SparseTarget:
         """The teacher on some windows, [len(window_indices) · T] rows, on the CPU. A damaged shard is an InputError."""
         read = [self._window(i) for i in torch.as_tensor(window_indices).flatten().tolist()]
         widest = max(ids.shape[1] for ids, _ in read)

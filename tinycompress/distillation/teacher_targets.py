@@ -9,8 +9,9 @@ Letters: n positions, k stored ids, D_t hidden size of the teacher, V vocabulary
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,32 +40,31 @@ class HiddenTarget:
 
 
 @dataclass(frozen=True, eq=False)
-class SampledTarget:
-    """Token ids drawn from a teacher, int [n, k], and their shares of the draws, float [n, k], padded with share 0."""
+class SparseTarget:
+    """What a cache holds of a teacher: for each position a few ids, each with its share of the probability.
+
+    Fields:
+        ids: int [n, k].
+        probs: float [n, k].
+    """
 
     ids: Tensor
     probs: Tensor
 
-    def rows(self, index: Tensor | slice) -> SampledTarget:
-        return SampledTarget(self.ids[index], self.probs[index])
+    def rows(self, index: Tensor | slice) -> Self:
+        return dataclasses.replace(self, ids=self.ids[index], probs=self.probs[index])
 
-    def to(self, device: torch.device) -> SampledTarget:
-        return SampledTarget(self.ids.to(device), self.probs.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class TopKTarget:
-    """A teacher's k most probable ids [n, k], distinct, and their probabilities [n, k]; all other tokens are one
-    outcome of mass 1 - Σ."""
-
-    ids: Tensor
-    probs: Tensor
-
-    def rows(self, index: Tensor | slice) -> TopKTarget:
-        return TopKTarget(self.ids[index], self.probs[index])
-
-    def to(self, device: torch.device) -> TopKTarget:
-        return TopKTarget(self.ids.to(device), self.probs.to(device))
+    def to(self, device: torch.device) -> Self:
+        return dataclasses.replace(self, ids=self.ids.to(device), probs=self.probs.to(device))
 
 
-TeacherTarget: TypeAlias = HiddenTarget | SampledTarget | TopKTarget
+class SampledTarget(SparseTarget):
+    """Token ids drawn from a teacher and their shares of the draws, padded with share 0."""
+
+
+class TopKTarget(SparseTarget):
+    """A teacher's k most probable ids, distinct, and their probabilities; all other tokens are one outcome of mass
+    1 - Σ."""
+
+
+TeacherTarget: TypeAlias = HiddenTarget | SparseTarget

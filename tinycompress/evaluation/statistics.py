@@ -11,7 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a bootstrap interval."""
+    """An estimate with a bootstrap interval.
+
+    Fields:
+        value: the estimate, on all windows.
+        low, high: the ends of the interval, in the unit of `value`.
+    """
 
     value: float
     low: float
