@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, nothing written")
     args = parser.parse_args()
     if args.quick:
-        args.samples, args.seq_len, args.windows, args.rounds, args.tokens = "2", "128", "1", 1, 8
+        args.samples, args.seq_len, args.windows, args.rounds, args.tokens = "16", "128", "1", 1, 8
     from tinycompress.evaluation.perplexity import environment
     from tinycompress.files import write_json, write_text
 
