@@ -8,7 +8,6 @@ fingerprint, grids, hashes, and every check with its figure. config.json is Hugg
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.errors import InputError, need
-from tinycompress.files import new_folder, write_json
+from tinycompress.files import Target, check_space, claim, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
@@ -25,7 +24,7 @@ from .configs import paths, write_configs
 from .dynamic.emit import emit, features, prepare
 from .dynamic.kv_cache import cache_scales, check_cache
 from .gate.runtime import python_of
-from .gate.verify import pass_gate, sha256
+from .gate.verify import pass_gate
 from .mobile import write_ort
 from .profiles import Profile, profile_of
 from .read import FORMAT, MANIFEST
@@ -36,7 +35,7 @@ CHUNK = 128  # calibration windows of an int8 cache are four times as long
 
 def export(
     graph: Graph,
-    folder: str | Path,
+    folder: Target,
     profile: str | Profile = "ort",
     *,
     dtype: str = "auto",
@@ -52,7 +51,8 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the folder and returns its manifest. It appears complete and checked, or not at all.
+    """Writes the folder and returns its manifest. It appears complete and checked, or not at all; where it may appear,
+    and what `overwrite` replaces, say `files.claim` and `files.new_folder`.
 
     `dtype` "auto" keeps packed weights packed and makes dense ones float32; "float32" makes all dense; `scales`
     "float16" rounds the scales of packed weights and stores them in half the bytes. `kv` "int8" keeps keys and values
@@ -63,6 +63,7 @@ def export(
     profiles of fixed shapes let one choose.
     """
     profile = profile_of(profile)
+    claimed = claim(folder, overwrite)
     if mobile and profile.form != "contrib":
         raise InputError(
             "mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators"
@@ -74,10 +75,9 @@ def export(
             "check": check,
             "tokens": tokens,
             "limits": limits,
-            "overwrite": overwrite,
             "progress": progress,
         }
-        return export_static(graph, folder, profile, static or StaticChoices(), **common)
+        return export_static(graph, claimed, profile, static or StaticChoices(), **common)
     if check and profile.runtime != "onnxruntime":
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
@@ -89,7 +89,8 @@ def export(
         kv_scales = cache_scales(prepared, text, progress)
         model = emit(prepared, profile, accuracy_level=accuracy_level, scales=scales, kv_scales=kv_scales)
         about = {"type": kv, "scales": "one a channel of a KV head", "text": description}
-    with new_folder(folder, overwrite) as work:
+    prepared.check_finite()
+    with new_folder(claimed) as work:
         _write_model(model, work, paths(prepared, profile), profile, progress)
         if mobile:
             write_ort(work / paths(prepared, profile)[0], work)
@@ -97,9 +98,7 @@ def export(
         manifest = _manifest(prepared, profile, dtype, scales, accuracy_level) | {"kv": about}
         if about:
             manifest["minimum_onnxruntime"] = profile.minimum_version(features(prepared, profile) | {"kv_int8"})
-        manifest["files"] = {
-            name: {"sha256": sha256(work / name), "bytes": (work / name).stat().st_size} for name in _files(work)
-        }
+        manifest["files"] = record(work)
         write_json(work / MANIFEST, manifest)
         if check:
             pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
@@ -113,9 +112,7 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
     needed = sum(t.nbytes for t in tensors)
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
+    check_space(work, needed)
     if profile.largest_file and needed > profile.largest_file:
         raise InputError(
             "weights",
@@ -130,10 +127,6 @@ def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profil
     for file in path.parent.iterdir():  # onnx-ir writes through a private temporary file
         if file.is_file():
             file.chmod(0o666 & work.stat().st_mode)
-
-
-def _files(work: Path) -> list[str]:
-    return sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
 
 
 def _manifest(graph: Graph, profile: Profile, dtype: str, scales: str, accuracy_level: int) -> dict[str, Any]:

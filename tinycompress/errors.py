@@ -1,6 +1,7 @@
-"""The errors of the library: `InputError` for bad input, `MissingExtra` for an optional package that is not installed.
+"""The errors of the library: `InputError` for bad input, `OutputError` for a result that cannot be put where it was
+asked, `MissingExtra` for an optional package that is not installed.
 
-Anything else that escapes is a bug of ours; the command line shows both as one clean line.
+Anything else that escapes is a bug of ours; the command line shows all three as one clean line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ class InputError(ValueError):
     def __init__(self, field: object, found: object, accepted: object) -> None:
         self.field, self.found, self.accepted = str(field), str(found), str(accepted)
         super().__init__(f"{self.field}: found {self.found}; accepted: {self.accepted}")
+
+
+class OutputError(OSError):
+    """A result cannot be put where it was asked: the disk is full, the place is taken, in use, or may not be written.
+    The message says what was kept, and where."""
 
 
 class MissingExtra(ImportError):

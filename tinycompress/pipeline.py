@@ -5,8 +5,9 @@ one step, so one that is there is complete, and its name says what it holds: wit
 
     k_i = SHA-256(k_{i-1}, pass i)
 
-A rerun takes up behind the last step whose folder is there; a changed pass, or a changed graph, has another key and so
-runs again with all that follows. Old steps stay until you delete them.
+A rerun takes up behind the last step whose folder is there and whole; a changed pass, or a changed graph, has another
+key and so runs again with all that follows. A damaged step (its files have hashes) is named, removed and made again.
+Old steps stay until you delete them. Only one run at a time works in a folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoints.folder_reader import DESCRIPTION
 from .errors import InputError
+from .files import damage, locked, sweep
 from .graph.graph import Graph, Pass
 
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
@@ -35,28 +40,68 @@ def run(graph: Graph, passes: Sequence[Pass], work: str | Path | None = None, pr
 
     A pass that is not noted in the history by itself is noted here. The saved step, not the one in memory, goes into
     the next pass: its weights are memory-mapped, and a resumed run computes exactly what an unbroken one does.
+
+    Raises InputError for bad passes, and OutputError for a full disk and for a `work` that another run holds.
     """
-    key = _root(graph) if work is not None else ""
-    done: Path | None = None  # the last step, if it was found and not read yet
-    bar = tqdm(passes, desc="passes", unit="pass", disable=not progress)
-    for number, step in enumerate(bar, 1):
-        name = pass_name(step)
-        bar.set_postfix_str(name)
-        if work is None:
+    with tqdm(total=len(passes), desc="passes", unit="pass", disable=not progress) as bar:
+        if work is not None:
+            return _run_with_folder(graph, passes, Path(work), bar)
+        for step in passes:
+            bar.set_postfix_str(pass_name(step))
             graph = _apply(step, graph)
+            bar.update()
+    return graph
+
+
+def _run_with_folder(graph: Graph, passes: Sequence[Pass], work: Path, bar: tqdm[Any]) -> Graph:
+    with locked(work):
+        sweep(work)
+        key = _root(graph)
+        done = 0
+        while done < len(passes):
+            found = _last_whole_step(work, passes, done, key)
+            if found is not None:
+                done, key, folder = found
+                graph = _load(folder, graph)
+                bar.update(done - bar.n)
+                continue
+            step = passes[done]
+            bar.set_postfix_str(pass_name(step))
+            graph = _apply(step, graph)
+            next_key = _key(key, step)
+            if next_key is None:  # nothing says what this pass does, but its result does: what follows can be found
+                key = _root(graph)
+            else:
+                key = next_key
+                graph = _saved(graph, _folder(work, done, step, key))
+            done += 1
+            bar.update()
+        return graph
+
+
+def _last_whole_step(work: Path, passes: Sequence[Pass], done: int, key: str) -> tuple[int, str, Path] | None:
+    """The furthest step behind `done` that is there in one piece: how many passes are done then, its key and folder."""
+    found: list[tuple[int, str, Path]] = []
+    for number in range(done, len(passes)):
+        next_key = _key(key, passes[number])
+        if next_key is None:
+            break
+        key = next_key
+        found.append((number + 1, key, _folder(work, number, passes[number], key)))
+    for number, key, folder in reversed(found):
+        if not folder.is_dir():
             continue
-        next_key = _key(key, step)
-        folder = Path(work) / f"{number:02}-{name}-{(next_key or '')[:16]}"
-        if next_key and folder.is_dir():
-            key, done = next_key, folder
-            continue
-        graph = _apply(step, _load(done, graph))
-        done = None
-        if next_key is None:  # nothing says what this pass does, but its result does: what follows can still be found
-            key = _root(graph)
-        else:
-            key, graph = next_key, _saved(graph, folder)
-    return _load(done, graph)
+        name = damage(folder, DESCRIPTION)
+        if name is None:
+            return number, key, folder
+        tqdm.write(f"{folder}: {name} is not as it was written; the step is made again", file=sys.stderr)
+        shutil.rmtree(folder)
+    return None
+
+
+def _folder(work: Path, number: int, step: Pass, key: str) -> Path:
+    """Where the result of the pass of that number, counted from 0, is kept."""
+    return work / f"{number + 1:02}-{pass_name(step)}-{key[:16]}"
 
 
 def pass_name(step: Pass) -> str:

@@ -20,7 +20,6 @@ is "at most its limit"; NaN fails.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -30,9 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tinycompress import files
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
-from tinycompress.files import inside, write_json
 from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
@@ -140,7 +139,7 @@ def pass_gate(work: Path, manifest: dict[str, Any], **options: Any) -> None:
     manifest["checks"] = report
     if not report["passed"]:
         raise GateError(report)
-    write_json(work / MANIFEST, manifest)
+    files.write_json(work / MANIFEST, manifest)
 
 
 def _in_runtime(
@@ -185,17 +184,7 @@ def changed_files(folder: str | Path, progress: bool = True) -> list[str]:
     """Files of the manifest that are missing or have other bytes."""
     entries = read_manifest(folder)["files"]
     bar = tqdm(entries.items(), desc="hashing", unit="file", delay=2, disable=not progress)
-    wrong = []
-    for name, known in bar:
-        path = inside(folder, name)
-        if not path.is_file() or not isinstance(known, dict) or sha256(path) != known.get("sha256"):
-            wrong.append(name)
-    return wrong
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.changed_files(Path(folder), bar)
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ fixed shapes ("static") and how the activation grids were found ("activations").
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinycompress.errors import InputError, need
-from tinycompress.files import new_folder, write_json
+from tinycompress.files import Claim, check_space, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
-from ..gate.verify import pass_gate, sha256
+from ..gate.verify import pass_gate
 from ..profiles import Profile
 from ..read import FORMAT, MANIFEST
 from . import epcontext
@@ -62,7 +61,7 @@ class StaticChoices:
 
 def export_static(
     graph: Graph,
-    folder: str | Path,
+    claimed: Claim,
     profile: Profile,
     choices: StaticChoices,
     *,
@@ -70,7 +69,6 @@ def export_static(
     check: bool = True,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """As `write.export`, for the static profiles."""
@@ -84,8 +82,9 @@ def export_static(
         graph = Rotate()(graph.dense(torch.float32))
     ready = make_ready(graph, profile, dtype, choices.context)
     emit_static(ready, profile, 1)  # what cannot be drawn fails here
-    with new_folder(folder, overwrite) as work:
-        check_space(ready, work)
+    ready.check_finite()
+    with new_folder(claimed) as work:
+        check_space(work, 2 * ready.nbytes)  # while ranges are read, the float graph's weights lie there too
         ranges = None
         about = None
         if activations := FORMS[profile.name].activations:
@@ -104,15 +103,6 @@ def export_static(
         if check:
             pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
     return manifest
-
-
-def check_space(graph: Graph, work: Path) -> None:
-    """An `InputError` unless the disk has room for the weights (and, while ranges are read, for their float
-    graph's)."""
-    needed = 2 * graph.nbytes
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise InputError("output folder", f"{free:,} bytes free", f"{needed:,} for the weights")
 
 
 def calibration_text(graph: Graph, tokens: Tensor | None, chunk: int) -> tuple[Tensor, str]:
@@ -198,8 +188,8 @@ def _block_scales(weights: Iterable[QuantTensor]) -> str | None:
 
 def _seal(manifest: dict[str, Any], work: Path) -> None:
     """The manifest with the hash of every file beside it."""
-    paths = sorted(p for p in work.iterdir() if p.is_file() and p.name != MANIFEST)
-    for path in paths:  # some are written through private temporary files
-        path.chmod(0o666 & work.stat().st_mode)
-    manifest["files"] = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
+    for path in work.iterdir():
+        if path.is_file():  # some are written through private temporary files
+            path.chmod(0o666 & work.stat().st_mode)
+    manifest["files"] = record(work, without=MANIFEST)
     write_json(work / MANIFEST, manifest)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tinycompress.checkpoints import hf
 from tinycompress.checkpoints.checkpoint import load, save
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, OutputError
 from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph, LazyTensor, Weights
 from tinycompress.graph.presets import TINYLLAMA_1_1B
@@ -121,7 +121,7 @@ def test_existing_output_is_kept_unless_overwritten(tiny, nonuniform, tmp_path):
 def test_too_little_disk_is_said_before_writing(tmp_path):
     huge = Config(vocab_size=2**30, hidden_size=2**20, head_dim=2, layers=(Layer(1, 1, 1),))
     entries = {n: LazyTensor(s, torch.float32, lambda: pytest.fail("read")) for n, s in shapes(huge).items()}
-    with pytest.raises(InputError, match=r"bytes free.*at least [\d,]+ bytes"):
+    with pytest.raises(OutputError, match=r"bytes free.*at least [\d,]+ bytes"):
         save(Graph(huge, Weights(entries)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -131,7 +131,7 @@ def test_a_full_disk_while_writing_leaves_nothing(tiny, tmp_path):
         raise OSError(28, "No space left on device")
 
     entries = dict(tiny.weights) | {"lm_head.weight": LazyTensor((128, 64), torch.float32, fail)}
-    with pytest.raises(InputError, match="disk is full"):
+    with pytest.raises(OutputError, match="disk is full"):
         save(Graph(tiny.config, Weights(entries)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

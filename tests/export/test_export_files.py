@@ -6,9 +6,11 @@ import pytest
 import torch
 from exported import MIXED, assert_same_everywhere, ids_of, operators, proto, quantized, small
 
+from tinycompress.checkpoints.checkpoint import save
 from tinycompress.errors import InputError
 from tinycompress.export import GateError, export, read
 from tinycompress.export.read import apart, initializers
+from tinycompress.files import record
 from tinycompress.graph.config import Layer
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.quantization.rtn import RTN
@@ -88,11 +90,11 @@ def test_gate_failure_leaves_nothing(tmp_path):
     tokens = ids_of(small(), 12)
     for present in (False, True):
         if present:
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "mine.txt").write_text("kept")
+            save(small(), tmp_path / "out")
+        before = record(tmp_path)
         with pytest.raises(GateError, match=r"prefill .*limit 0"):
             export(small(), tmp_path / "out", tokens=tokens, limits={"prefill": 0.0}, overwrite=present)
-        assert [p.name for p in tmp_path.rglob("*")] == (["out", "mine.txt"] if present else [])
+        assert record(tmp_path) == before and (present or not any(tmp_path.iterdir()))
 
 
 def test_manifest(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinycompress.checkpoints import checkpoint
-from tinycompress.errors import InputError
+from tinycompress.errors import InputError, OutputError
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.presets import SMOLLM2_135M
 from tinycompress.graph.quant_tensor import BITS, QuantSpec, QuantTensor, pack, unpack
@@ -211,5 +211,5 @@ def test_a_full_disk_is_named(nonuniform, monkeypatch):
         return file
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
-    with pytest.raises(InputError, match=r"whose disk is full.*TMPDIR"):
+    with pytest.raises(OutputError, match=r"whose disk is full.*TMPDIR"):
         RTN(QuantSpec(4, 16))(nonuniform)

@@ -2,7 +2,8 @@
 
   config.json            Hugging Face's Llama, where it can express the graph (uniform, unquantized); else model_type
                          "tinycompress", so that transformers refuses the folder instead of misreading it
-  tinycompress.json      {"format": 1, "config", "history", "quantized"}; where present it is the authority
+  tinycompress.json      {"format": 1, "config", "history", "quantized", "files": bytes and SHA-256 of the other files,
+                         "sha256": of the rest of this one}; where present it is the authority
   model*.safetensors     weights by Hugging Face name; a quantized one as <name>.packed, .scales and .zeros, or in the
                          layout of another tool (layouts.py), which config.json's quantization_config then names
   tokenizer*.json        and generation_config.json
@@ -14,7 +15,6 @@ megabytes and milliseconds. Nothing is unpickled, ever.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import importlib.util
 import re
 import sys
@@ -30,11 +30,11 @@ from ..graph.config import FINAL_NORM, Config
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
 from .families import family_of
-from .folder_reader import FORMAT, read_folder
+from .folder_reader import DESCRIPTION, FORMAT, read_folder
 from .gguf_reader import load_gguf
 from .hf import config_to_hf, graph_from_model, missing_biases
 from .layouts import Layout, layout_of
-from .safetensors_file import check_space, cut_shards, write_shards
+from .safetensors_file import cut_shards, write_shards
 
 if TYPE_CHECKING:
     from ..graph.graph import Weight
@@ -115,7 +115,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 def save(
     graph: Graph,
-    folder: str | Path,
+    folder: files.Target,
     *,
     dense: bool = False,
     overwrite: bool = False,
@@ -128,13 +128,18 @@ def save(
     Args:
         folder: where; for "gguf" a file that ends in .gguf. Returned.
         dense: whether quantized weights are written as floats. False by default.
-        overwrite: whether something that is there already is replaced. False by default.
+        overwrite: whether a folder that this library wrote (for gguf: a file) is replaced. False by default.
         max_shard_bytes: how large a .safetensors file may be before another one is begun.
         format: "native" (the default) keeps everything. "gptq", "awq" and "compressed-tensors" write quantized weights
             as those tools do (scales in float16 in the first two; without the history). "gguf" writes one file for
             llama.cpp. What a format cannot carry is an `InputError`.
+
+    Raises:
+        InputError: for a folder that may not be written (see `files.claim`), NaN or infinite weights, and what a format
+            cannot carry.
+        OutputError: for a full disk, or if something has appeared in the folder's place meanwhile: it is kept, and the
+            message says where the result is.
     """
-    folder = Path(folder)
     if format != "native" and dense:
         raise InputError("format", f"{format} together with dense", "one of the two")
     if format == "gguf":
@@ -150,18 +155,12 @@ def save(
         entries |= {name: torch.zeros(shape, dtype=dtype) for name, shape in missing_biases(graph.config).items()}
     shards = cut_shards(entries, dense, max_shard_bytes, layout)
     total = sum(part.nbytes for shard in shards for part in shard)
-    check_space(folder, total)
-    with files.new_folder(folder, overwrite) as work:
-        try:
-            write_shards(shards, work, total)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise InputError(
-                "output folder", f"{folder}: the disk is full", f"{total:,} bytes of free space"
-            ) from error
+    claimed = files.claim(folder, overwrite)
+    files.check_space(claimed, total)
+    with files.new_folder(claimed) as work:
+        write_shards(shards, work, total)
         _write_descriptions(graph, work, grids, layout, readable_by_hf)
-    return folder
+    return Path(folder)
 
 
 def _write_descriptions(
@@ -169,19 +168,20 @@ def _write_descriptions(
 ) -> None:
     """The JSON files beside the weights."""
     files.write_json(work / "config.json", _config_json(graph, layout, readable_by_hf))
+    if layout is not None and layout.beside:
+        files.write_json(work / layout.beside, layout.settings)
+    files.write_json(work / "generation_config.json", _token_ids(graph.config))
+    if graph.tokenizer:
+        graph.tokenizer.save(work)
     if layout is None:
         description = {
             "format": FORMAT,
             "config": graph.config.to_dict(),
             "history": list(graph.history),
             "quantized": {name: dataclasses.asdict(grid) for name, grid in grids.items()},
+            "files": files.record(work),
         }
-        files.write_json(work / "tinycompress.json", description)
-    elif layout.beside:
-        files.write_json(work / layout.beside, layout.settings)
-    files.write_json(work / "generation_config.json", _token_ids(graph.config))
-    if graph.tokenizer:
-        graph.tokenizer.save(work)
+        files.write_json(work / DESCRIPTION, files.seal(description))
 
 
 def _config_json(graph: Graph, layout: Layout | None, readable_by_hf: bool) -> dict[str, Any]:
@@ -193,7 +193,12 @@ def _config_json(graph: Graph, layout: Layout | None, readable_by_hf: bool) -> d
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
     config = config_to_hf(graph.config, dtype)
-    return config | {"quantization_config": layout.settings} if layout else config
+    if layout is None:
+        return config
+    from .. import __version__
+
+    mark = {files.VERSION: __version__}  # by which `overwrite` knows the folder
+    return config | {"quantization_config": layout.settings} | mark
 
 
 def _token_ids(config: Config) -> dict[str, Any]:

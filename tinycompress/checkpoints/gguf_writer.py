@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import check_free_file, new_file
+from ..files import Claim, Target, claim_file, new_file
 from ..graph.config import Config, shapes
-from ..graph.graph import Graph
+from ..graph.graph import Graph, check_finite
 from ..graph.quant_tensor import QuantTensor
 from ..graph.rope import Rope
 from .bit_words import half_scales
@@ -52,7 +52,7 @@ class _Item:
     make: Callable[[], np.ndarray]  # uint8 [..., bytes a row]
 
 
-def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None, overwrite: bool = False) -> Path:
+def write_gguf(graph: Graph, path: Target, *, requantize: str | None = None, overwrite: bool = False) -> Path:
     """Writes the file, one weight in memory at a time; it appears complete or not at all.
 
     Args:
@@ -63,21 +63,20 @@ def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None,
     """
     import gguf
 
-    path = Path(path)
-    check_file(path, overwrite)
+    claimed = claim_gguf(path, overwrite)
     if requantize is not None and requantize not in REQUANTIZE:
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
     items = check_graph(graph, requantize)
     fields = {"tokenizer.ggml.model": "no_vocab"}
     if graph.tokenizer is not None:
         fields = tokenizer_fields(graph.tokenizer, graph.config)
-    with new_file(path, overwrite) as work:
+    with new_file(claimed) as work:
         writer = gguf.GGUFWriter(work, "llama")
         try:
             _write(writer, graph.config, items, fields)
         finally:
             writer.close()
-    return path
+    return Path(path)
 
 
 def _write(writer: gguf.GGUFWriter, config: Config, items: list[_Item], fields: Mapping[str, Any]) -> None:
@@ -96,11 +95,11 @@ def _write(writer: gguf.GGUFWriter, config: Config, items: list[_Item], fields: 
             bar.update(size)
 
 
-def check_file(path: Path, overwrite: bool = False) -> None:
-    """An `InputError` if `path` cannot become a .gguf file: called before hours of work, not after."""
-    if path.suffix != ".gguf":
+def claim_gguf(path: Target, overwrite: bool = False, apart_from: Mapping[str, Target | None] | None = None) -> Claim:
+    """The claim on a .gguf file to write (see `files.claim_file`): taken before hours of work, not after."""
+    if Path(path).suffix != ".gguf":
         raise InputError("output file", str(path), "a name that ends in .gguf")
-    check_free_file(path, overwrite)
+    return claim_file(path, overwrite, apart_from)
 
 
 def check_graph(graph: Graph, requantize: str | None = None) -> list[_Item]:
@@ -188,6 +187,7 @@ def _packed(
 def _reader(graph: Graph, name: str, order: Tensor | None, kind: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         weight = graph.tensor(name).detach().cpu()
+        check_finite(name, weight)
         return _dense(weight if order is None else weight[order], kind)
 
     return read

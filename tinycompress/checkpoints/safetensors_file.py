@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import InputError
-from ..graph.graph import LazyTensor
+from ..graph.graph import LazyTensor, check_finite
 from ..graph.quant_tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ class Part:
     def read(self) -> Tensor:
         weight = self.weight.read() if isinstance(self.weight, LazyTensor) else self.weight
         tensor = self.make(weight) if isinstance(weight, QuantTensor) else weight
+        check_finite(self.name, tensor)
         return tensor.detach().cpu().contiguous()
 
 
@@ -98,14 +98,6 @@ def _parts(name: str, weight: Entry, dense: bool, layout: Layout | None) -> Iter
 def _stored(suffix: str, weight: QuantTensor) -> Tensor:
     """The part of a packed weight whose name ends in `suffix`."""
     return weight.tensors()[suffix]
-
-
-def check_space(folder: Path, needed: int) -> None:
-    place = folder.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise InputError("output folder", f"{folder}, on a disk with {free:,} bytes free", f"at least {needed:,} bytes")
 
 
 def write_shards(shards: list[list[Part]], folder: Path, total: int) -> None:

@@ -137,6 +137,13 @@ class Graph:
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def check_finite(self) -> None:
+        """An `InputError` that names a weight, or a scale of one, which holds NaN or an infinity. Reads everything."""
+        for name, weight in self.weights.items():
+            parts = {"": weight} if isinstance(weight, Tensor) else weight.tensors()
+            for part, tensor in parts.items():
+                check_finite(name + part, tensor)
+
     def dense(self, dtype: torch.dtype | None = None) -> Graph:
         """The same function with packed weights unpacked (and, given a dtype, all weights converted) when they are
         read."""
@@ -198,6 +205,15 @@ class Graph:
         from ..checkpoints.hf import model_from_graph
 
         return model_from_graph(self)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """An `InputError` that names the weight if a float tensor holds NaN or an infinity; one pass, no copy."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return
+    lowest, highest = torch.aminmax(tensor.detach())
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+        raise InputError(name, "NaN or infinite values", "finite weights")
 
 
 def _some(names: list[str]) -> str:

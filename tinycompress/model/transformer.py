@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Unpack
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..graph.config import EMBEDDING, HEAD, KEY_NORM, LINEARS, QUERY_NORM, layer_prefix, name_in_layer
-from ..graph.graph import Graph
+from ..graph.graph import Graph, check_finite
 from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed
 from .attention import Attention, RotaryTables
@@ -192,6 +193,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings and isinstance(head, Tensor):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.self_extend: SelfExtend | None = None
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            check_finite(name, tensor)
         self.eval()
 
     def train_only(self, names: Sequence[str]) -> None:

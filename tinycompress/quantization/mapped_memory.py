@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import OutputError
 from ..graph.quant_tensor import QuantTensor
 
 IN_MEMORY = 1 << 30  # bytes of packed weights that are not worth a file
@@ -46,5 +46,6 @@ def mapped(tensor: Tensor) -> Tensor:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        found = f"{tempfile.gettempdir()}, whose disk is full"
-        raise InputError("temporary folder", found, "space for the packed weights, or TMPDIR elsewhere") from error
+        place = tempfile.gettempdir()
+        message = f"temporary folder {place}, whose disk is full: make room for the packed weights, or set TMPDIR"
+        raise OutputError(message) from error

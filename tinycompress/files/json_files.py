@@ -1,0 +1,51 @@
+"""JSON objects in files, and file names that may not leave their folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """`data` as JSON that any reader takes: a number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON object from a file; an `InputError` that names the file if it is missing or not JSON."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(str(path), "no such file", "a JSON file") from None
+    except IsADirectoryError:
+        raise InputError(str(path), "a folder", "a JSON file") from None
+    except RecursionError:
+        raise InputError(str(path), "lists or objects nested too deep to read", "a JSON object") from None
+    except ValueError as error:  # not JSON, not UTF-8, or an integer of thousands of digits
+        raise InputError(str(path), f"not JSON ({error})", "a JSON object") from None
+    if not isinstance(data, dict):
+        raise InputError(str(path), f"a JSON {type(data).__name__}", "a JSON object")
+    return data
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """`folder / name`, refused if it would leave the folder: file names in configs and indexes are input."""
+    base = Path(folder)
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"file name in {base}", repr(name), "a name inside the folder")
+    return base / name
