@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from decode_rewrites import (
     int8_cache,
@@ -41,12 +40,14 @@ from decode_rewrites import (
 from tqdm import tqdm
 
 from tinycompress.export import PROFILES, emit
+from tinycompress.export.quiet import onnxruntime
 from tinycompress.files import write_json
 from tinycompress.graph.config import shapes
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.presets import SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 
+ort = onnxruntime()
 SHAPES = {"tinyllama": TINYLLAMA_1_1B, "smollm2": SMOLLM2_135M}
 VOCABULARY, BURST, WARM = 2048, 24, 2
 

@@ -64,7 +64,10 @@ def decode(folder: Path, threads: int, tokens: int) -> None:
     """For each line of standard input: tokens a second of `tokens` steps behind PROMPT ids, in one shared cache
     buffer."""
     import numpy as np
-    import onnxruntime as ort
+
+    from tinycompress.export.quiet import onnxruntime
+
+    ort = onnxruntime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

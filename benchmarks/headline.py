@@ -109,7 +109,10 @@ def make(args: argparse.Namespace, graph: Graph) -> None:
 def nll(folder: Path, windows: list[list[int]]) -> list[float]:
     """Mean next-token NLL of each window by ONNX Runtime, whoever made the model."""
     import numpy as np
-    import onnxruntime as ort
+
+    from tinycompress.export.quiet import onnxruntime
+
+    ort = onnxruntime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 2, 3

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tinycompress.errors import InputError
 
+from .quiet import quiet_environment
+
 LARGEST = (1 << 31) - 1  # bytes of a flatbuffer
 FILES = ("model.ort", "model.required_operators.config")
 
@@ -34,7 +36,8 @@ def write_ort(model: str | Path, folder: str | Path) -> list[Path]:
             "--output_dir",
             work,
         ]
-        done = subprocess.run([*command, "--optimization_style", "Fixed"], capture_output=True, text=True, check=False)
+        command += ["--optimization_style", "Fixed"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet_environment())
         made = [
             Path(work) / model.with_suffix(Path(name).suffix).name if name.endswith(".ort") else _config(Path(work))
             for name in FILES

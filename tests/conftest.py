@@ -10,6 +10,7 @@ import torch
 from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # third-party tools import the runtime too
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 

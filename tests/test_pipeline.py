@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,12 +207,40 @@ def test_a_folder_half_written_by_a_killed_run_is_not_a_step(graph: Graph, tmp_p
     assert len(run(graph, Scale(2.0), work=tmp_path)[1]) == 1
 
 
-def test_a_damaged_step_is_named(graph: Graph, tmp_path: Path) -> None:
-    run(graph, Scale(2.0), work=tmp_path)
-    (step,) = tmp_path.iterdir()
-    (step / "tinycompress.json").write_text("{")
-    with pytest.raises(InputError, match=step.name):
-        run(graph, Scale(2.0), work=tmp_path)
+def damage_weights(step: Path) -> None:
+    path = step / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def damage_description(step: Path) -> None:
+    path = step / "tinycompress.json"
+    path.write_text(path.read_text().replace('"max_position": 32', '"max_position": 33'))
+
+
+def lose_a_file(step: Path) -> None:
+    (step / "config.json").unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_weights, damage_description, lose_a_file])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_step_is_named_and_made_again(
+    harm: Callable[[Path], None], number: int, graph: Graph, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
+    before = sorted(tmp_path.iterdir())
+    harm(before[number])
+    again, ran = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
+    assert again.fingerprint() == out.fingerprint()
+    assert len(ran) == number  # the last one only; what lies before it is not read
+    assert (before[number].name in capfd.readouterr().err) == bool(number)
+    if number == 0:
+        shutil.rmtree(before[1])
+        again, ran = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
+        assert again.fingerprint() == out.fingerprint() and len(ran) == 2
+        assert before[0].name in capfd.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_how_to_runs(graph: Graph, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.errors import InputError, need
+from tinycompress.errors import InputError
 from tinycompress.graph.config import Config
 from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
 from ..profiles import profile_of
+from ..quiet import onnxruntime
 from ..read import check_sizes, load_proto, model_path, read_manifest
 from .attention import fused
 from .emit import ACCURACY_LEVELS, attention_layers
@@ -68,9 +69,7 @@ class OrtModel:
         *,
         float_cache: bool = False,
     ) -> None:
-        need("onnxruntime", "export")
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         self.folder = Path(folder)
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)  # the runtime's own words for a truncated file do not name it

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tinycompress.errors import InputError
 from tinycompress.graph.graph import Graph
 
+from ..quiet import quiet_environment
 from .reference import POSITIONS, WINDOWS, reference_text, write_reference
 
 RUNTIMES = Path(__file__).parents[1] / "runtimes"
@@ -97,7 +98,7 @@ def _wait(command: list[str], name: str, progress: bool) -> tuple[int, str]:
     """Exit code and error output of a process; how far it is it cannot say, so a clock runs. Ended after TIMEOUT, and
     with us."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=quiet_environment())
         try:
             with tqdm(desc=f"in {name}", bar_format="{desc}: {elapsed}", delay=2, disable=not progress) as clock:
                 for _ in range(int(TIMEOUT)):

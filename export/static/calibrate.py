@@ -25,6 +25,7 @@ from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
 
 from ..profiles import Profile
+from ..quiet import onnxruntime
 from .activation_ranges import SMALLEST, Activations, Array, Observer, grids, observe
 from .emit import COS, MASK, SIN, observed
 from .forms import FORMS, host_tensors, layout
@@ -124,9 +125,8 @@ class _Watcher:
         self, model: Any, folder: Path, named: Mapping[str, str], seen: dict[str, Observer], method: str
     ) -> None:
         need("onnx_ir", "export")
-        need("onnxruntime", "export")
+        ort = onnxruntime()
         import onnx_ir as ir
-        import onnxruntime as ort
 
         ir.save(model, folder / "model.onnx", external_data="model.data")
         options = ort.SessionOptions()

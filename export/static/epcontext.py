@@ -59,7 +59,8 @@ def python() -> str:
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([python(), *arguments], capture_output=True, text=True, check=False)
+        environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}  # as quiet.py, which is not imported: standalone
+        return subprocess.run([python(), *arguments], capture_output=True, text=True, check=False, env=environment)
     except OSError as error:  # no such interpreter
         return subprocess.CompletedProcess(arguments, 127, "", str(error))
 

@@ -11,6 +11,7 @@ carried over; it is what the checks in runtimes/ drive. Letters: S, C, D hidden,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,7 @@ class StaticSession:
 
 
 def cpu_session(path: Path) -> Runnable:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
     import onnxruntime as ort
 
     options = ort.SessionOptions()

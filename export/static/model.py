@@ -14,6 +14,7 @@ from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
 from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
+from ..quiet import onnxruntime
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
@@ -91,9 +92,7 @@ class StaticModel:
 
 
 def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnable:
-    need("onnxruntime", "export")
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.add_session_config_entry(*FLOAT_PRODUCTS)
     if threads:

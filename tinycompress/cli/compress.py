@@ -15,6 +15,7 @@ from .options import Model, Out, Overwrite, count_option, folder_option, grid_op
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..files import Claim
     from ..graph.graph import Graph
 
 
@@ -103,19 +104,20 @@ def compress(
       tinycompress compress small --format dense -o small-dense
       tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
     """
-    from ..files import check_free
+    from ..files import claim
     from ..graph.quant_tensor import QuantSpec
     from ..recipe import Recipe
 
     if export and format is not Format.native:
         accepted = "one of the two (an export has a format of its own)"
         raise InputError("--format", f"{format} together with --export", accepted)
+    apart_from = {"MODEL": model, "the calibration text": calibration, "the work folder": work}
     if format is Format.gguf:
-        from ..checkpoints.gguf_writer import check_file
+        from ..checkpoints.gguf_writer import claim_gguf
 
-        check_file(output, overwrite)
+        claimed = claim_gguf(output, overwrite, apart_from)
     else:
-        check_free(output, overwrite)
+        claimed = claim(output, overwrite, apart_from)
     spec = QuantSpec.parse(quantize) if quantize else None
     tables = QuantSpec.parse(quantize_embedding) if quantize_embedding else None
     recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate, tune)
@@ -138,7 +140,7 @@ def compress(
         long_tokens = _long_window(before, calibration, context, seed)
     with keep_memory():
         after = pipeline.run(before, recipe.passes(before, tokens, long_tokens), work)
-        _write(after, output, export, format, overwrite)
+        _write(after, claimed, export, format)
     report.print_comparison(before, after, report.folder_bytes(output))
 
 
@@ -153,13 +155,13 @@ def _long_window(graph: Graph, calibration: str, context: int, seed: int) -> Ten
         raise InputError(error.field, error.found, accepted) from None
 
 
-def _write(graph: Graph, output: Path, export: str | None, format: Format, overwrite: bool) -> None:
+def _write(graph: Graph, output: Claim, export: str | None, format: Format) -> None:
     if export:
         from tinycompress.export import export as write
 
-        write(graph, output, profile=export, overwrite=overwrite)
+        write(graph, output, profile=export)
         return
     from ..checkpoints.checkpoint import save
 
     layout = "native" if format is Format.dense else format.value
-    save(graph, output, dense=format is Format.dense, overwrite=overwrite, format=layout)
+    save(graph, output, dense=format is Format.dense, format=layout)

@@ -15,6 +15,7 @@ from .loss_options import parse_hidden, parse_losses
 from .options import Out, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
 
 if TYPE_CHECKING:
+    from ..files import Claim
     from ..graph.graph import Graph
 
 
@@ -160,11 +161,13 @@ def distill(
     from ..distillation.lora import LoRA
     from ..distillation.stopping import stop_on_sigterm
     from ..distillation.training import Training
-    from ..files import check_free
+    from ..files import claim
     from ..graph.quant_tensor import QuantSpec
     from ..model.cpu_memory import keep_memory
 
-    check_free(output, overwrite)
+    held_out_texts = {f"the text {name}": name for name in held_out or []}
+    apart_from = {"STUDENT": student, "TEACHER": teacher, "the cache": cache, "the text": data, "the work folder": work}
+    claimed = claim(output, overwrite, apart_from | held_out_texts | {"the folder of the log": log})
     losses = parse_losses(loss, temperature)
     inner = parse_hidden(hidden, relation_heads)
     spec = QuantSpec.parse(fake_quant) if fake_quant else None
@@ -218,7 +221,7 @@ def distill(
         )
         after = distilling(before)
         if rank() == 0:
-            finish(before, after, output, overwrite, log or work, patience is not None)
+            finish(before, after, claimed, log or work, patience is not None)
 
 
 def read_cache(folder: Path | None, teacher: str | None) -> Any:
@@ -230,16 +233,21 @@ def read_cache(folder: Path | None, teacher: str | None) -> Any:
     return open_cache(folder, teacher=open_model(teacher) if teacher else None)
 
 
-def finish(before: Graph, after: Graph, output: Path, overwrite: bool, log: Path | None, best: bool) -> None:
+def finish(before: Graph, after: Graph, output: Claim, log: Path | None, best: bool) -> None:
     """Saves, and prints perplexities before and after: of the best measurement if that is the result, else the last."""
     from ..checkpoints.checkpoint import save
     from ..evaluation import report
 
-    save(after, output, overwrite=overwrite)
-    report.print_comparison(before, after, report.folder_bytes(output))
+    save(after, output)
+    report.print_comparison(before, after, report.folder_bytes(output.path))
     if log:
         lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
-        measured = [line["perplexity"] for line in lines if "perplexity" in line]
+        measured = [_finite(line["perplexity"]) for line in lines if "perplexity" in line]
         result = min(measured, key=lambda values: sum(map(math.log, values.values()))) if best else measured[-1]
         for name in measured[0]:
             print(f"perplexity on {name}: {measured[0][name]:.3f} → {result[name]:.3f}")
+
+
+def _finite(perplexities: dict[str, float | None]) -> dict[str, float]:
+    """Perplexities of a log, which has null for one beyond all numbers."""
+    return {name: math.inf if value is None else value for name, value in perplexities.items()}

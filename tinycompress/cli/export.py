@@ -85,14 +85,14 @@ def export(
     from tinycompress.export import export as write
 
     from ..evaluation import report
-    from ..files import check_free
+    from ..files import claim
 
-    check_free(output, overwrite)
+    claimed = claim(output, overwrite, {"MODEL": model, "the calibration text": calibration})
     graph = open_model(model)
     text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
     manifest = write(
         graph,
-        output,
+        claimed,
         profile=profile,
         dtype=dtype,
         scales=scales,
@@ -102,7 +102,6 @@ def export(
         check=check,
         static=StaticChoices(context, text, ranges, epcontext, attention_bits, rotate),
         mobile=mobile,
-        overwrite=overwrite,
     )
     if manifest["checks"]:
         print("\n".join(summary(manifest["checks"])))

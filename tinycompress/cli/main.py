@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,20 +22,50 @@ from .inspect import inspect
 from .option_names import in_options
 from .verify import verify
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an interrupt does, so that temporary files are removed on the way out.
+
+    The exit code is 128 and the signal's number. A signal that is ignored (nohup) stays so.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        for other in ENDING:
+            signal.signal(other, signal.SIG_IGN)  # a second one would end the cleaning up
+        typer.secho(f"error: ended by {signal.Signals(number).name}", fg="red", err=True)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
 
 class Commands(TyperGroup):
     """Turns the errors that are not bugs into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with ended_by_signals():
+                return super().invoke(ctx)
         except typer.Exit:
             raise
         except (InputError, MissingExtra) as error:
             _fail(in_options(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
-        except OSError as error:  # a full disk, a folder that may not be written
+        except OSError as error:  # OutputError: a full disk, a folder that may not be written
             _fail(error, 1)
         except RuntimeError as error:
             from tinycompress.export import GateError

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +76,9 @@ def write_cache(
 
     kind: "sample" (`draws` of each token's distribution) or "topk" (its `k` largest probabilities). streamed: layer by
     layer, with one block's weights in memory and one pass over the teacher for every `shard_tokens` tokens (whose
-    hidden states are in memory). Raises InputError for too little disk space, before the teacher runs; for a folder
-    with something else in it; and for a disk that fills up, after which the same call goes on.
+    hidden states are in memory). Raises InputError for a folder with something else in it; OutputError for too little
+    disk space, before the teacher runs, for a disk that fills up, after which the same call goes on, and for a folder
+    that another run writes.
     """
     form = Form(kind, draws if kind == "sample" else k, teacher.config.vocab_size)
     if tokens.dim() != 2 or not tokens.numel() or shard_tokens < 1:
@@ -104,25 +104,26 @@ def write_cache(
         "tokens": digest(tokens),
         "tokenizer": digest(teacher.tokenizer),
     }
-    shards = _begin(folder, index)
-    shared = tokens.split(per_shard)
-    _check_space(folder, form.expected_bytes(sum(part.numel() for part in shared[len(shards) :])))
-    if len(shards) < len(shared):
-        ask = StreamedTeacher(teacher, device, progress="layers") if streamed else OnlineTeacher(teacher, device)
-        at_once = per_shard if streamed else max(1, BATCH_TOKENS // T)
-        with tqdm(
-            total=N * T,
-            initial=len(shards) * per_shard * T,
-            desc="caching the teacher",
-            unit="tok",
-            unit_scale=True,
-            delay=2,
-        ) as bar:
-            for number in range(len(shards), len(shared)):
-                windows = range(number * per_shard, number * per_shard + len(shared[number]))
-                parts = _windows(ask, shared[number], windows, form, seed, at_once, bar)
-                shards.append(_write_shard(folder / f"shard-{number:05}.bin", list(parts)))
-                files.write_json(folder / INDEX, index | {"shards": shards})
+    with files.locked(folder):
+        shards = _begin(folder, index)
+        shared = tokens.split(per_shard)
+        files.check_space(folder, form.expected_bytes(sum(part.numel() for part in shared[len(shards) :])))
+        if len(shards) < len(shared):
+            ask = StreamedTeacher(teacher, device, progress="layers") if streamed else OnlineTeacher(teacher, device)
+            at_once = per_shard if streamed else max(1, BATCH_TOKENS // T)
+            with tqdm(
+                total=N * T,
+                initial=len(shards) * per_shard * T,
+                desc="caching the teacher",
+                unit="tok",
+                unit_scale=True,
+                delay=2,
+            ) as bar:
+                for number in range(len(shards), len(shared)):
+                    windows = range(number * per_shard, number * per_shard + len(shared[number]))
+                    parts = _windows(ask, shared[number], windows, form, seed, at_once, bar)
+                    shards.append(_write_shard(folder / f"shard-{number:05}.bin", list(parts)))
+                    files.write_json(folder / INDEX, index | {"shards": shards})
     return open_cache(folder, tokens)
 
 
@@ -140,10 +141,9 @@ def _begin(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
                 complete = complete[:number]  # this one and those behind it are made again
                 break
     else:
-        files.check_free(folder)
+        files.claim(folder)
         complete = []
-    for left_over in folder.glob(".shard-*.tmp-*"):  # of a run that was killed
-        left_over.unlink()
+    files.sweep(folder)
     files.write_json(folder / INDEX, index | {"shards": complete})
     return complete
 
@@ -195,23 +195,8 @@ def _write_shard(path: Path, windows: list[tuple[np.ndarray, np.ndarray]]) -> di
     sha = hashlib.sha256()
     for part in parts:
         sha.update(part)
-    try:
-        files.write_bytes(path, parts)
-    except OSError as error:
-        raise InputError(
-            "cache folder", f"{path}: {error.strerror}", "room on the disk; the same command then goes on from here"
-        ) from error
+    files.write_bytes(path, parts)
     return {"file": path.name, "bytes": sum(map(len, parts)), "sha256": sha.hexdigest()}
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            "cache folder",
-            f"{folder}, on a disk with {free:,} bytes free",
-            f"about {needed:,} bytes free (or fewer draws, or fewer tokens)",
-        )
 
 
 def _size(path: Path) -> int:

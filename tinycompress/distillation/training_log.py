@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import write_text
+from ..errors import OutputError
+from ..files import to_json, write_text
 
 
 class TrainLog:
@@ -25,6 +27,7 @@ class TrainLog:
         self.perplexities: dict[str, float] = {}
         self.file = None
         self.board = None
+        self.folder = folder
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +53,15 @@ class TrainLog:
 
     def line(self, **values: Any) -> None:
         """A line without a step of the bar: the perplexities before the first one."""
+        try:
+            self._write(values)
+        except OSError as error:  # a full disk
+            self._abandon()
+            raise OutputError(f"log of the training, in {self.folder}: {error.strerror or error}") from error
+
+    def _write(self, values: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(values) + "\n")
+            self.file.write(to_json(values, indent=None) + "\n")
             self.file.flush()
         if self.board:
             flat = {k: v for k, v in values.items() if isinstance(v, float)} | {
@@ -60,7 +70,16 @@ class TrainLog:
             for name, value in flat.items():
                 self.board.add_scalar(name, value, values["step"])
 
+    def _abandon(self) -> None:
+        """Lets go of files that cannot be written; closing them would try again."""
+        if self.file:
+            with suppress(OSError):
+                self.file.close()
+        self.file = None
+        self.board = None
+
     def close(self) -> None:
+        """Ends the bar and the files; what they hold is on the disk."""
         self.bar.close()
         if self.file:
             os.fsync(self.file.fileno())

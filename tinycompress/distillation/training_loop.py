@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..evaluation.perplexity import CHUNK
-from ..files import read_json
+from ..files import locked, read_json, sweep
 from .distributed import full_tensor, rank, sum_over_processes, true_anywhere, world_size
 from .stopping import Stopped
 from .student import Network
@@ -55,16 +56,18 @@ def train(
     progress: show a progress bar.
 
     Raises InputError for a loss that is not finite, naming the step and its windows, after the state before it was
-    saved; `Stopped` as above. On a CPU, enter `tinycompress.keep_memory` around it: large blocks are then used again.
+    saved; OutputError for a full disk, or a `work` that another run holds; `Stopped` as above. On a CPU, enter
+    `tinycompress.keep_memory` around it: large blocks are then used again.
     """
     run = Run(network, tokens, objective, training, dict(held_out or {}), work, key)
-    start = run.resume()
     first_process = rank() == 0
-    logger = TrainLog(log if first_process else None, start, run.total, quiet=not (progress and first_process))
-    try:
-        run.go(start, logger, stop)
-    finally:
-        logger.close()
+    with locked(work if first_process else None):
+        if work is not None and first_process:
+            sweep(work)
+        start = run.resume()
+        logger = TrainLog(log if first_process else None, start, run.total, quiet=not (progress and first_process))
+        with closing(logger):
+            run.go(start, logger, stop)
     if run.best is not None:
         run.restore_best()
 

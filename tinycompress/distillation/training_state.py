@@ -2,8 +2,9 @@
 
 torch.distributed.checkpoint writes and reads the tensors, so that a state saved by one number of processes continues on
 another. A folder `step-<n>` appears in one step when it is complete, and only then is the one before it removed: a run
-killed at any moment finds a whole state. Everything random in training is a function of the seed and the step, so there
-is no state of a random generator to keep.
+killed at any moment finds a whole state. Its files have hashes, so that a damaged one is named and not gone on from.
+Everything random in training is a function of the seed and the step, so there is no state of a random generator to
+keep.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import damage, read_json, record, seal, write_json
 from .distributed import rank, shared_folder, world_size
 
+STATE = "state.json"
 STEP = re.compile(r"step-(\d{8})")
 FILE_BYTES = 1 << 29  # of whole tensors: the writer holds copies of all that goes into one file
 
@@ -31,12 +34,12 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     target = work / f"step-{step:08}"
-    with shared_folder(target) as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
-        save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
+    with shared_folder(target) as folder:
+        with _plain_errors():
+            writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of(tensors), save_distributed=True)
+            save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
         if rank() == 0:
-            write_json(folder / "state.json", {"step": step, **about})
+            write_json(folder / STATE, seal({"step": step, **about, "files": record(folder)}))
     if rank() == 0:
         for old in work.glob("step-*"):
             if STEP.fullmatch(old.name) and old != target:
@@ -59,14 +62,18 @@ def file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def latest_state(work: Path, key: str) -> Path | None:
-    """The folder of the newest state; None if there is none, an InputError if it is another run's."""
+    """The folder of the newest state; None if there is none, an InputError if it is another run's, or damaged."""
     if not work.is_dir():
         return None
     states = sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name))
     if not states:
         return None
     newest = states[-1]
-    about = read_json(newest / "state.json")
+    damaged = damage(newest, STATE)
+    if damaged is not None:
+        accepted = f"the files as they were written, or no {newest}: the run then starts anew"
+        raise InputError(str(newest / damaged), "missing, or other bytes than were written", accepted)
+    about = read_json(newest / STATE)
     if about.get("key") != key:
         raise InputError(
             f"work folder {work}",
@@ -80,10 +87,26 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fills `tensors` in place, whole or shards, and returns what was saved `about` the state."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+    try:
+        with _plain_errors():
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world_size() == 1)
+    except (RuntimeError, ValueError, KeyError) as error:  # tensors that the run does not have, or of other shapes
+        raise InputError(str(folder), f"{type(error).__name__}: {error}", "a state of this run") from error
+    return read_json(folder / STATE)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The errors of torch.distributed.checkpoint as what they are of: it wraps them, and not in an Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world_size() == 1)
-    return read_json(folder / "state.json")
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise cause from None
 
 
 def optimizer_tensors(named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

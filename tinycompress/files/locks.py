@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
-from .temporary import _is, fcntl
+from .temporary import LOCK, fcntl, is_open_as
 
-LOCK = ".tinycompress.lock"
 HELD: set[str] = set()  # by this process: a run may hold the folder that a pass of it writes into
 
 
@@ -60,7 +59,7 @@ def _take(path: Path, folder: str | Path) -> int | None:
         except OSError:
             os.close(handle)
             return None
-        if _is(path, handle):
+        if is_open_as(path, handle):
             about = {"pid": os.getpid(), "host": socket.gethostname(), "command": sys.argv, "since": time.ctime()}
             os.truncate(handle, 0)
             os.write(handle, json.dumps(about).encode())

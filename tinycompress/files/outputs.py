@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from ..errors import InputError, OutputError
 from .own import not_ours
-from .temporary import is_temporary, sweep
+from .temporary import LOCK, is_temporary, sweep
 
 Target: TypeAlias = "str | os.PathLike[str]"
 OTHER_KINDS = (
@@ -57,8 +57,9 @@ def claim(target: Target, overwrite: bool = False, apart_from: Mapping[str, Targ
     Args:
         target: the folder, which may be there if it is empty.
         overwrite: whether a folder that this library wrote may be replaced too.
-        apart_from: by the name of an option, the files and folders that are read or written meanwhile (names that are
-            no path are passed over): the folder may neither be one of them, nor hold one, nor lie in one.
+        apart_from: by the name of an option, the files and folders that are read or written meanwhile: the folder may
+            neither be one of them, nor hold one, nor lie in one. A string with no file of that name is passed over: it
+            may name something else.
 
     Raises:
         InputError: if it may not be written; the message says why.
@@ -73,7 +74,7 @@ def claim(target: Target, overwrite: bool = False, apart_from: Mapping[str, Targ
     if status is None:
         return Claim(path, overwrite, None)
     sweep(path, path.name)
-    empty = not any(path.iterdir())
+    empty = not occupied(path)
     if not empty:
         _check_replaceable(path, target, overwrite)
     in_place = path == _current() or _is_mounted(path) or not os.access(path.parent, os.W_OK | os.X_OK)
@@ -119,8 +120,8 @@ def still_there(claimed: Claim) -> bool:
 
 
 def occupied(folder: Path) -> bool:
-    """Whether a folder that is filled in place holds anything but temporary names of its own."""
-    return any(not is_temporary(path, folder.name) for path in folder.iterdir())
+    """Whether a folder holds anything but temporary names of its own and a lock."""
+    return any(not is_temporary(path, folder.name) and path.name != LOCK for path in folder.iterdir())
 
 
 def _look(target: Target, what: str) -> tuple[Path, os.stat_result | None]:
@@ -168,9 +169,11 @@ def _check_replaceable(path: Path, target: Target, overwrite: bool) -> None:
 
 def _check_apart(path: Path, what: str, others: Mapping[str, Target | None]) -> None:
     for name, other in others.items():
-        if other is None or not os.path.exists(other):
+        if not other:
             continue
-        place = Path(os.path.realpath(other))
+        place = Path(os.path.realpath(os.path.expanduser(other)))
+        if isinstance(other, str) and not place.exists():  # the name of something else
+            continue
         accepted = f"a place apart from {name}"
         if path == place:
             raise InputError(what, f"{path}, which is {name}", accepted)

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{8}(?P<old>-old)?", re.DOTALL)
 OLD = "-old"  # a folder that was moved away so that another could take its name, where the two cannot be swapped
+LOCK = ".tinycompress.lock"  # in a folder that is written step by step (locks.py)
 MOVING = ".moving"  # in a temporary folder whose files are being moved up into the folder around it: their names
 
 
@@ -85,7 +86,7 @@ def _make(target: Path, in_folder: Path, folder: bool) -> tuple[Path, int | None
         except OSError:  # a file system without locks
             os.close(handle)
             return path, None
-        if _is(path, handle):
+        if is_open_as(path, handle):
             return path, handle
         os.close(handle)
 
@@ -96,7 +97,7 @@ def _remove_if_dead(path: Path, match: re.Match[str]) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is(path, handle):
+        if not is_open_as(path, handle):
             return
         target = path.with_name(match["name"])
         if match["old"] and not os.path.lexists(target):  # the run died before the new folder took the name
@@ -121,7 +122,7 @@ def _undo_moves(path: Path) -> None:
         remove(path.parent / name)
 
 
-def _is(path: Path, handle: int) -> bool:
+def is_open_as(path: Path, handle: int) -> bool:
     """Whether `path` still is the file that is open."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
