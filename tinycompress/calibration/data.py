@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..checkpoints.tokenizer import encoder_of
 from ..errors import InputError
+from ..model.generation import seeded
 
 SPLITS = ("train", "validation", "test")
 FILE_TYPES = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -61,7 +62,7 @@ def tokens(
     windows = torch.tensor(ids[: fits * seq_len]).view(fits, seq_len)
     if seed is None:
         return windows[:n].clone()
-    return windows[torch.randperm(fits, generator=torch.Generator().manual_seed(seed))[:n]]
+    return windows[torch.randperm(fits, generator=seeded(seed))[:n]]
 
 
 def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
@@ -164,5 +165,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[str]:
         given = ", ".join(f"{key} ({type(value).__name__})" for key, value in first.items())
         raise InputError(f"columns of {where}", given, 'a string column "text", or one string column only')
     (column,) = columns
-    for row in chain([first], rows):
-        yield (row[column] or "").replace("\r\n", "\n").replace("\r", "\n")
+    for number, row in enumerate(chain([first], rows), 1):
+        value = row.get(column) or ""
+        if not isinstance(value, str):
+            raise InputError(f"{column} in row {number} of {where}", f"a {type(value).__name__}", "a string")
+        yield value.replace("\r\n", "\n").replace("\r", "\n")

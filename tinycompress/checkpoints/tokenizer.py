@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json, read_text, write_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -94,7 +94,7 @@ class Tokenizer:
             if (folder / name).exists():
                 config |= read_json(folder / name)
         if (template := folder / "chat_template.jinja").exists():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            config["chat_template"] = read_text(template)
         return Tokenizer(backend, config)
 
     @staticmethod

@@ -36,6 +36,10 @@ def generate(
     """
     import torch
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("PROMPT", ascii(prompt[:40]), "text in UTF-8") from None
     graph = open_model(model)
     tokenizer = need_tokenizer(graph)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=True)], dtype=torch.long)

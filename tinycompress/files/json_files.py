@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import InputError
 
+LONGEST_INTEGER = 300  # digits; floats end at 10 ** 308
+
 
 def to_json(data: Any, indent: int | None = 2) -> str:
     """`data` as JSON that any reader takes: a number that is not finite, which JSON does not have, becomes null."""
@@ -29,7 +31,7 @@ def _finite(data: Any) -> Any:
 def read_json(path: str | Path) -> Any:
     """A JSON object from a file; an `InputError` that names the file if it is missing or not JSON."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError:
         raise InputError(str(path), "no such file", "a JSON file") from None
     except IsADirectoryError:
@@ -41,6 +43,21 @@ def read_json(path: str | Path) -> Any:
     if not isinstance(data, dict):
         raise InputError(str(path), f"a JSON {type(data).__name__}", "a JSON object")
     return data
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file; an `InputError` that names the file if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(str(path), f"bytes that are no text ({error})", "UTF-8") from None
+
+
+def _integer(digits: str) -> int:
+    """An integer of a JSON file; one that no float can hold is a `ValueError`, for what follows would overflow."""
+    if len(digits) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def inside(folder: str | Path, name: str) -> Path:

@@ -6,6 +6,7 @@ else is here, so the three write the same text. Letters: T tokens of the prompt,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypedDict
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..graph.config import Config
+
+
+COLDEST = 1e-30  # a temperature below it would overflow float32, and leaves no choice
 
 
 class Sampling(TypedDict, total=False):
@@ -50,15 +54,20 @@ def generate(
     room = decode_room(config, ids, max_new_tokens)
     step = begin(ids.shape[1] + max(room - 1, 0))
     seed = options.get("seed")
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    generator = None if seed is None else seeded(seed, ids.device)
     stop = options.get("stop")
     if stop is None:
         stop = end_tokens(config)
     on_token = options.get("on_token")
     temperature = options.get("temperature", 0.0)
+    top_p = options.get("top_p")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError("temperature", temperature, "a finite number of at least 0")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise InputError("top_p", top_p, "0 … 1")
     out: list[int] = []
     for _ in range(room):
-        token = sample(step(ids), temperature, options.get("top_k"), options.get("top_p"), generator)
+        token = sample(step(ids), temperature, options.get("top_k"), top_p, generator)
         if token in stop:
             break
         out.append(token)
@@ -91,8 +100,9 @@ def generate_by_steps(engine: Stepwise, ids: Tensor, max_new_tokens: int, option
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> int:
-    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p."""
-    if temperature <= 0:
+    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p, which
+    holds the likeliest token at least."""
+    if temperature < COLDEST:
         return int(logits.argmax())
     probs = (logits.float() / temperature).softmax(-1)
     order = probs.argsort(descending=True)
@@ -100,8 +110,15 @@ def sample(
         order = order[:top_k]
     if top_p is not None:
         before = probs[order].cumsum(-1) - probs[order]
-        order = order[before < top_p * probs[order].sum()]
+        order = order[(before < top_p * probs[order].sum()).index_fill(0, order.new_zeros(1), True)]
     return int(order[torch.multinomial(probs[order], 1, generator=generator)])
+
+
+def seeded(seed: int, device: torch.device | None = None) -> torch.Generator:
+    """A generator of random numbers; an `InputError` for a seed that it does not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise InputError("seed", seed, "an integer of 64 bits")
+    return torch.Generator(device or torch.device("cpu")).manual_seed(seed)
 
 
 def decode_room(config: Config, ids: Tensor, max_new_tokens: int) -> int:
