@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8}  # only in other tools' packed weights
+ALIGNMENT = 64  # bytes, of the first tensor: a product of unaligned matrices may round otherwise
 NAMES = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
 
 
@@ -126,7 +127,7 @@ def _write_safetensors(path: Path, parts: list[Part], bar: Any) -> None:
         }
         offset += part.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:

@@ -130,6 +130,7 @@ def _look(target: Target, what: str) -> tuple[Path, os.stat_result | None]:
         raise InputError(what, "an empty name", "a name")
     try:
         path = Path(os.path.realpath(target))
+        sweep(path.parent, path.name)  # which may bring back what a dead run had moved away
         status = os.stat(path)
     except FileNotFoundError:
         status = None

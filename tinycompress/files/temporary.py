@@ -30,7 +30,6 @@ MOVING = ".moving"  # in a temporary folder whose files are being moved up into 
 @contextmanager
 def temporary(target: Path, in_folder: Path, folder: bool) -> Iterator[Path]:
     """Yields a new, empty file or folder in `in_folder`, named after `target`; what is still there afterwards goes."""
-    sweep(in_folder, target.name)
     path, handle = _make(target, in_folder, folder)
     try:
         yield path

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..graph.config import Config
 
-
 COLDEST = 1e-30  # a temperature below it would overflow float32, and leaves no choice
 
 
@@ -100,8 +99,8 @@ def generate_by_steps(engine: Stepwise, ids: Tensor, max_new_tokens: int, option
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> int:
-    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p, which
-    holds the likeliest token at least."""
+    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p, of
+    one token at least."""
     if temperature < COLDEST:
         return int(logits.argmax())
     probs = (logits.float() / temperature).softmax(-1)
