@@ -26,7 +26,7 @@ import torch
 
 from .. import files
 from ..errors import InputError
-from ..graph.config import FINAL_NORM, Config
+from ..graph.config import FINAL_NORM, Config, shapes
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
 from .families import family_of
@@ -147,7 +147,8 @@ def save(
 
         return write_gguf(graph, folder, overwrite=overwrite)
     layout = None if format == "native" else layout_of(graph, format)
-    entries: dict[str, Entry] = dict(graph.weights.entries)
+    stored = graph.weights.entries
+    entries: dict[str, Entry] = {name: stored[name] for name in shapes(graph.config)}  # equal graphs, equal files
     grids = {name: weight.grid for name, weight in entries.items() if isinstance(weight, QuantTensor) and not dense}
     readable_by_hf = family_of(graph.config) is not None and (not grids or layout is not None)
     if readable_by_hf:  # transformers wants every bias of a group

@@ -34,7 +34,7 @@ num_beam_groups num_beams num_return_sequences output_attentions output_hidden_s
 prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
 return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
 tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vocab_file
+tinycompress_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vocab_file
 """
 _ROPE = """
 rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale
