@@ -129,6 +129,7 @@ def write_cache(
 
 def _begin(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     """The shards that are there already, of a cache that was begun with the same settings."""
+    files.sweep(folder)
     if (folder / INDEX).exists():
         found = files.read_json(folder / INDEX)
         different = [name for name, value in index.items() if found.get(name) != value]
@@ -143,7 +144,6 @@ def _begin(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         files.claim(folder)
         complete = []
-    files.sweep(folder)
     files.write_json(folder / INDEX, index | {"shards": complete})
     return complete
 

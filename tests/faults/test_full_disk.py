@@ -1,0 +1,69 @@
+"""A full disk at every writer: one line, exit code 1, and what was there before is there still."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_cases import contents, one_line, run, small_disk
+
+from tinycompress.checkpoints.checkpoint import save
+from tinycompress.graph.graph import Graph
+
+DISK = 600_000  # bytes; the model has some 313 kB
+TRAIN = ("--data", "pydoc", "--steps", "4", "--seq-len", "16", "--batch", "2", "--save-every", "1", "--loss", "ce")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk with a saved model on it that a command replaces."""
+    folder = tmp_path / "disk"
+    if not small_disk(folder, DISK):
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, free: int) -> None:
+    """Leaves about so many bytes free."""
+    path = disk / "filling"
+    with path.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError:
+            size = file.tell()
+    with path.open("r+b") as file:
+        file.truncate(max(0, size - free))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [0, 8_192, 100_000])
+@pytest.mark.parametrize("writer", ["save", "gguf", "export", "static", "work"])
+def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Path) -> None:
+    model = tmp_path / "model"
+    save(tiny, model)
+    save(tiny, disk / "old")
+    out = disk / "old"
+    commands: dict[str, list[object]] = {
+        "save": ["compress", model, "-o", out, "--overwrite"],
+        "gguf": ["compress", model, "--format", "gguf", "-o", disk / "new.gguf"],
+        "export": ["export", model, "-o", out, "--overwrite", "--no-verify"],
+        "static": ["export", model, "--profile", "static", "-o", out, "--overwrite", "--no-verify"],
+        "work": ["compress", model, "--context", "128", "--rope-method", "yarn", "-o", tmp_path / "out"],
+    }
+    if writer == "work":
+        commands["work"] += ["--work", disk / "work"]
+    fill(disk, free)
+    before = contents(disk)
+    code, error = run(*commands[writer])
+    assert code == 1 and one_line(error), (code, error)
+    assert contents(disk) == before
+    (disk / "filling").unlink()
+    code, error = run(*commands[writer])
+    assert code == 0, error
