@@ -3,49 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod", "link")
-# dies right before the k-th call that changes a file, renameat2 included; k = 0 never
-RUNNER = f"""
-import builtins, os, signal, sys
-count = 0
-def hit():
-    global count
-    count += 1
-    if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-def wrapped(call):
-    def run(*args, **named):
-        hit()
-        return call(*args, **named)
-    return run
+# Imports once, then forks a child for each command that it reads, a line of JSON each. The child dies right before the
+# call that changes a file and has that number, renameat2 included; 0 is none.
+SERVER = f"""
+import json, os, signal, sys
 import tinycompress.cli.main, tinycompress.pipeline, tinycompress.checkpoints.checkpoint, tinycompress.evaluation.report
 from tinycompress.files import moves
-call = moves._renameat2()
-moves._renameat2 = lambda: None if call is None or sys.argv[2] == "plain" else wrapped(call)
-for name in {CALLS!r}:
-    setattr(os, name, wrapped(getattr(os, name)))
-sys.argv = ["tinycompress", *sys.argv[3:]]
-tinycompress.cli.main.main()
+renameat2 = moves._renameat2()
+def arm(number, exchange):
+    count = 0
+    def wrapped(call):
+        def run(*arguments, **named):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **named)
+        return run
+    moves._renameat2 = lambda: wrapped(renameat2) if renameat2 and exchange else None
+    for name in {CALLS!r}:
+        setattr(os, name, wrapped(getattr(os, name)))
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        handle = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        arm(asked["die_at"], asked["exchange"])
+        sys.argv = ["tinycompress", *asked["arguments"]]
+        code = 70
+        try:
+            tinycompress.cli.main.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    sys.stdout.write(str(os.waitstatus_to_exitcode(status)) + chr(10))
+    sys.stdout.flush()
 """
 
 
-def run(*arguments: object, die_at: int = 0, exchange: bool = True, cwd: Path | None = None) -> tuple[int, str]:
-    """The exit code and the standard error of a command; `die_at` kills it before that call."""
-    way = "exchange" if exchange else "plain"
-    command = [sys.executable, "-c", RUNNER, str(die_at), way, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    return done.returncode, done.stderr
+class Commands:
+    """Runs commands of `tinycompress`, each in a process of its own."""
 
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not outlive a fork
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
-def was_killed(code: int) -> bool:
-    return code == -signal.SIGKILL
+    def run(self, *arguments: object, die_at: int = 0, exchange: bool = True) -> tuple[int, str]:
+        """The exit code of a command and what it said; `die_at` kills it before that call."""
+        asked = {"arguments": [*map(str, arguments)], "die_at": die_at, "exchange": exchange, "log": str(self.log)}
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline()), self.log.read_text()
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.communicate()
 
 
 def contents(folder: Path) -> dict[str, str] | None:

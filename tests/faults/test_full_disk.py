@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_cases import contents, one_line, run, small_disk
+from fault_cases import Commands, contents, one_line, small_disk
 
 from tinycompress.checkpoints.checkpoint import save
 from tinycompress.graph.graph import Graph
 
 DISK = 600_000  # bytes; the model has some 313 kB
-TRAIN = ("--data", "pydoc", "--steps", "4", "--seq-len", "16", "--batch", "2", "--save-every", "1", "--loss", "ce")
 
 
 @pytest.fixture
@@ -46,6 +45,7 @@ def fill(disk: Path, free: int) -> None:
 @pytest.mark.parametrize("free", [0, 8_192, 100_000])
 @pytest.mark.parametrize("writer", ["save", "gguf", "export", "static", "work"])
 def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Path) -> None:
+    server = Commands(tmp_path / "log")
     model = tmp_path / "model"
     save(tiny, model)
     save(tiny, disk / "old")
@@ -61,9 +61,10 @@ def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Pa
         commands["work"] += ["--work", disk / "work"]
     fill(disk, free)
     before = contents(disk)
-    code, error = run(*commands[writer])
+    code, error = server.run(*commands[writer])
     assert code == 1 and one_line(error), (code, error)
     assert contents(disk) == before
     (disk / "filling").unlink()
-    code, error = run(*commands[writer])
+    code, error = server.run(*commands[writer])
+    server.close()
     assert code == 0, error

@@ -4,22 +4,24 @@ the next run cleans up and ends as if nothing had been."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_cases import contents, run, was_killed
+from fault_cases import Commands, contents
 
 from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.graph.graph import Graph
 
-FEW = 7  # kill points of the short part
+EVERY = 7  # kill points of the short part are so many calls apart
 
 
-def commands(model: Path, out: Path) -> dict[str, list[object]]:
+def options(model: Path, out: Path) -> dict[str, list[object]]:
     quantize = ["compress", model, "--quantize", "w4", "--quantize-method", "rtn"]
     return {
         "save": [*quantize, "-o", out, "--overwrite"],
@@ -28,50 +30,58 @@ def commands(model: Path, out: Path) -> dict[str, list[object]]:
     }
 
 
-def check(name: str, tiny: Graph, folder: Path, points: list[int] | None, exchange: bool) -> None:
-    """Kills at `points` (None: all of them); the old folder is a saved model, the new one what the command makes."""
+def check(name: str, tiny: Graph, folder: Path, commands: Commands, every: int, exchange: bool) -> None:
+    """Kills at every so manyth call; the old folder is a saved model, the new one what the command makes."""
     model = folder / "model"
     save(tiny, model)
+    save(tiny, folder / "old")
     place = folder / "place"
     out = place / "out"
-    command = commands(model, out)[name]
-    save(tiny, out)
-    old = contents(out)
-    code, error = run(*command, exchange=exchange)
+    command = options(model, out)[name]
+
+    def prepare() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / "old", out)
+
+    prepare()
+    code, error = commands.run(*command, exchange=exchange)
     assert code == 0, error
     new = contents(out)
-    point = 0
-    while True:
-        point = point + 1 if points is None else points.pop(0)
-        subprocess.run(["rm", "-r", str(place)], check=True)
-        save(tiny, out)
-        code, error = run(*command, die_at=point, exchange=exchange)
-        if not was_killed(code):
+    old = contents(folder / "old")
+    killed = 0
+    for point in range(1, 400, every):
+        prepare()
+        code, error = commands.run(*command, die_at=point, exchange=exchange)
+        if code != -signal.SIGKILL:
             break
+        killed += 1
         now = contents(out)
         assert now in (old, new) or (not exchange and now is None), f"killed at {point}: {sorted(now or [])}"
-        code, error = run(*command, exchange=exchange)
+        code, error = commands.run(*command, exchange=exchange)
         assert code == 0, f"killed at {point}, then: {error}"
         assert contents(out) == new, f"killed at {point}"
-        assert not [path for path in place.rglob(".*")], f"killed at {point}"
-        if points is not None and not points:
-            return
-    assert points is None and code == 0, error
+        assert not list(place.rglob(".*")), f"killed at {point}"
+    assert code == 0 and killed > 20 // every, error
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    server = Commands(tmp_path / "log")
+    yield server
+    server.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("name", ["save", "export", "work"])
-def test_every_call(name: str, exchange: bool, tiny: Graph, tmp_path: Path) -> None:
+def test_every_call(name: str, exchange: bool, tiny: Graph, tmp_path: Path, commands: Commands) -> None:
     if name == "export":
         pytest.importorskip("onnxruntime")
-    check(name, tiny, tmp_path, None, exchange)
+    check(name, tiny, tmp_path, commands, 1, exchange)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the system has no exchange of two folders")
-def test_the_swap(tiny: Graph, tmp_path: Path) -> None:
-    check("save", tiny, tmp_path, list(range(24, 24 + FEW)), True)
+def test_some_calls(tiny: Graph, tmp_path: Path, commands: Commands) -> None:
+    check("work", tiny, tmp_path, commands, EVERY, True)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no such signals")
