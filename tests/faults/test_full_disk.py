@@ -44,13 +44,12 @@ def fill(disk: Path, free: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 8_192, 100_000])
 @pytest.mark.parametrize("writer", ["save", "gguf", "export", "static", "work"])
-def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Path) -> None:
-    server = Commands(tmp_path / "log")
+def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Path, commands: Commands) -> None:
     model = tmp_path / "model"
     save(tiny, model)
     save(tiny, disk / "old")
     out = disk / "old"
-    commands: dict[str, list[object]] = {
+    options: dict[str, list[object]] = {
         "save": ["compress", model, "-o", out, "--overwrite"],
         "gguf": ["compress", model, "--format", "gguf", "-o", disk / "new.gguf"],
         "export": ["export", model, "-o", out, "--overwrite", "--no-verify"],
@@ -58,13 +57,12 @@ def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Pa
         "work": ["compress", model, "--context", "128", "--rope-method", "yarn", "-o", tmp_path / "out"],
     }
     if writer == "work":
-        commands["work"] += ["--work", disk / "work"]
+        options["work"] += ["--work", disk / "work"]
     fill(disk, free)
     before = contents(disk)
-    code, error = server.run(*commands[writer])
+    code, error = commands.run(*options[writer])
     assert code == 1 and one_line(error), (code, error)
     assert contents(disk) == before
     (disk / "filling").unlink()
-    code, error = server.run(*commands[writer])
-    server.close()
+    code, error = commands.run(*options[writer])
     assert code == 0, error

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,13 +61,6 @@ def check(name: str, tiny: Graph, folder: Path, commands: Commands, every: int, 
         assert contents(out) == new, f"killed at {point}"
         assert not list(place.rglob(".*")), f"killed at {point}"
     assert code == 0 and killed > 20 // every, error
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    server = Commands(tmp_path / "log")
-    yield server
-    server.close()
 
 
 @pytest.mark.slow
