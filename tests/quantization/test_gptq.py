@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tinycompress.calibration.gram import cross_gram, gram, output_gap, stream_gram
 from tinycompress.calibration.walk import walk
 from tinycompress.errors import InputError
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
@@ -125,7 +126,8 @@ def test_propagated_errors_move_the_target_exactly():
     g = torch.Generator().manual_seed(0)
     x, seen = drifted()
     W = torch.randn(8, 24, generator=g, dtype=torch.float64)
-    target = W + propagate_error(seen.T @ seen, W @ (x - seen).T @ seen)
+    _, U, perm = damped_factor(seen.T @ seen, 8, "act", 1e-12, "w")
+    target = W + propagate_error(U, perm, W @ (x - seen).T @ seen)
     constants = []
     for _ in range(3):
         Q = W + torch.randn(8, 24, generator=g, dtype=torch.float64)
@@ -157,6 +159,33 @@ def test_a_gap_of_the_stream_moves_the_target():
     q = gptq_quantize(W.float(), seen.T @ seen, fine, damping=1e-9, cross=x.T @ seen, gap=drift.T @ seen, refine=2)
     oracle = torch.linalg.lstsq(seen, x @ W.T + drift).solution.T
     assert (q.dequantize().double() - oracle).norm() < 0.02 * oracle.norm() < 0.2 * (W - oracle).norm()
+    whole = ((x - seen) @ W.T + drift).T @ seen  # the same without the float model's inputs
+    alone = gptq_quantize(W.float(), seen.T @ seen, fine, damping=1e-9, gap=whole, refine=2)
+    assert torch.equal(alone.ints(), q.ints())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_gap_of_an_output_is_what_the_cross_gram_says(nonuniform, tokens, stream):
+    def visit(feed, inputs):
+        if feed.writes_stream:
+            W = nonuniform.tensor(nonuniform.config.weight_name(feed.readers[0]))
+            gap = output_gap(inputs, W, stream)
+            expected = W.double() @ (cross_gram(inputs) - gram(feed, inputs))
+            if stream:
+                expected = stream_gram(inputs, W) - W.double() @ gram(feed, inputs)
+            assert torch.allclose(gap, expected, rtol=1e-3, atol=1e-3 * max(0.1, float(expected.abs().max())))
+            return {nonuniform.config.weight_name(feed.readers[0]): W * 0.9}
+        return None
+
+    walk(nonuniform, tokens, visit, reference=True)
+
+
+@pytest.mark.parametrize("K", [5, 256, 700])
+def test_the_factor_is_that_of_the_inverse(K):
+    x = torch.randn(2 * K, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    damped, U, perm = damped_factor(x.T @ x, 1, "act", 0.01, "w")
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped[perm][:, perm]), upper=True)
+    assert torch.allclose(U, expected, rtol=1e-9, atol=1e-12) and torch.equal(U, U.triu())
 
 
 def test_balance_and_stream_on_a_nonuniform_graph(nonuniform, tokens):
