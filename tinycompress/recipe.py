@@ -111,14 +111,11 @@ class Recipe:
     def check(self, graph: Graph) -> Config:
         """The config that `passes` will arrive at; an InputError for what could not work, without reading a weight."""
         config = graph.config
-        if self.prune:
-            config = self._pruned(graph)
-        if self.context is not None:
-            method = self.scaling(graph)
-            any_method = ScaleRope(self.context) if method == AUTO else ScaleRope(self.context, method)
-            config = any_method.plan(config)
-        if self.rotates(graph):
-            config = Rotate().plan(config)
+        for step in self.passes(graph):
+            if isinstance(step, Prune):
+                config = self._pruned(step, graph)
+            else:
+                config = planned(step, config)
         if self.quantize_embedding:
             spec = QuantSpec.of(self.quantize_embedding)
             QuantizeEmbedding(dataclasses.replace(spec, group_size=None)).tables(graph)  # still dense?
@@ -129,17 +126,21 @@ class Recipe:
                 self.quantize.group(name, width)
         return config
 
-    def _pruned(self, graph: Graph) -> Config:
+    def _pruned(self, step: Prune, graph: Graph) -> Config:
         """The config behind the pruning; its errors name the option and the whole of what was asked for."""
-        assert self.prune is not None
         try:
-            step = prune_pass(torch.empty(0, 0, dtype=torch.long), self.prune, self.multiple_of)
             step.check(graph)
             return step.plan(graph.config, graph.dtype.itemsize)
         except InputError as error:
             if error.field == "Recipe.prune":
                 raise
             raise InputError("Recipe.prune", f"{self.prune} ({error.field}: {error.found})", error.accepted) from None
+
+
+def planned(step: Pass, config: Config) -> Config:
+    """The config behind a pass: its own `plan`, or the same shapes for a pass that has none."""
+    plan = getattr(step, "plan", None)
+    return config if plan is None else plan(config)
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
