@@ -34,13 +34,26 @@ WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for a
 
 @dataclass(frozen=True)
 class Recipe:
-    """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate`
-    turns the model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own. `tune`
-    lets the scales learn from the model that was given, last of all."""
+    """Prune, then stretch the context, then quantize: each measures the model that the one before it left.
+
+    Fields:
+        prune: a budget or axis, as `prune_pass` reads it, such as "params=0.8". Default None: nothing is pruned.
+        context: the new context in positions. Default None: it stays.
+        rope_method: one of ROPE_METHODS, or AUTO. Default None: that by which the model is already scaled; AUTO for an
+            unscaled one.
+        quantize: the grid of the linears of the layers. Default None: they stay.
+        quantize_method: "gptq" (default) or "rtn", which needs no text.
+        quantize_embedding: the grid of the embedding and the head. Default None: they stay.
+        rotate: whether the model is turned before GPTQ rounds it. Default None: where that costs nothing, as the head
+            has a table of its own.
+        tune: whether the scales learn from the model that was given, last of all. Default False.
+
+    Errors: an `InputError` for fields that do not go together; `check` for what does not fit a graph.
+    """
 
     prune: str | None = None
     context: int | None = None
-    rope_method: str | None = None  # None: that by which the model is already scaled; for an unscaled one, AUTO
+    rope_method: str | None = None
     quantize: QuantSpec | None = None
     quantize_method: str = "gptq"
     quantize_embedding: QuantSpec | None = None

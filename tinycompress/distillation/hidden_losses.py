@@ -43,10 +43,20 @@ Tap: TypeAlias = int | tuple[int, str]  # what is wanted of a forward: the outpu
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """A loss between layers of student and teacher. `weight`: a number, or a `Ramp` over the run. `layers`: (student,
-    teacher) pairs; None: the last `last` of an even spread (by default two for states, one for relations; relations
-    look at layers with attention only). A learned projection joins different widths of states (it is thrown away at the
-    end). `heads`: relation heads, None for the most that cut no head of either model."""
+    """A loss between layers of student and teacher. A learned projection joins different widths of states; it is thrown
+    away at the end.
+
+    Fields:
+        kind: one of HIDDEN_KINDS. Default "cosine".
+        weight: a number of at least 0, or a `Ramp` over the run. Default 1.
+        layers: (student, teacher) pairs of indices. Default None: the last `last` of an even spread; relations look at
+            layers with attention only.
+        last: pairs of that spread. Default None: two for states, one for relations.
+        heads: relation heads. Default None: the most that cut no head of either model.
+
+    Errors: an `InputError` for another kind, for a weight or heads outside their range; `pairs` for layers that do not
+    fit.
+    """
 
     kind: str = "cosine"
     weight: float | Ramp = 1.0
