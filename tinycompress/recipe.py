@@ -153,7 +153,10 @@ class Recipe:
 def planned(step: Pass, config: Config) -> Config:
     """The config behind a pass: its own `plan`, or the same shapes for a pass that has none."""
     plan = getattr(step, "plan", None)
-    return config if plan is None else plan(config)
+    if plan is None:
+        return config
+    behind: Config = plan(config)
+    return behind
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:
