@@ -19,33 +19,62 @@ IR_VERSIONS: Mapping[int, int] = MappingProxyType({19: 9, 21: 10, 23: 11, 24: 11
 
 @dataclass(frozen=True)
 class Profile:
-    """One runtime's demands."""
+    """One runtime's demands.
+
+    Fields:
+        name: as `export(profile=…)` takes it.
+        form: whose operators: "contrib" (those of ONNX Runtime) or "standard".
+        opset: version of the standard operators.
+        bits: widths of packed weights; narrower ones are widened to the next.
+        min_block: shortest quantization block, in weights.
+        max_block: longest quantization block, in weights.
+        head_dim_multiple: what the fused attention operator wants of head_dim; other widths are drawn in smaller
+            operators.
+        floors: first runtime version that runs "base", and each feature beyond it.
+        domains: contrib operator sets and their versions. Default none.
+        limits: of the gate: largest figure that passes, by check. Default none beyond the common ones.
+        powers_of_two: whether blocks are powers of two. Default True; without it a block is a group, as long as it
+            comes.
+        shares_cache: whether past and present of a layer may be one buffer. Default False.
+        caches: what keys and values may be kept as. Default float32 alone.
+        symmetric: whether zero points are refused. Default False.
+        float_zeros: widths whose zero points may be floats. Default none.
+        grouped: whether every layer with attention must have fewer KV heads than heads. Default False.
+        width_multiple: what hidden, FFN, head and vocabulary sizes are multiples of. Default 1.
+        joins: whether packed linears of one input and one grid become one product: q, k and v; gate and up. Default
+            False.
+        position_ids: whether positions are an input. Default False: they are counted from the attention mask.
+        weight_rows: whether packed weights lie as [N, K] behind Cast and Mul, the form that an NPU compiler matches,
+            not behind DequantizeLinear. Default False.
+        layout: of the folder: "flat" (default; model.onnx and model.onnx.data) or "transformers.js" (onnx/model_q4.onnx
+            and …_data).
+        largest_file: in bytes. Default None: no limit.
+        runtime: what proves it beside ONNX Runtime: a folder of export/runtimes. Default "onnxruntime".
+    """
 
     name: str
-    form: str  # whose operators: "contrib" (ONNX Runtime's) or "standard"
+    form: str
     opset: int
-    bits: tuple[int, ...]  # widths of packed weights; narrower ones are widened to the next
-    min_block: int  # shortest and longest quantization block; blocks are powers of two
+    bits: tuple[int, ...]
+    min_block: int
     max_block: int
-    head_dim_multiple: int  # that the fused attention operator takes; other widths are drawn in smaller operators
-    floors: Mapping[str, str]  # first runtime version that runs "base" and each feature beyond it
-    domains: Mapping[str, int] = field(default_factory=dict)  # contrib operator sets and their versions
-    limits: Mapping[str, float] = field(default_factory=dict)  # the gate: check → largest figure that passes
-    powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
-    shares_cache: bool = False  # past and present of a layer may be one buffer
-    caches: tuple[str, ...] = ("float32",)  # what keys and values may be kept as
-    symmetric: bool = False  # no zero points
-    float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
-    grouped: bool = False  # every layer with attention has fewer KV heads than heads
-    width_multiple: int = 1  # of hidden, FFN, head and vocabulary
-    joins: bool = False  # packed linears of one input and one grid are one product: q, k and v; gate and up
-    position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
-    weight_rows: bool = (
-        False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
-    )
-    layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
-    largest_file: int | None = None  # bytes
-    runtime: str = "onnxruntime"  # what proves it beside ONNX Runtime: a folder of export/runtimes
+    head_dim_multiple: int
+    floors: Mapping[str, str]
+    domains: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    powers_of_two: bool = True
+    shares_cache: bool = False
+    caches: tuple[str, ...] = ("float32",)
+    symmetric: bool = False
+    float_zeros: tuple[int, ...] = ()
+    grouped: bool = False
+    width_multiple: int = 1
+    joins: bool = False
+    position_ids: bool = False
+    weight_rows: bool = False
+    layout: str = "flat"
+    largest_file: int | None = None
+    runtime: str = "onnxruntime"
 
     @property
     def ir_version(self) -> int:

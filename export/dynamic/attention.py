@@ -48,8 +48,15 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """What every layer shares. cos, sin float [B, 1, T, d/2] turn the new positions; `allowed` bool [B, 1, T, S] says
-    which keys a query sees; key_cos, key_sin [B, 1, S, d/2] turn all keys, or are None for keys cached rotated."""
+    """What every layer shares of the positions: values of the graph that is drawn.
+
+    Fields:
+        cos: float32 [B, 1, T, d/2], turns the new positions.
+        sin: float32 [B, 1, T, d/2], likewise.
+        allowed: bool [B, 1, T, S], which keys a query sees.
+        key_cos: float32 [B, 1, S, d/2], turns all keys. Default None: keys are cached rotated.
+        key_sin: likewise.
+    """
 
     cos: ir.Value
     sin: ir.Value

@@ -169,12 +169,19 @@ def far(config: Config) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """What the exported model as shipped says, beside torch, over `count` tokens."""
+    """What the exported model as shipped says, beside torch.
 
-    kl: float  # nats a token
-    flips: int  # positions with another top token
+    Fields:
+        kl: mean KL(torch ‖ exported) of a token, in nats.
+        flips: positions with another most probable token.
+        count: tokens that were compared.
+        perplexity: (torch, exported).
+    """
+
+    kl: float
+    flips: int
     count: int
-    perplexity: tuple[float, float]  # torch, exported
+    perplexity: tuple[float, float]
 
 
 def shipped(exported: OrtModel, model: Transformer, ids: Tensor, bar: Any) -> Shipped:

@@ -35,16 +35,24 @@ LONGEST = 2048  # default context: every step pays for all the slots, filled or 
 
 @dataclass(frozen=True)
 class StaticForm:
-    """How a static profile draws. `activations` is None (float) or the integer type of every activation."""
+    """How a static profile draws.
+
+    Fields:
+        activations: integer type of every activation; None: float.
+        fused_norm: whether RMSNormalization is one operator: its squares would not fit 16 bits.
+        packed_weights: whether linears are stored as integers.
+        headroom: of ranges over what calibration saw. Default 1.25: a third of a bit of sixteen, against clipping
+            unseen text.
+        chunk: new positions of the prefill graph. Default 128.
+        mask: added to scores that must not count. Default -100: within 16 bits, and e⁻¹⁰⁰ is 0 in float32.
+    """
 
     activations: str | None
-    fused_norm: bool  # RMSNormalization in one operator: its squares would not fit 16 bits
+    fused_norm: bool
     packed_weights: bool
-    headroom: float = (
-        1.25  # of ranges over what calibration saw: a third of a bit of sixteen, against clipping unseen text
-    )
-    chunk: int = 128  # new positions of the prefill graph
-    mask: float = -100.0  # added to scores that must not count: within 16 bits, and e⁻¹⁰⁰ is 0 in float32
+    headroom: float = 1.25
+    chunk: int = 128
+    mask: float = -100.0
 
 
 FORMS: Mapping[str, StaticForm] = MappingProxyType(

@@ -37,8 +37,13 @@ class Runnable(Protocol):
 
 @dataclass
 class Cache:
-    """Keys (divided by the host file's key scales, if any) and values [1, K, C, d] of every layer with attention;
-    `length` slots are filled."""
+    """What was read so far, in slots of a fixed number C.
+
+    Fields:
+        layers: (keys, values) float32 [1, K, C, d] of every layer with attention; keys are divided by the key scales of
+            the host file, if any.
+        length: slots that are filled. Default 0.
+    """
 
     layers: list[tuple[Array, Array]]
     length: int = 0

@@ -110,14 +110,9 @@ def write_cache(
     if len(shards) < len(shared):
         ask = StreamedTeacher(teacher, device, progress="layers") if streamed else OnlineTeacher(teacher, device)
         at_once = per_shard if streamed else max(1, BATCH_TOKENS // T)
-        with tqdm(
-            total=N * T,
-            initial=len(shards) * per_shard * T,
-            desc="caching the teacher",
-            unit="tok",
-            unit_scale=True,
-            delay=2,
-        ) as bar:
+        there = len(shards) * per_shard * T  # tokens
+        name = "caching the teacher"
+        with tqdm(total=N * T, initial=there, desc=name, unit="tok", unit_scale=True, delay=2) as bar:
             for number in range(len(shards), len(shared)):
                 windows = range(number * per_shard, number * per_shard + len(shared[number]))
                 parts = _windows(ask, shared[number], windows, form, seed, at_once, bar)
@@ -231,7 +226,16 @@ def digest(of: Tensor | Tokenizer | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """A finished cache; what is read lies in the shards' memory maps. `target` is what the losses take."""
+    """A finished cache. `target` is what the losses take.
+
+    Fields:
+        folder: where it lies.
+        form: what is kept of each token.
+        windows: N.
+        seq_len: T.
+        index: the content of index.json.
+        opened: memory maps of the shards that were read, by number.
+    """
 
     folder: Path
     form: Form
