@@ -218,10 +218,6 @@ def test_groups_that_no_block_holds_are_refused_or_requantized(tmp_path):
             "different widths",
         ),
         (lambda: random_graph(dataclasses.replace(CONFIG, rope=Rope(1e4, "dynamic", 2.0, 64))), "dynamic"),
-        (
-            lambda: random_graph(dataclasses.replace(CONFIG, rope=Rope(1e4, "yarn", 2.0, 64, beta_fast=16.0))),
-            "beta_fast",
-        ),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(make, message, tmp_path):
