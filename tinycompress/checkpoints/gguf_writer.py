@@ -33,6 +33,7 @@ from ..graph.rope import Rope
 from .bit_words import half_scales
 from .gguf_reader import permuted_heads
 from .gguf_tokenizer import tokenizer_fields
+from .vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -67,6 +68,7 @@ def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None,
     check_file(path, overwrite)
     if requantize is not None and requantize not in REQUANTIZE:
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
+    check_vocabulary(graph)
     items = check_graph(graph, requantize)
     fields = {"tokenizer.ggml.model": "no_vocab"}
     if graph.tokenizer is not None:
