@@ -20,8 +20,8 @@ from ..errors import InputError
 from ..graph.config import LINEARS, Config, Layer, layer_of, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
 from ..graph.rope import Rope
+from .gguf_tokenizer import tokenizer_from_gguf
 from .json_fields import integer, number, token_id
-from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gguf
@@ -58,7 +58,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> Graph:
         raise InputError(
             str(path), f"tensors {', '.join(extra[:3])} ({len(extra)} in all)", "a plain Llama's tensors only"
         )
-    tokenizer = Tokenizer.from_gguf(fields, str(path))
+    tokenizer = tokenizer_from_gguf(fields, str(path))
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"tokenizer in {path}", f"{tokenizer.vocab_size} tokens", f"at most the embedding's {config.vocab_size}"
