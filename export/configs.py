@@ -50,16 +50,16 @@ def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
         write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
         if attention_layers(config):
             write_json(work / "genai_config.json", genai_config(graph, profile))
-    write_text_files(graph, work)
+    write_text_files(graph, work, profile.layout == "transformers.js")
 
 
-def write_text_files(graph: Graph, work: Path) -> None:
-    """generation_config.json and the tokenizer's files."""
+def write_text_files(graph: Graph, work: Path, named_in_config: bool = False) -> None:
+    """generation_config.json and the tokenizer's files; `named_in_config`: see `write_templates`."""
     from tinycompress.checkpoints.generation_config import write_generation
 
     write_generation(graph, work)
     if graph.tokenizer is not None:
-        graph.tokenizer.save(work)
+        graph.tokenizer.save(work, named_in_config)
 
 
 def web_config(graph: Graph, profile: Profile) -> dict[str, Any]:

@@ -47,7 +47,7 @@ ACCEPTED = (
     f"a Hugging Face folder, a .gguf file, {SMOLLM2}, a hub name such as HuggingFaceTB/SmolLM2-135M, "
     "or a live transformers Llama"
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: str | None = None) -> Graph:
