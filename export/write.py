@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from tinycompress.checkpoints.vocabulary import check_vocabulary
 from tinycompress.errors import InputError, need
 from tinycompress.files import new_folder, write_json
 from tinycompress.graph.graph import Graph
@@ -63,6 +64,7 @@ def export(
     profiles of fixed shapes let one choose.
     """
     profile = profile_of(profile)
+    check_vocabulary(graph)
     if mobile and profile.form != "contrib":
         raise InputError(
             "mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators"

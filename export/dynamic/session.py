@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinycompress.checkpoints.generation_config import read_generation
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
+from tinycompress.model.generation import check_ids, generate_by_steps
+from tinycompress.model.sampling import Sampling
 
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
@@ -80,6 +82,7 @@ class OrtModel:
         int8 = bool(manifest.get("kv")) and not float_cache
         self.cache_dtype = torch.int8 if int8 else torch.float32
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.generation = read_generation(folder)
         options = ort.SessionOptions()
         if threads:
             options.intra_op_num_threads = threads

@@ -9,10 +9,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from tinycompress.checkpoints.generation_config import read_generation
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
+from tinycompress.model.generation import check_ids, generate_by_steps
+from tinycompress.model.sampling import Sampling
 
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
@@ -57,6 +59,7 @@ class StaticModel:
         check_sizes(folder, manifest)
         self.config = Config.from_dict(manifest["config"])
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.generation = read_generation(folder)
         self.session = StaticSession.from_folder(folder, open or (lambda path: _session(path, exact, threads, spin)))
 
     def __call__(self, ids: Tensor) -> Tensor:

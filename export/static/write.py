@@ -24,6 +24,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
+from ..configs import write_text_files
 from ..gate.verify import pass_gate, sha256
 from ..profiles import Profile
 from ..read import FORMAT, MANIFEST
@@ -165,15 +166,14 @@ def write_graphs(
 
 
 def write_config(graph: Graph, work: Path) -> None:
-    """config.json, Hugging Face's where it can say it, and the tokenizer."""
+    """config.json, Hugging Face's where it can say it, generation_config.json and the tokenizer."""
     from tinycompress.checkpoints.families import family_of
     from tinycompress.checkpoints.hf import config_to_hf
 
     config = graph.config
     own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
     write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
-    if graph.tokenizer is not None:
-        graph.tokenizer.save(work)
+    write_text_files(graph, work)
 
 
 def _manifest(graph: Graph, profile: Profile, dtype: str) -> dict[str, Any]:

@@ -26,11 +26,12 @@ import torch
 
 from .. import files
 from ..errors import InputError
-from ..graph.config import FINAL_NORM, Config
+from ..graph.config import FINAL_NORM
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
 from .families import family_of
 from .folder_reader import FORMAT, read_folder
+from .generation_config import write_generation
 from .gguf_reader import load_gguf
 from .hf import config_to_hf, graph_from_model, missing_biases
 from .layouts import Layout, layout_of
@@ -46,8 +47,7 @@ ACCEPTED = (
     f"a Hugging Face folder, a .gguf file, {SMOLLM2}, a hub name such as HuggingFaceTB/SmolLM2-135M, "
     "or a live transformers Llama"
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: str | None = None) -> Graph:
@@ -179,7 +179,7 @@ def _write_descriptions(
         files.write_json(work / "tinycompress.json", description)
     elif layout.beside:
         files.write_json(work / layout.beside, layout.settings)
-    files.write_json(work / "generation_config.json", _token_ids(graph.config))
+    write_generation(graph, work)
     if graph.tokenizer:
         graph.tokenizer.save(work)
 
@@ -194,8 +194,3 @@ def _config_json(graph: Graph, layout: Layout | None, readable_by_hf: bool) -> d
         }
     config = config_to_hf(graph.config, dtype)
     return config | {"quantization_config": layout.settings} if layout else config
-
-
-def _token_ids(config: Config) -> dict[str, Any]:
-    ids = {key: getattr(config, key) for key in TOKEN_IDS}
-    return {key: value for key, value in ids.items() if value is not None}

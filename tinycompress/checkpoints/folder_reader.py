@@ -17,11 +17,14 @@ from ..errors import InputError
 from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
 from ..graph.quant_tensor import Grid, QuantTensor
+from ..model.sampling import FILE as GENERATION
+from .generation_config import generation_of_config, read_generation, with_ids
 from .hf import config_from_hf, missing_biases
 from .json_fields import flag, token_id, token_ids
 from .layouts import read_packed
 from .safetensors_file import DTYPES, INTEGERS
 from .tokenizer import Tokenizer
+from .vocabulary import warn_beyond
 
 if TYPE_CHECKING:
     from ..graph.graph import Weight
@@ -42,6 +45,7 @@ class Description:
         history: the passes that the graph went through.
         grids: of quantized weights by parameter, in the native format.
         foreign: another tool's quantization_config, or None.
+        generation: the contents of generation_config.json, or None; its ids are in `config`.
     """
 
     config: Config
@@ -49,6 +53,7 @@ class Description:
     history: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = dataclasses.field(default_factory=dict)
     foreign: Any = None
+    generation: Mapping[str, Any] | None = None
 
 
 def read_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
@@ -66,24 +71,29 @@ def read_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
         entries[name] = weight if dtype in (None, weight.dtype) else weight.to(dtype=dtype)
     entries |= _floats(folder, _without_extra(stored, description), dtype, description.own)
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        accepted = f"at most vocab_size = {config.vocab_size}: the model has no row for the others"
-        raise InputError(str(folder / "tokenizer.json"), f"{tokenizer.vocab_size} tokens", accepted)
+    warn_beyond(config, tokenizer, str(folder))
     try:
-        return Graph(config, Weights(entries), description.history, tokenizer)
+        return Graph(config, Weights(entries), description.history, tokenizer, description.generation)
     except InputError as error:  # missing, unexpected or misshapen tensors
         raise InputError(f"{error.field} in {folder}", error.found, error.accepted) from None
 
 
 def _read_description(folder: Path) -> Description:
+    """What the JSON files say, with the ids of generation_config.json."""
+    generation = read_generation(folder)
     path = folder / DESCRIPTION
     if path.exists():
-        return _read_own(path)
-    path = folder / "config.json"
-    data = files.read_json(path)
-    foreign = data.pop("quantization_config", None)
-    config = config_from_hf(data, str(path))
-    return Description(config, foreign=foreign)
+        description = _read_own(path)
+    else:
+        path = folder / "config.json"
+        data = files.read_json(path)
+        foreign = data.pop("quantization_config", None)
+        values = generation_of_config(data)
+        description = Description(config_from_hf(data, str(path)), foreign=foreign, generation=values)
+    if generation is None:
+        return description
+    config = with_ids(description.config, generation, str(folder / GENERATION))
+    return dataclasses.replace(description, config=config, generation=generation)
 
 
 def _read_own(path: Path) -> Description:

@@ -35,6 +35,7 @@ from .bit_words import half_scales
 from .gguf_families import Architecture, architecture_of
 from .gguf_rope import rope_to_gguf
 from .gguf_tokenizer import tokenizer_fields
+from .vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -69,6 +70,7 @@ def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None,
     check_file(path, overwrite)
     if requantize is not None and requantize not in REQUANTIZE:
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
+    check_vocabulary(graph)
     items = check_graph(graph, requantize)
     fields = {"tokenizer.ggml.model": "no_vocab"}
     if graph.tokenizer is not None:

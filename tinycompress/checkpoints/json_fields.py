@@ -45,16 +45,20 @@ def flag(data: Mapping[str, Any], key: str, where: str, default: bool = False) -
 
 
 def token_id(data: Mapping[str, Any], key: str, where: str, default: int | None) -> int | None:
-    """A token id; null and the old checkpoints' -1 are None."""
+    """A token id; null, and the -1 of old checkpoints or another negative number, are None."""
     if data.get(key, default) is None:
         return None
-    value = integer(data, key, where, default, low=-1)
+    value = integer(data, key, where, default, low=-LARGEST)
     return None if value < 0 else value
 
 
 def token_ids(data: Mapping[str, Any], key: str, where: str, default: int | None) -> int | tuple[int, ...] | None:
-    """One token id or a list of them."""
+    """One token id or a list of them; negative ones are none."""
     value = data.get(key)
     if isinstance(value, list):
-        return tuple(integer({key: v}, key, where, low=0) for v in value) or None
+        return tuple(integer({key: v}, key, where, low=-LARGEST) for v in value if not _negative(v)) or None
     return token_id(data, key, where, default)
+
+
+def _negative(value: Any) -> bool:
+    return isinstance(value, int) and value < 0

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import write_json
+from .chat_template import read_templates, write_templates
+from .tokenizer_config import complete, read_config, to_write
+from .tokenizer_model import read_backend
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,30 +62,28 @@ class Tokenizer:
 
     @staticmethod
     def from_folder(folder: str | Path) -> Tokenizer | None:
-        """The tokenizer of a Hugging Face folder; None if the folder has no tokenizer.json."""
+        """The tokenizer of a Hugging Face folder, with the ids of transformers' AutoTokenizer; None if it has none."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.exists():
+        config = read_config(folder)
+        backend = read_backend(folder, config)
+        if backend is None:
             return None
-        import tokenizers
-
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(str(path), str(error), "a tokenizer.json of Hugging Face tokenizers") from error
-        config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
-            if (folder / name).exists():
-                config |= read_json(folder / name)
-        if (template := folder / "chat_template.jinja").exists():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+        complete(backend, config, folder)
+        if (templates := read_templates(folder, config.get("chat_template"))) is not None:
+            config["chat_template"] = templates
         return Tokenizer(backend, config)
 
-    def save(self, folder: str | Path) -> None:
-        """tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them."""
+    def save(self, folder: str | Path, named_in_config: bool = False) -> None:
+        """tokenizer.json, tokenizer_config.json and chat templates, as transformers.AutoTokenizer reads them.
+
+        `named_in_config`: see `write_templates`.
+        """
         folder = Path(folder)
         write_json(folder / "tokenizer.json", json.loads(self.backend.to_str()))
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config)
+        config = to_write(self.backend, self.config)
+        if (template := write_templates(folder, config.pop("chat_template", None), named_in_config)) is not None:
+            config["chat_template"] = template
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:
