@@ -14,6 +14,7 @@ from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
 from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
 
+from ..in_memory import in_memory
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
@@ -102,14 +103,11 @@ def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnab
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source: str | bytes = str(path)
     if exact:
-        source = without_rounding(path)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-        )
+        source = in_memory(without_rounding(path), path.parent, options)
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def without_rounding(path: Path) -> bytes:
+def without_rounding(path: Path) -> Any:
     """A graph with every pair of Quantize- and DequantizeLinear bypassed: the same weights, activations in float."""
     need("onnx", "export")
     import onnx
@@ -135,4 +133,4 @@ def without_rounding(path: Path) -> bytes:
     used = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(used)
-    return proto.SerializeToString()
+    return proto
