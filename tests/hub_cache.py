@@ -1,4 +1,4 @@
-"""A folder as the cache of a model hub holds it: links in snapshots/<commit> to files in blobs/ that are named by hash."""
+"""A folder as the cache of a hub holds it: links in snapshots/<commit> to files in blobs/ that are named by hash."""
 
 import hashlib
 import os
