@@ -24,6 +24,7 @@ from tinycompress.graph.config import Config
 from tinycompress.model.generation import check_ids, generate_by_steps
 from tinycompress.model.sampling import Sampling
 
+from ..in_memory import in_memory
 from ..profiles import profile_of
 from ..read import check_sizes, load_proto, model_path, read_manifest
 from .attention import fused
@@ -94,10 +95,7 @@ class OrtModel:
         if profile.form == "standard":  # the runtime fuses DequantizeLinear and MatMul and asks here for the level
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
         elif accuracy_level is not None or (float_cache and manifest.get("kv")):
-            source = _changed(folder, level, float_cache)
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-            )
+            source = in_memory(_changed(folder, level, float_cache), path.parent, options)
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in self.session.get_inputs()]
 
@@ -167,7 +165,7 @@ def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
     bind(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
 
 
-def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> bytes:
+def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> Any:
     """model.onnx with another accuracy_level and, if asked for, a float cache; the weights stay in their file."""
     if accuracy_level not in ACCURACY_LEVELS:
         raise InputError("accuracy_level", accuracy_level, ACCURACY_LEVELS)
@@ -189,4 +187,4 @@ def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> byte
         for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
             if value.type.tensor_type.elem_type == INT8:
                 value.type.tensor_type.elem_type = FLOAT
-    return proto.SerializeToString()
+    return proto

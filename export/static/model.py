@@ -16,6 +16,7 @@ from tinycompress.graph.config import Config
 from tinycompress.model.generation import check_ids, generate_by_steps
 from tinycompress.model.sampling import Sampling
 
+from ..in_memory import in_memory
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
 
@@ -105,14 +106,11 @@ def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnab
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source: str | bytes = str(path)
     if exact:
-        source = without_rounding(path)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-        )
+        source = in_memory(without_rounding(path), path.parent, options)
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def without_rounding(path: Path) -> bytes:
+def without_rounding(path: Path) -> Any:
     """A graph with every pair of Quantize- and DequantizeLinear bypassed: the same weights, activations in float."""
     need("onnx", "export")
     import onnx
@@ -138,4 +136,4 @@ def without_rounding(path: Path) -> bytes:
     used = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(used)
-    return proto.SerializeToString()
+    return proto

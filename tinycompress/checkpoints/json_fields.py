@@ -17,10 +17,13 @@ LARGEST = 2**31 - 1  # no width or length is larger; a layer count is far smalle
 def integer(
     data: Mapping[str, Any], key: str, where: str, default: int | None = None, low: int = 1, high: int = LARGEST
 ) -> int:
-    """`data[key]` as an integer in low … high; `default` (if not None) when it is absent or null."""
+    """`data[key]` as an integer in low … high, also where it is written 4.0; `default` (if not None) when it is absent
+    or null."""
     value = data.get(key)
     if value is None and default is not None:
         return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{key} in {where}", repr(value), f"an integer in {low} … {high}")
     return value
