@@ -2,7 +2,7 @@
 
   input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ norm ─ head
                              └────────────────────────────────────┘   └────────────────────────────────────┘
-  attention_mask ─ prelude ─ what every attention reads
+  attention_mask ─ prelude ─ what every attention reads       (tokens of left-padded rows come first: padding.py)
 
 One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of
 the ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
@@ -26,7 +26,8 @@ from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
 from ..profiles import Profile
-from . import forms_contrib, forms_standard
+from . import forms_contrib, forms_standard, padding
+from .attention import fused
 from .draw import Choices, Draw
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ def _walk(draw: Draw, form: Any) -> None:
     config = draw.config
     ids = draw.input("input_ids", "INT64", ["batch_size", "sequence_length"])
     mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
+    moved = padding.tokens_first(draw, ids, mask) if fused(config, draw.profile) and attention_layers(config) else None
     shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
     cached = "INT8" if draw.choices.kv_scales else "FLOAT"
-    x = form.embedding(draw, ids)
+    x = form.embedding(draw, moved.ids if moved else ids)
     residual = None
     slot = 0
     presents: list[tuple[int, list[ir.Value]]] = []
@@ -169,6 +171,8 @@ def _walk(draw: Draw, form: Any) -> None:
             n, residual = form.norm(draw, names.ffn_norm, x, residual)
             x = _ffn(draw, form, names, n)
     n, _ = form.norm(draw, FINAL_NORM, x, residual)
+    if moved:
+        n = padding.put_back(draw, n, moved)
     draw.output("logits", _linear(draw, form, HEAD, n), ["batch_size", "sequence_length", config.vocab_size])
     for slot, (i, new) in enumerate(presents):
         for kind, value in zip(("key", "value"), new):
