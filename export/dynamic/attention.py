@@ -58,6 +58,27 @@ class Positions:
     key_sin: ir.Value | None = None
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """One layer's attention, before it is drawn.
+
+    Fields:
+        at: names the nodes.
+        qkv: float queries [B, T, H·d], keys and values [B, T, K·d]; or one value, these side by side.
+        past: keys and values [B, K, P, d] of the cache.
+        shared: what every layer reads, from the form's `prelude`.
+        heads: H.
+        kv_heads: K.
+    """
+
+    at: str
+    qkv: list[ir.Value]
+    past: list[ir.Value]
+    shared: list[ir.Value] | Positions
+    heads: int
+    kv_heads: int
+
+
 def unrotated_keys(config: Config) -> bool:
     """Whether keys are cached un-rotated: frequencies change somewhere within the context."""
     return config.rope.varies_with_length and config.max_position > config.rope.trained
@@ -127,28 +148,17 @@ def _index(draw: Drawing, mask: ir.Value) -> ir.Value:
     )
 
 
-def attention(
-    draw: Drawing,
-    at: str,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    past: list[ir.Value],
-    where: Positions,
-    heads: int,
-    kv_heads: int,
-) -> tuple[ir.Value, list[ir.Value]]:
-    """q float [B, T, H·d], k and v [B, T, K·d], past key and value [B, K, P, d] to the heads' outputs [B, T, H·d] and
-    the present key and value [B, K, S, d]. `at` names the nodes."""
+def attention(draw: Drawing, layer: LayerAttention, where: Positions) -> tuple[ir.Value, list[ir.Value]]:
+    """The heads' outputs [B, T, H·d] and the present key and value [B, K, S, d]; `layer.qkv` are three values."""
+    at, heads, kv_heads = layer.at, layer.heads, layer.kv_heads
     d = draw.config.head_dim
     q, k, v = (
-        _split_heads(draw, f"{at}.{n}", x, count)
-        for n, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads))
+        _split_heads(draw, f"{at}.{n}", x, count) for n, x, count in zip("qkv", layer.qkv, (heads, kv_heads, kv_heads))
     )
     q = _rotate(draw, f"{at}.q", q, where.cos, where.sin)
     if where.key_cos is None or where.key_sin is None:
         k = _rotate(draw, f"{at}.k", k, where.cos, where.sin)
-    present = [draw.op(f"{at}.{n}", "Concat", [old, new], axis=2) for n, old, new in zip("kv", past, (k, v))]
+    present = [draw.op(f"{at}.{n}", "Concat", [old, new], axis=2) for n, old, new in zip("kv", layer.past, (k, v))]
     keys = present[0]
     if where.key_cos is not None and where.key_sin is not None:
         keys = _rotate(draw, f"{at}.keys", keys, where.key_cos, where.key_sin)

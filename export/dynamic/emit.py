@@ -27,7 +27,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 
 from ..profiles import Profile
 from . import forms_contrib, forms_standard, padding
-from .attention import fused
+from .attention import LayerAttention, fused
 from .draw import Choices, Draw
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def _walk(draw: Draw, form: Any) -> None:
                 draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past"))
                 for kind in ("key", "value")
             ]
-            y, new = form.attention(draw, names.attention, qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            heads = LayerAttention(names.attention, qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            y, new = form.attention(draw, heads)
             presents.append((i, new))
             x = _linear(draw, form, names.output, y)
             slot += 1

@@ -15,6 +15,7 @@ out_features, K in_features, b block.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,34 +85,25 @@ def norm(draw: Draw, name: str, x: ir.Value, residual: ir.Value | None) -> tuple
     return outs[0], outs[3]
 
 
-def attention(
-    draw: Draw,
-    at: str,
-    qkv: list[ir.Value],
-    past: list[ir.Value],
-    shared: list[ir.Value] | plain.Positions,
-    heads: int,
-    kv_heads: int,
-) -> tuple[ir.Value, list[ir.Value]]:
+def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[ir.Value]]:
     """Grouped-query attention with the rotation, the cache and the causal mask inside one operator: the heads' outputs
-    [B, T, H·d] and the present key and value [B, K, S, d]. `qkv` is [B, T, H·d], [B, T, K·d], [B, T, K·d], or these
-    side by side."""
-    if isinstance(shared, plain.Positions):
-        if len(qkv) == 1:
-            widths = torch.tensor([n * draw.config.head_dim for n in (heads, kv_heads, kv_heads)])
+    [B, T, H·d] and the present key and value [B, K, S, d]."""
+    at = layer.at
+    if isinstance(layer.shared, plain.Positions):
+        if len(layer.qkv) == 1:
+            widths = torch.tensor([n * draw.config.head_dim for n in (layer.heads, layer.kv_heads, layer.kv_heads)])
             sizes = draw.constant("split." + "x".join(map(str, widths.tolist())), widths)
-            qkv = draw.ops(at, "Split", [*qkv, sizes], 3, axis=-1)
-        q, k, v = qkv
-        return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
+            layer = replace(layer, qkv=draw.ops(at, "Split", [*layer.qkv, sizes], 3, axis=-1))
+        return plain.attention(draw, layer, layer.shared)
     attributes: dict[str, Any] = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
+        "num_heads": layer.heads,
+        "kv_num_heads": layer.kv_heads,
         "do_rotary": 1,
         "rotary_interleaved": 0,
         "scale": draw.config.head_dim**-0.5,
     }
-    joined: list[ir.Value | None] = [*qkv, None, None]  # side by side in the place of q, or three
-    inputs: list[ir.Value | None] = [*joined[:3], *past, *shared, *draw.rope()]
+    joined: list[ir.Value | None] = [*layer.qkv, None, None]  # side by side in the place of q, or three
+    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *layer.shared, *draw.rope()]
     if draw.choices.kv_scales:
         inputs += [
             None,

@@ -84,27 +84,19 @@ def norm(draw: Draw, name: str, x: ir.Value, residual: ir.Value | None) -> tuple
     ), total
 
 
-def attention(
-    draw: Draw,
-    at: str,
-    qkv: list[ir.Value],
-    past: list[ir.Value],
-    shared: list[ir.Value] | plain.Positions,
-    heads: int,
-    kv_heads: int,
-) -> tuple[ir.Value, list[ir.Value]]:
+def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[ir.Value]]:
     """The heads' outputs [B, T, H·d] and the present key and value [B, K, S, d]."""
-    if isinstance(shared, plain.Positions):
-        q, k, v = qkv
-        return plain.attention(draw, at, q, k, v, past, shared, heads, kv_heads)
-    q, k, v = qkv
-    place, allowed = shared
+    if isinstance(layer.shared, plain.Positions):
+        return plain.attention(draw, layer, layer.shared)
+    at = layer.at
+    q, k, v = layer.qkv
+    place, allowed = layer.shared
     q, k = (
         draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), place], num_heads=count)
-        for n, x, count in (("q", q, heads), ("k", k, kv_heads))
+        for n, x, count in (("q", q, layer.heads), ("k", k, layer.kv_heads))
     )
-    attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": draw.config.head_dim**-0.5}
-    y, *present = draw.ops(at, "Attention", [q, k, v, allowed, *past], 3, **attributes)
+    attributes = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "scale": draw.config.head_dim**-0.5}
+    y, *present = draw.ops(at, "Attention", [q, k, v, allowed, *layer.past], 3, **attributes)
     return y, present
 
 
