@@ -14,6 +14,8 @@ from types import MappingProxyType
 from tinycompress.errors import InputError
 from tinycompress.graph.quant_tensor import Grid, QuantSpec
 
+IR_VERSIONS: Mapping[int, int] = MappingProxyType({19: 9, 21: 10, 23: 11, 24: 11})  # of ONNX's first release with each
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -22,16 +24,15 @@ class Profile:
     name: str
     form: str  # whose operators: "contrib" (ONNX Runtime's) or "standard"
     opset: int
-    ir_version: int
-    domains: Mapping[str, int]  # contrib operator sets and their versions
     bits: tuple[int, ...]  # widths of packed weights; narrower ones are widened to the next
     min_block: int  # shortest and longest quantization block; blocks are powers of two
     max_block: int
     head_dim_multiple: int  # that the fused attention operator takes; other widths are drawn in smaller operators
     floors: Mapping[str, str]  # first runtime version that runs "base" and each feature beyond it
+    domains: Mapping[str, int] = field(default_factory=dict)  # contrib operator sets and their versions
     limits: Mapping[str, float] = field(default_factory=dict)  # the gate: check → largest figure that passes
     powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
-    shares_cache: bool = True  # past and present of a layer may be one buffer
+    shares_cache: bool = False  # past and present of a layer may be one buffer
     caches: tuple[str, ...] = ("float32",)  # what keys and values may be kept as
     symmetric: bool = False  # no zero points
     float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
@@ -45,6 +46,11 @@ class Profile:
     layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
     largest_file: int | None = None  # bytes
     runtime: str = "onnxruntime"  # what proves it beside ONNX Runtime: a folder of export/runtimes
+
+    @property
+    def ir_version(self) -> int:
+        """The version of the file format, which came with the operators."""
+        return IR_VERSIONS[self.opset]
 
     def container(self, bits: int) -> int:
         """The narrowest width the runtime has that holds `bits`."""
@@ -110,7 +116,6 @@ ORT = Profile(
     name="ort",
     form="contrib",
     opset=21,
-    ir_version=10,
     domains=MappingProxyType({"com.microsoft": 1}),
     bits=(2, 4, 8),
     min_block=16,
@@ -120,6 +125,7 @@ ORT = Profile(
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
     floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
     limits=LIMITS,
+    shares_cache=True,
     joins=True,
     caches=("float32", "int8"),
 )
@@ -136,8 +142,6 @@ STD = Profile(
     name="std",
     form="standard",
     opset=24,
-    ir_version=11,
-    domains=MappingProxyType({}),
     bits=(4, 8),
     min_block=8,
     max_block=1 << 30,
@@ -145,7 +149,6 @@ STD = Profile(
     floors=_frozen(base="1.24.4"),
     limits=LIMITS,
     powers_of_two=False,
-    shares_cache=False,
 )
 
 # OpenVINO's NPU pipeline, which compiles static shapes of a stateful model, takes symmetric weights and computes in
@@ -168,7 +171,6 @@ QNN = Profile(
     name="qnn",
     form="static",
     opset=23,
-    ir_version=11,
     domains=MappingProxyType({"com.microsoft": 1}),
     bits=(4, 8),
     min_block=16,
@@ -176,7 +178,6 @@ QNN = Profile(
     head_dim_multiple=2,
     floors=_frozen(base="1.23.2"),
     limits=MappingProxyType({**LIMITS, "kl": 0.1, "perplexity": 0.03}),
-    shares_cache=False,
     symmetric=True,
     runtime="qnn",
 )
@@ -186,15 +187,12 @@ STATIC = Profile(
     name="static",
     form="static",
     opset=19,
-    ir_version=9,
-    domains=MappingProxyType({}),
     bits=(),
     min_block=8,
     max_block=128,
     head_dim_multiple=2,
     floors=_frozen(base="1.20.1"),
     limits=MappingProxyType({**LIMITS, "kl": 1e-4, "flips": 0.05, "perplexity": 1e-3}),
-    shares_cache=False,
     runtime="rknn",
 )
 

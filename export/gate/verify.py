@@ -84,39 +84,18 @@ def verify(
     windows: int = WINDOWS,
     seq_len: int = POSITIONS,
     progress: bool = True,
+    hashes: bool = True,
 ) -> dict[str, Any]:
     """Checks an exported folder against `graph`, or (None) against the graph that the folder itself holds.
 
     `tokens` [windows, seq_len] is the text; by default it is the "pydoc" test split, or, without a tokenizer, random
     ids (the report says which). `limits` override the profile's. The report holds only checks that ran; when files were
-    changed no other does.
+    changed no other does. Without `hashes` files are not read for theirs: `export` has just written them.
     """
-    wrong = changed_files(folder, progress)
     report = _report(folder, limits)
-    _record(
-        report, "files", len(wrong), 0, f"changed or missing: {', '.join(wrong)}" if wrong else "SHA-256 of every file"
-    )
-    if wrong:
+    if hashes and not _same_files(report, folder, progress):
         return _finish(report)
-    return gate(
-        folder, graph, tokens=tokens, limits=limits, windows=windows, seq_len=seq_len, progress=progress, report=report
-    )
-
-
-def gate(
-    folder: str | Path,
-    graph: Graph | None = None,
-    *,
-    tokens: Tensor | None = None,
-    limits: Mapping[str, float] | None = None,
-    windows: int = WINDOWS,
-    seq_len: int = POSITIONS,
-    progress: bool = True,
-    report: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """`verify` without reading every file for its hash: what `export` runs on files it has just written."""
     manifest = read_manifest(folder)
-    report = report or _report(folder, limits)
     stored = read(folder)
     limit = report["limits"]
     same = stored.fingerprint() == manifest["fingerprint"]
@@ -158,8 +137,8 @@ def gate(
 
 
 def pass_gate(work: Path, manifest: dict[str, Any], **options: Any) -> None:
-    """Runs `gate` on files just written and puts its report into their manifest; a `GateError` if one fails."""
-    report = gate(work, **options)
+    """Verifies files just written and puts the report into their manifest; a `GateError` if a check fails."""
+    report = verify(work, hashes=False, **options)
     manifest["checks"] = report
     if not report["passed"]:
         raise GateError(report)
@@ -194,6 +173,14 @@ def _open(folder: str | Path, manifest: Mapping[str, Any], exact: bool) -> Any:
     if profile_of(manifest["profile"]).form == "static":
         return StaticModel(folder, exact=exact, spin=False)
     return OrtModel(folder, accuracy_level=0 if exact else None, spin=False, float_cache=exact)
+
+
+def _same_files(report: dict[str, Any], folder: str | Path, progress: bool) -> bool:
+    """Whether every file is the one that was exported, recorded as a check."""
+    wrong = changed_files(folder, progress)
+    about = f"changed or missing: {', '.join(wrong)}" if wrong else "SHA-256 of every file"
+    _record(report, "files", len(wrong), 0, about)
+    return not wrong
 
 
 def changed_files(folder: str | Path, progress: bool = True) -> list[str]:

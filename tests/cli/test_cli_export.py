@@ -102,9 +102,8 @@ def test_an_export_that_fails_its_gate_leaves_nothing(
     verify = import_module("tinycompress.export.gate.verify")
     from tinycompress.export import ORT
 
-    gate = verify.gate
-    monkeypatch.setattr(
-        verify, "gate", lambda folder, **options: gate(folder, **options | {"limits": dict.fromkeys(ORT.limits, -1.0)})
-    )
+    check = verify.verify
+    strict = {"limits": dict.fromkeys(ORT.limits, -1.0)}
+    monkeypatch.setattr(verify, "verify", lambda folder, **options: check(folder, **options | strict))
     error = refused("export", made / "mixed", output=tmp_path / "out", code=1)
     assert "failed" in error and "prefill" in error and "limit" in error
