@@ -25,6 +25,7 @@ from tinycompress.model.transformer import Transformer
 
 from ..dynamic.attention import frequencies, unrotated_keys
 from ..dynamic.emit import attention_layers
+from ..dynamic.kv_cache import whole_cache
 from ..dynamic.session import OrtModel
 from ..read import initializers
 
@@ -145,7 +146,7 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     config = model.config
     tile = max(1, min(TILE, ids.shape[1] - FAR_STEPS))
     stop = min(start + FAR_STEPS, config.max_position, start + ids.shape[1] - tile)
-    near = model.new_cache(1, tile)
+    near = whole_cache(model, tile)
     torch_cache = model.new_cache(1, stop)
     exported_cache = exported.new_cache(1, stop)
     model(ids[:, :tile], near)
@@ -155,20 +156,27 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
         keys, values = near.layers[i]
         # then torch caches keys as they are; the file only if its context reaches that far
         varies = config.rope.varies_with_length
-        plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
-        far_keys = rotate(plain[:, :, index], far_cos, far_sin)
+        turned = config.layers[i].rope
+        plain = rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2 if turned and not varies else keys
+        far_keys = rotate(plain[:, :, index], far_cos, far_sin) if turned else plain[:, :, index]
         key_buffers = ((pair[0], unrotated_keys(config)), (torch_cache.layers[i][0], varies))
         for buffer, as_they_are in key_buffers:
-            buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
+            _fill(buffer, plain[:, :, index] if as_they_are else far_keys)
         if exported_cache.key_scales:
             pair[0][:, :, :start] /= exported_cache.key_scales[slot][:, None]
         for buffer in (pair[1], torch_cache.layers[i][1]):
-            buffer[:, :, :start] = values[:, :, index]
+            _fill(buffer, values[:, :, index])
     exported_cache.length = start
     torch_cache.length = start
     steps = ids[:, tile : tile + stop - start].split(1, 1)
     pairs = [(exported.step(step, exported_cache), model(step, torch_cache)) for step in steps]
     return *compare(pairs), f"positions {start} … {stop - 1} behind repeated text"
+
+
+def _fill(buffer: Tensor, past: Tensor) -> None:
+    """Writes past [1, K, n, d] to the front of a cache's buffer: the last of it, where a window keeps no more."""
+    past = past[:, :, -buffer.shape[2] :]
+    buffer[:, :, : past.shape[2]] = past
 
 
 def compare(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -100,7 +100,7 @@ def verify(
     limit = report["limits"]
     same = stored.fingerprint() == manifest["fingerprint"]
     _record(report, "fingerprint", 0 if same else 1, 0, "the folder read back against the graph as exported")
-    if attention_layers(stored.config):
+    if any(stored.config.layers[i].rope for i in attention_layers(stored.config)):
         _record(
             report,
             "tables",
