@@ -55,26 +55,28 @@ class Profile:
     name: str
     form: str
     opset: int
-    bits: tuple[int, ...]
-    min_block: int
+    bits: tuple[int, ...]  # widths of packed weights; narrower ones are widened to the next
+    min_block: int  # shortest and longest quantization block; blocks are powers of two
     max_block: int
-    head_dim_multiple: int
-    floors: Mapping[str, str]
-    domains: Mapping[str, int] = field(default_factory=dict)
-    limits: Mapping[str, float] = field(default_factory=dict)
-    powers_of_two: bool = True
-    shares_cache: bool = False
-    caches: tuple[str, ...] = ("float32",)
-    symmetric: bool = False
-    float_zeros: tuple[int, ...] = ()
-    grouped: bool = False
-    width_multiple: int = 1
-    joins: bool = False
-    position_ids: bool = False
-    weight_rows: bool = False
-    layout: str = "flat"
-    largest_file: int | None = None
-    runtime: str = "onnxruntime"
+    head_dim_multiple: int  # that the fused attention operator takes; other widths are drawn in smaller operators
+    floors: Mapping[str, str]  # first runtime version that runs "base" and each feature beyond it
+    domains: Mapping[str, int] = field(default_factory=dict)  # contrib operator sets and their versions
+    limits: Mapping[str, float] = field(default_factory=dict)  # the gate: check → largest figure that passes
+    powers_of_two: bool = True  # of blocks; without it a block is a group, as long as it comes
+    shares_cache: bool = False  # past and present of a layer may be one buffer
+    caches: tuple[str, ...] = ("float32",)  # what keys and values may be kept as
+    symmetric: bool = False  # no zero points
+    float_zeros: tuple[int, ...] = ()  # widths whose zero points may be floats
+    grouped: bool = False  # every layer with attention has fewer KV heads than heads
+    width_multiple: int = 1  # of hidden, FFN, head and vocabulary
+    joins: bool = False  # packed linears of one input and one grid are one product: q, k and v; gate and up
+    position_ids: bool = False  # an input; otherwise positions are counted from the attention mask
+    weight_rows: bool = (
+        False  # packed weights as [N, K] behind Cast and Mul, the form an NPU compiler matches, not DequantizeLinear
+    )
+    layout: str = "flat"  # "flat": model.onnx and model.onnx.data; "transformers.js": onnx/model_q4.onnx and …_data
+    largest_file: int | None = None  # bytes
+    runtime: str = "onnxruntime"  # what proves it beside ONNX Runtime: a folder of export/runtimes
 
     @property
     def ir_version(self) -> int:
@@ -129,7 +131,9 @@ LIMITS: Mapping[str, float] = MappingProxyType(
         "tables": 1e-6,
         "prefill": 1e-4,
         "decode": 1e-4,
+        "turns": 1e-4,
         "padding": 1e-4,
+        "left_padding": 1e-4,
         "beyond_context": 1e-4,
         "end_of_context": 1e-4,
         "kl": 0.05,

@@ -109,7 +109,7 @@ class OrtModel:
 
     def step(self, ids: Tensor, cache: OrtCache, mask: Tensor | None = None) -> Tensor:
         """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions]
-        is 0 where a row was padded, on the right of its prompt."""
+        is 0 where a row was padded, on either side of its prompt."""
         check_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         total = cache.length + T
@@ -118,6 +118,12 @@ class OrtModel:
                 "KV cache",
                 f"batch {B}, {total} positions",
                 f"batch {cache.batch}, at most {cache.max_length} (its max_length)",
+            )
+        if self.shared and B > 1 and T > 1 and cache.length:
+            raise InputError(
+                "new ids behind a cache",
+                f"{T} in each of {B} rows",
+                "one at a time, or one row: GroupQueryAttention takes no others (the std profile does)",
             )
         logits = torch.empty(B, T, self.config.vocab_size)
         mask = torch.ones(B, total, dtype=torch.long) if mask is None else mask.long().contiguous()

@@ -28,6 +28,7 @@ from tinycompress.graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from tinycompress.graph.topology import feeds
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
+from ..dynamic.attention import window_of
 from ..profiles import Profile
 
 LONGEST = 2048  # default context: every step pays for all the slots, filled or not
@@ -178,11 +179,18 @@ def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
         "chunk": min(form.chunk, config.max_position),
         "context": config.max_position,
         "mask": form.mask,
+        "windows": windows(config),
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
         "kv_heads": [layer.n_kv_heads for layer in config.layers if layer.n_heads],
         "embedding_bits": weight.grid.bits if isinstance(weight, QuantTensor) else 32,
     }
+
+
+def windows(config: Config) -> list[int | None]:
+    """The windows of the layers with attention, each once; None: all positions. Each has a mask of its own."""
+    found = {window_of(config, layer) for layer in config.layers if layer.n_heads}
+    return sorted(found, key=lambda window: window or 0)
 
 
 def host_tensors(graph: Graph) -> dict[str, Tensor]:
