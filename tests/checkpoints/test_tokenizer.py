@@ -116,7 +116,7 @@ def test_pre_tokenizers_split_digits_differently(pre, pieces, fields):
     "change, message",
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model.*bert"),
-        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre.*tekken"),
+        ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre.*viking.*tekken"),
         ({"tokenizer.ggml.tokens": None}, "tokens"),
         ({"tokenizer.ggml.merges": ["no such-token"]}, "tokenizer"),
         ({"tokenizer.ggml.merges": ["a"]}, "tokenizer"),

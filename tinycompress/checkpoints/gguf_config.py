@@ -10,6 +10,7 @@ from ..graph.config import LINEARS, Config, Layer
 from .gguf_families import Architecture
 from .gguf_keys import check_keys
 from .gguf_rope import real, rope_from_gguf
+from .gguf_tokenizer import SENTENCEPIECE_IDS
 from .json_fields import integer, token_id
 
 NAMES = dict(zip(LINEARS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")))
@@ -43,6 +44,7 @@ def config_from_gguf(
     check_keys(values, architecture.name, head_dim, rope.theta, where)
     stretched = rope.type == "yarn" and rope.trained >= context  # the length before the stretch was given
     windows = _windows(values, n_layers, where)
+    defaults = SENTENCEPIECE_IDS if fields.get("tokenizer.ggml.model") == "llama" else {}
     norm_eps = real(values, "attention.layer_norm_rms_epsilon", where)
     return Config(
         vocab_size=int(tensors[TABLE].shape[-1]),
@@ -55,15 +57,15 @@ def config_from_gguf(
         tie_embeddings=HEAD_TENSOR not in tensors,
         biases=frozenset(linear for linear, name in NAMES.items() if any(t.endswith(f".{name}.bias") for t in tensors)),
         qk_norm_eps=norm_eps if architecture.qk_norm else None,
-        bos_token_id=token_id(fields, "tokenizer.ggml.bos_token_id", where, None),
-        eos_token_id=_stops(fields, where),
+        bos_token_id=token_id(fields, "tokenizer.ggml.bos_token_id", where, defaults.get("bos_token_id")),
+        eos_token_id=_stops(fields, defaults, where),
         pad_token_id=token_id(fields, "tokenizer.ggml.padding_token_id", where, None),
     )
 
 
-def _stops(fields: Mapping[str, Any], where: str) -> int | tuple[int, ...] | None:
+def _stops(fields: Mapping[str, Any], defaults: Mapping[str, int], where: str) -> int | tuple[int, ...] | None:
     """The tokens that end a text, a turn or a message, each once."""
-    ids = [token_id(fields, f"tokenizer.ggml.{name}", where, None) for name in STOPS]
+    ids = [token_id(fields, f"tokenizer.ggml.{name}", where, defaults.get(name)) for name in STOPS]
     stops = tuple(dict.fromkeys(token for token in ids if token is not None))
     return stops if len(stops) > 1 else next(iter(stops), None)
 

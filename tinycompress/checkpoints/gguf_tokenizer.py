@@ -18,25 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..graph.config import Config
+from .gguf_pre_tokenizers import Way, name_of, steps_of, way_of
 from .tokenizer import SPECIALS, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 GGUF_IDS = dict(zip(SPECIALS, ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")))
+SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}  # where a file names none
 NORMAL = 1  # tokenizer.ggml.token_type
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
-SPLITS = {  # tokenizer.ggml.pre: None splits as GPT-2 does
-    "default": None,
-    "gpt-2": None,
-    "smollm": None,  # as GPT-2, but every digit on its own (transformers' GGUF import ignores that)
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
 LOWEST = -1e9  # the score of a piece that no merge makes
 PROBE = "Once upon a time, there were 1234 cats; they'd seen it  all.\n\tNaïve café, 漢字 & 👩‍🚀! x_y=f(3.14)"
 
@@ -51,28 +46,32 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], where: str = "the GGUF file")
     kind = values.get("model")
     if kind in (None, "no_vocab", "none"):
         return None
-    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
-    if build is None:
+    if kind not in ("gpt2", "llama"):
         raise InputError(f"tokenizer.ggml.model in {where}", repr(kind), "gpt2 | llama")
-    tokens = values.get("tokens")
-    if not isinstance(tokens, list) or not tokens:
-        raise InputError(f"tokenizer.ggml.tokens in {where}", "no list", "the vocabulary")
-    types = values.get("token_type") or [1] * len(tokens)
+    tokens = _list(values, "tokens", str, where)
+    types = [NORMAL] * len(tokens)
+    if values.get("token_type"):
+        types = _list(values, "token_type", int, where, len(tokens))
+    ids = (SENTENCEPIECE_IDS if kind == "llama" else {}) | values
     specials = {
-        name: tokens[i]
-        for name, key in GGUF_IDS.items()
-        if isinstance(i := values.get(key), int) and 0 <= i < len(tokens)
+        name: tokens[i] for name, key in GGUF_IDS.items() if isinstance(i := ids.get(key), int) and 0 <= i < len(tokens)
     }
+    add_bos = kind == "llama"
     try:
-        backend = build(tokens, types, values, where)
+        if kind == "gpt2":
+            way = way_of(values.get("pre"), tokens, where)
+            add_bos = way.add_bos
+            backend = _byte_level(tokens, way, values, where)
+        else:
+            backend = _sentencepiece(tokens, types, ids, where)
+        _add_special(backend, tokens, types)
     except InputError:
         raise
     except Exception as error:  # the library raises plain Exception, for a merge of unknown tokens for instance
         raise InputError(f"tokenizer in {where}", str(error), f"a {kind} vocabulary") from error
-    _add_special(backend, tokens, types)
-    _add_template(backend, specials, values, add_bos=bool(values.get("add_bos_token", kind == "llama")))
+    _add_template(backend, specials, values, add_bos=bool(values.get("add_bos_token", add_bos)))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **specials}
-    if "chat_template" in values:
+    if isinstance(values.get("chat_template"), str):
         config["chat_template"] = values["chat_template"]
     return Tokenizer(backend, config)
 
@@ -96,7 +95,10 @@ def tokenizer_fields(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
             "tokenizer.ggml.add_space_prefix": _prefixes(data),
         }
     else:
-        fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _pre(data.get("pre_tokenizer"))}
+        fields |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": name_of(data.get("pre_tokenizer"), bool(model.get("ignore_merges"))),
+        }
         fields["tokenizer.ggml.merges"] = [f"{a} {b}" for a, b in merges]
     back = tokenizer_from_gguf(fields)
     if back is None or back.encode(PROBE) != tokenizer.encode(PROBE):
@@ -148,22 +150,6 @@ def _id(tokenizer: Tokenizer, name: str, config: Config) -> int | None:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _pre(pre_tokenizer: Mapping[str, Any] | None) -> str:
-    """The name of a way of splitting that llama.cpp knows."""
-    steps: list[Any] = [] if pre_tokenizer is None else list(pre_tokenizer.get("pretokenizers", [pre_tokenizer]))
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = steps[0]["pattern"].get("Regex")
-        for name, known in SPLITS.items():
-            if known is not None and known == pattern:
-                return name
-    raise InputError("tokenizer for GGUF", f"text split by {kinds or 'nothing'}", " | ".join(SPLITS))
-
-
 def _prefixes(data: Mapping[str, Any]) -> bool:
     """Whether a space is put before the text."""
     normalizer = data.get("normalizer") or {}
@@ -172,27 +158,28 @@ def _prefixes(data: Mapping[str, Any]) -> bool:
     return any(step.get("type") == "Prepend" for step in steps) or splitter.get("prepend_scheme", "never") != "never"
 
 
-def _byte_level(tokens: list[str], types: list[int], values: Mapping[str, Any], where: str) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+def _list(values: Mapping[str, Any], key: str, kind: type, where: str, length: int | None = None) -> list[Any]:
+    """A list of that length (None: any but 0) whose values are all of one kind."""
+    value = values.get(key)
+    if not isinstance(value, list) or not value or not all(type(item) is kind for item in value):
+        raise InputError(
+            f"tokenizer.ggml.{key} in {where}", "no list", f"a list of {kind.__name__}, one for each token"
+        )
+    if length is not None and len(value) != length:
+        raise InputError(f"tokenizer.ggml.{key} in {where}", f"{len(value)} values", f"{length}, one for each token")
+    return value
 
-    pre = values.get("pre", "default")
-    if pre not in SPLITS:
-        raise InputError(f"tokenizer.ggml.pre in {where}", repr(pre), " | ".join(SPLITS))
-    merges = [tuple(merge.split(" ")) for merge in values.get("merges", ())]
+
+def _byte_level(tokens: list[str], way: Way, values: Mapping[str, Any], where: str) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models
+
+    merges = [tuple(merge.split(" ")) for merge in _list(values, "merges", str, where)]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 looks a whole word up before it merges
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=pre == "llama-bpe")
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=way.whole_words)
     )
-    pattern = SPLITS[pre]
-    prefix = bool(values.get("add_space_prefix", False))
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)]
-    if pre == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    if pattern:
-        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"))
-    backend.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = steps_of(way, bool(values.get("add_space_prefix", False)))
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -201,9 +188,7 @@ def _sentencepiece(tokens: list[str], types: list[int], values: Mapping[str, Any
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
-    scores = values.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise InputError(f"tokenizer.ggml.scores in {where}", "no list of that length", f"{len(tokens)} scores")
+    scores = _list(values, "scores", float, where, len(tokens))
     pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind not in (UNKNOWN, CONTROL, BYTE)}
     ranked = []
     for piece, i in pieces.items():
