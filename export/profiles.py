@@ -154,7 +154,8 @@ ORT = Profile(
     max_block=128,
     head_dim_multiple=16,
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
-    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
+    # local_window_size means one position more than transformers' windows up to 1.23.2
+    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", window="1.24.4", kv_int8="1.27.0"),
     limits=LIMITS,
     shares_cache=True,
     joins=True,

@@ -82,7 +82,9 @@ def features(graph: Graph, profile: Profile) -> set[str]:
     """What a prepared graph needs of the runtime beyond the base, as keys of `Profile.floors`."""
     packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
     out = {f"bits_{profile.container(w.grid.bits)}" for w in packed.values()}
-    return out | {"gather"} if EMBEDDING in packed else out
+    out |= {"gather"} if EMBEDDING in packed else set()
+    windowed = any(window_of(graph.config, layer) for layer in graph.config.layers if layer.n_heads)
+    return out | {"window"} if windowed and fused(graph.config, profile) else out
 
 
 def attention_layers(config: Config) -> list[int]:
