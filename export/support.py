@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinycompress.checkpoints.families import QKV
 from tinycompress.errors import InputError
 from tinycompress.evaluation.perplexity import environment
 from tinycompress.export import PROFILES, export, prepare, read, run_check
@@ -90,7 +91,7 @@ CASES: Mapping[str, Callable[[str], Graph]] = {  # of how scales are searched
     "4 bits": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),
     "8 bits": lambda scale: RTN(QuantSpec(8, 64), head=True)(tiny()),
     "YaRN 4×": lambda scale: tiny(rope=STRETCHED),
-    "Qwen2: biases": lambda scale: tiny(biases=frozenset({"q_proj", "k_proj", "v_proj"})),
+    "Qwen2: biases": lambda scale: tiny(biases=QKV),
     "Qwen3: norms of queries and keys": lambda scale: tiny(qk_norm_eps=1e-6),
     "Mistral: a window of 16": lambda scale: tiny((Layer(4, 2, 256, window=16),) * 3),
     "SmolLM3: layers without RoPE": lambda scale: tiny((*UNIFORM, Layer(4, 2, 256, rope=False))),

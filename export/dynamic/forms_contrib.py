@@ -95,9 +95,10 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
     """Grouped-query attention with the rotation, the cache and the causal mask inside one operator: the heads' outputs
     [B, T, H·d] and the present key and value [B, K, S, d]."""
     at = layer.at
-    if isinstance(layer.shared, plain.Positions):
+    shared = layer.shared
+    if isinstance(shared, plain.Positions):
         layer = replace(layer, qkv=plain.apart(draw, at, layer.qkv, layer.heads, layer.kv_heads))
-        return plain.attention(draw, layer, layer.shared)
+        return plain.attention(draw, layer, shared)
     assert isinstance(layer.shared, list)
     attributes: dict[str, Any] = {
         "num_heads": layer.heads,

@@ -1,100 +1,15 @@
 """Folders with every file that has a say in a tokenizer: ids and templates as transformers' AutoTokenizer has them."""
 
-import copy
 import json
-import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizer_cases import BACKENDS, GENERIC, MARKED, PLAIN, TRIES, Backend, agree, make, of_transformers
+from tokenizers import pre_tokenizers
 
-from tinycompress.calibration import data
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
 
-TEXT = data.text("pydoc")[:20_000]
-TRIES = [
-    "<|im_start|>user hi<|im_end|>\n",
-    "<s>a </s> b<unk>",
-    "  two  spaces, 12345 digits, l'été 漢字 👩‍🚀",
-    "[PAD]x[EXTRA] y<|new|>",
-    "",
-    TEXT[:500],
-]
-PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-MARKED = {"__type": "AddedToken", "content": "<s>"} | PLAIN
-
-
-def byte_level() -> Backend:
-    """A small BPE of bytes with two special tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    return backend
-
-
-def with_blanks() -> Backend:
-    """The same kind with SentencePiece's blanks in place of bytes, as Llama 2's."""
-    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator([TEXT], trainer)
-    return backend
-
-
-BACKENDS = {"bytes": byte_level().to_str(), "blanks": with_blanks().to_str()}
-
-
-def make(folder: Path, kind: str = "bytes", model_type: str = "llama", **files) -> Path:
-    """A folder with a tokenizer.json; `files` by stem: a dictionary is JSON."""
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(BACKENDS[kind])
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    for name, contents in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(contents))
-    return folder
-
-
-def of_transformers(folder: Path):
-    from transformers import AutoTokenizer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def agree(folder: Path, saved: Path) -> None:
-    """Ours has the ids of transformers, and so has what we save, in both libraries."""
-    theirs = of_transformers(folder)
-    ours = Tokenizer.from_folder(folder)
-    saved.mkdir()
-    ours.save(saved)
-    again = Tokenizer.from_folder(saved)
-    reopened = of_transformers(saved)
-    for text in TRIES:
-        for special in (True, False):
-            expected = theirs(text, add_special_tokens=special)["input_ids"]
-            for encode in (ours.encode, again.encode, reopened.encode):
-                assert encode(text, add_special_tokens=special) == expected, (text, special)
-        ids = theirs(text)["input_ids"]
-        assert ours.decode(ids) == reopened.decode(ids, clean_up_tokenization_spaces=False)
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        assert getattr(theirs, name) == ours.config.get(name) == getattr(reopened, name)
-    assert list(reopened(TRIES[0])) == ["input_ids", "attention_mask"]
-    assert reopened.chat_template == theirs.chat_template
-    assert reopened.additional_special_tokens == theirs.additional_special_tokens
-    assert reopened.padding_side == theirs.padding_side
-
-
-GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast"}
 CHAT = {"500": PLAIN | {"content": "<|im_start|>"}, "501": PLAIN | {"content": "<|im_end|>"}}
 FOLDERS = {
     "tokenizer.json alone, of a Llama": ("blanks", {}),
@@ -284,96 +199,3 @@ def test_a_bad_template_is_one_clear_error(template, message, tmp_path):
 def test_bad_files_are_one_clear_error(files, message, tmp_path):
     with pytest.raises(InputError, match=message):
         Tokenizer.from_folder(make(tmp_path / "a", **files))
-
-
-TOKENS = st.sampled_from(["<s>", "</s>", "<|im_end|>", "[PAD]", "a", "", "th", " ", "▁", "<unk>"])
-FLAGS = st.fixed_dictionaries({"content": TOKENS}, optional={name: st.booleans() for name in (*PLAIN, "lstrip")})
-WRONG = st.one_of(st.none(), st.integers(-2, 500), st.lists(TOKENS, max_size=2), st.floats(), st.booleans())
-SOME = st.one_of(TOKENS, TOKENS.map(lambda c: MARKED | {"content": c}), FLAGS, WRONG)
-CONFIGS = st.fixed_dictionaries(
-    {
-        "tokenizer_class": st.sampled_from(
-            [*(GENERIC.values()), "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", None]
-        )
-    },
-    optional={
-        **{name: SOME for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
-        "additional_special_tokens": st.one_of(st.lists(SOME, max_size=2), WRONG),
-        "added_tokens_decoder": st.one_of(
-            st.dictionaries(st.one_of(st.integers(0, 450).map(str), TOKENS), st.one_of(FLAGS, WRONG), max_size=3), WRONG
-        ),
-        **{name: st.one_of(st.booleans(), WRONG) for name in ("add_bos_token", "add_eos_token", "add_prefix_space")},
-        "split_special_tokens": st.booleans(),
-        "chat_template": st.one_of(TOKENS, st.lists(st.dictionaries(TOKENS, TOKENS, max_size=2), max_size=2), WRONG),
-    },
-)
-CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.one_of(WRONG, TOKENS, st.just({}))), max_size=2)
-
-
-def places(value, path=()) -> list:
-    """Every place in a JSON value but those of a vocabulary and of merges."""
-    out = [path] if path else []
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in pairs:
-        if key not in ("vocab", "merges"):
-            out += places(inner, (*path, key))
-    return out
-
-
-def mutated(kind: str, changes) -> str:
-    """A tokenizer.json with some of its values replaced."""
-    contents = json.loads(BACKENDS[kind])
-    for pick, value in changes:
-        every = places(contents)
-        *parents, last = every[pick % len(every)]
-        inside = contents
-        for key in parents:
-            inside = inside[key]
-        inside[last] = copy.deepcopy(value)
-    return json.dumps(contents)
-
-
-def try_files(kind, config, changes, added, folder) -> None:
-    """Either an `InputError`, or ids as in transformers where it opens the folder."""
-    make(folder, kind, tokenizer_config=config)
-    (folder / "tokenizer.json").write_text(mutated(kind, changes))
-    (folder / "added_tokens.json").unlink(missing_ok=True)
-    if added is not None:
-        (folder / "added_tokens.json").write_text(json.dumps(added))
-    try:
-        ours = Tokenizer.from_folder(folder)
-    except InputError:
-        return
-    try:
-        theirs = of_transformers(folder)
-        expected = [theirs(text)["input_ids"] for text in TRIES]
-    except BaseException as error:  # transformers refuses what we open; some of its panics are no Exception
-        assert not isinstance(error, KeyboardInterrupt | SystemExit)
-        return
-    try:
-        found = [ours.encode(text, add_special_tokens=True) for text in TRIES]
-    except InputError:
-        return
-    assert found == expected
-
-
-MUTATIONS = {
-    "kind": st.sampled_from(sorted(BACKENDS)),
-    "config": CONFIGS,
-    "changes": CHANGES,
-    "added": st.one_of(st.none(), st.dictionaries(TOKENS, st.one_of(st.integers(0, 500), WRONG), max_size=3)),
-}
-ANYTHING = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=60, **ANYTHING)
-@given(**MUTATIONS)
-def test_mutated_files_end_in_an_input_error_or_in_the_ids_of_transformers(kind, config, changes, added, tmp_path):
-    try_files(kind, config, changes, added, tmp_path / "a")
-
-
-@pytest.mark.slow
-@settings(max_examples=2000, **ANYTHING)
-@given(**MUTATIONS)
-def test_two_thousand_mutated_files(kind, config, changes, added, tmp_path):
-    try_files(kind, config, changes, added, tmp_path / "a")

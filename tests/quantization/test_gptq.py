@@ -7,8 +7,9 @@ from tinycompress.calibration.gram import cross_gram, gram, output_gap, stream_g
 from tinycompress.calibration.walk import walk
 from tinycompress.errors import InputError
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
-from tinycompress.quantization.gptq import GPTQ, column_order, damped_factor, gptq_quantize, propagate_error
+from tinycompress.quantization.gptq import GPTQ, gptq_quantize, propagate_error
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
+from tinycompress.quantization.hessian_factor import column_order, damped_factor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.refinement import descend, refit_lpbq, refit_scales
 from tinycompress.quantization.rtn import RTN
@@ -92,16 +93,6 @@ def test_dead_channels_do_not_matter():
     assert torch.isfinite(q.dequantize()).all()
 
 
-def test_damping_escalates_and_then_says_which_hessian():
-    rank_one = torch.ones(16, 16, dtype=torch.float64)
-    damped, U, perm = damped_factor(rank_one, 16, "act", 1e-12, "here")
-    assert torch.allclose(U.T @ U @ damped[perm][:, perm], torch.eye(16, dtype=torch.float64), atol=1e-3)
-    indefinite = torch.eye(8, dtype=torch.float64)
-    indefinite[0, 1] = indefinite[1, 0] = 1e9
-    with pytest.raises(InputError, match="here"):
-        damped_factor(indefinite, 8, "act", 0.01, "here")
-
-
 def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
     out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
     options = (
@@ -180,14 +171,6 @@ def test_the_gap_of_an_output_is_what_the_cross_gram_says(nonuniform, tokens, st
     walk(nonuniform, tokens, visit, reference=True)
 
 
-@pytest.mark.parametrize("K", [5, 256, 700])
-def test_the_factor_is_that_of_the_inverse(K):
-    x = torch.randn(2 * K, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    damped, U, perm = damped_factor(x.T @ x, 1, "act", 0.01, "w")
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped[perm][:, perm]), upper=True)
-    assert torch.allclose(U, expected, rtol=1e-9, atol=1e-12) and torch.equal(U, U.triu())
-
-
 def test_balance_and_stream_on_a_nonuniform_graph(nonuniform, tokens):
     """Weighing positions and correcting the stream work where attention or FFN is missing, and differ from plain
     GPTQ."""
@@ -242,11 +225,6 @@ def test_gptaq_equals_the_naive_loop():
         error, now = (w[:, j] - (expected[:, j] - 8) * s) / U[j, j], w[:, j].clone()
         w[:, j:] += now[:, None] * P[j, j:] - error[:, None] * U[j, j:]
     assert (q.ints() == expected).float().mean() > 0.995
-
-
-def test_gar_keeps_groups_together_and_orders_both():
-    d = torch.tensor([1.0, 5.0, 2.0, 3.0, 9.0, 4.0])
-    assert column_order(d, 2, "gar").tolist() == [4, 5, 1, 0, 3, 2]
 
 
 def test_propagation_comes_closer_to_the_float_model(nonuniform, tokens):

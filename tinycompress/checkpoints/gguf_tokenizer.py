@@ -158,6 +158,11 @@ def _prefixes(data: Mapping[str, Any]) -> bool:
     return any(step.get("type") == "Prepend" for step in steps) or splitter.get("prepend_scheme", "never") != "never"
 
 
+def _merges(values: Mapping[str, Any], where: str) -> list[str]:
+    """The merges; an empty list is one, for a vocabulary of bytes alone."""
+    return [] if values.get("merges") == [] else _list(values, "merges", str, where)
+
+
 def _list(values: Mapping[str, Any], key: str, kind: type, where: str, length: int | None = None) -> list[Any]:
     """A list of that length (None: any but 0) whose values are all of one kind."""
     value = values.get(key)
@@ -174,7 +179,7 @@ def _byte_level(tokens: list[str], way: Way, values: Mapping[str, Any], where: s
     import tokenizers
     from tokenizers import decoders, models
 
-    merges = [tuple(merge.split(" ")) for merge in _list(values, "merges", str, where)]
+    merges = [tuple(merge.split(" ")) for merge in _merges(values, where)]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=way.whole_words)

@@ -32,7 +32,13 @@ Pass = Callable[["Graph"], "Graph"]  # a pass is any such callable: no base clas
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A weight that is read when asked for (a GGUF block to dequantize, a dtype to convert); not kept."""
+    """A weight that is read when asked for (a GGUF block to dequantize, a dtype to convert); not kept.
+
+    Fields:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: makes the tensor, each time anew.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
