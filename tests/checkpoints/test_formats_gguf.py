@@ -212,7 +212,7 @@ def test_named_chat_templates_are_written():
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     graph = random_graph(dataclasses.replace(CONFIG, eos_token_id=CONFIG.vocab_size))
-    with pytest.raises(InputError, match="ids beyond the vocabulary.*eos_token_id"):
+    with pytest.raises(InputError, match=r"ids beyond the vocabulary.*eos_token_id"):
         save(graph, tmp_path / "m.gguf", format="gguf")
 
 

@@ -1,4 +1,4 @@
-"""What ends a text, how it is drawn, and the tokenizer's files: kept in exports, in the form that each runtime takes."""
+"""What ends a text, how it is drawn, and the tokenizer's files: kept in exports, in the form each runtime takes."""
 
 import dataclasses
 import json
