@@ -64,6 +64,12 @@ def folder(tmp_path_factory):
     return train(tmp_path_factory.mktemp("sentencepiece"))
 
 
+def comparable(lines, config) -> list[str]:
+    """Lines on which transformers' slow and fast tokenizers agree: without `legacy` the slow one puts a blank before a
+    text that begins with one."""
+    return [line.lstrip(" ▁") for line in lines] if config.get("legacy") is False else lines
+
+
 LEGACY = [{}, {"legacy": True}, {"legacy": False}]
 
 
@@ -72,7 +78,7 @@ def test_ids_are_those_of_the_slow_tokenizer(config, folder, tmp_path):
     describe(folder, **config)
     slow = of_transformers(folder, fast=False)
     ours = Tokenizer.from_folder(folder)
-    for line in HARD + TEXT[150_000:200_000].splitlines():
+    for line in comparable(HARD + TEXT[150_000:200_000].splitlines(), config):
         assert ours.encode(line, add_special_tokens=True) == slow(line)["input_ids"], line
     ours.save(tmp_path)
     reopened = of_transformers(tmp_path, fast=True)
@@ -128,10 +134,12 @@ def test_ids_on_ten_thousand_lines(config, tmp_path, shared):
     lines += [line for line in passages.splitlines() if line.strip()][: 10_000 - len(lines)]
     train(tmp_path, passages, vocab_size=8000)
     describe(tmp_path, **config)
-    slow = of_transformers(tmp_path, fast=False)
+    slow, fast = of_transformers(tmp_path, fast=False), of_transformers(tmp_path, fast=True)
     ours = Tokenizer.from_folder(tmp_path)
-    differing = [line for line in lines if ours.encode(line, add_special_tokens=True) != slow(line)["input_ids"]]
-    assert len(lines) == 10_000 and not differing
+    assert len(lines) == 10_000
+    for theirs, compared in ((fast, lines), (slow, comparable(lines, config))):
+        differing = [x for x in compared if ours.encode(x, add_special_tokens=True) != theirs(x)["input_ids"]]
+        assert not differing
 
 
 @pytest.mark.parametrize(

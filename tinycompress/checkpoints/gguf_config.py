@@ -10,13 +10,12 @@ from ..graph.config import LINEARS, Config, Layer
 from .gguf_families import Architecture
 from .gguf_keys import check_keys
 from .gguf_rope import real, rope_from_gguf
-from .gguf_tokenizer import SENTENCEPIECE_IDS
+from .gguf_tokenizer import SENTENCEPIECE_IDS, STOPS
 from .json_fields import integer, token_id
 
 NAMES = dict(zip(LINEARS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")))
 TABLE = "token_embd.weight"
 HEAD_TENSOR = "output.weight"
-STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message
 MOST_LAYERS = 10_000
 
 

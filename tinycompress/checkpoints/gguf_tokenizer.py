@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..graph.config import Config
+from ..model.generation import end_tokens
+from .chat_template import DEFAULT
 from .gguf_pre_tokenizers import Way, name_of, steps_of, way_of
 from .tokenizer import SPECIALS, Tokenizer
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 GGUF_IDS = dict(zip(SPECIALS, ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")))
+STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message
 SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}  # where a file names none
 NORMAL = 1  # tokenizer.ggml.token_type
 UNKNOWN = 2
@@ -132,12 +136,32 @@ def _common(tokenizer: Tokenizer, data: Mapping[str, Any], config: Config) -> di
     fields: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     ids = {key: _id(tokenizer, name, config) for name, key in GGUF_IDS.items()}
     fields |= {f"tokenizer.ggml.{key}": value for key, value in ids.items() if value is not None}
+    fields |= stop_fields(config, ids["eos_token_id"])
     around = tokenizer.encode("a", add_special_tokens=True)
     fields["tokenizer.ggml.add_bos_token"] = bool(around) and around[0] == ids["bos_token_id"]
     fields["tokenizer.ggml.add_eos_token"] = bool(around) and around[-1] == ids["eos_token_id"]
-    if isinstance(template := tokenizer.config.get("chat_template"), str):
-        fields["tokenizer.chat_template"] = template
+    templates = tokenizer.config.get("chat_template")
+    if isinstance(templates, str):
+        templates = {DEFAULT: templates}
+    for name, template in (templates or {}).items():
+        fields["tokenizer.chat_template" if name == DEFAULT else f"tokenizer.chat_template.{name}"] = template
+    if others := [name for name in templates or {} if name != DEFAULT]:
+        fields["tokenizer.chat_templates"] = others
     return fields
+
+
+def stop_fields(config: Config, of_tokenizer: int | None) -> dict[str, int]:
+    """The ids that end a text, a turn and a message: all that GGUF has words for. llama.cpp stops at each.
+
+    of_tokenizer: the tokenizer's end of text, which comes first where it is one of the config's, and is the only one
+        where the config has none.
+    """
+    stops = list(end_tokens(config))
+    if of_tokenizer is not None and (of_tokenizer in stops or not stops):
+        stops = [of_tokenizer, *(stop for stop in stops if stop != of_tokenizer)]
+    if len(stops) > len(STOPS):
+        warnings.warn(f"GGUF holds {len(STOPS)} ids that end a text: not {stops[len(STOPS) :]}", stacklevel=2)
+    return {f"tokenizer.ggml.{name}": stop for name, stop in zip(STOPS, stops)}
 
 
 def _id(tokenizer: Tokenizer, name: str, config: Config) -> int | None:

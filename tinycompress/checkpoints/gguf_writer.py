@@ -34,7 +34,7 @@ from ..graph.quant_tensor import QuantTensor
 from .bit_words import half_scales
 from .gguf_families import Architecture, architecture_of
 from .gguf_rope import rope_to_gguf
-from .gguf_tokenizer import tokenizer_fields
+from .gguf_tokenizer import stop_fields, tokenizer_fields
 from .vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_gguf(graph: Graph, path: str | Path, *, requantize: str | None = None,
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
     check_vocabulary(graph)
     items = check_graph(graph, requantize)
-    fields = {"tokenizer.ggml.model": "no_vocab"}
+    fields: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"} | stop_fields(graph.config, None)
     if graph.tokenizer is not None:
         fields = tokenizer_fields(graph.tokenizer, graph.config)
     with new_file(path, overwrite) as work:

@@ -48,7 +48,8 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
 
 def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """SentencePiece's BPE with the blanks of Llama's class: `legacy` (the default) puts one before every stretch of
-    text between special tokens, otherwise one stands before the text."""
+    text between special tokens, otherwise one stands before a text that does not begin with one (there transformers'
+    slow tokenizer adds one too, its fast one none)."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     from .gguf_tokenizer import tokenizer_from_gguf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -72,4 +73,5 @@ app.command("cache-teacher")(cache_teacher)
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app()
