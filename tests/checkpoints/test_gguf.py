@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_graph
+from gguf_files import permute, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,52 +23,6 @@ WIDE = Config(
 )  # rows of one K-quant block
 Q = gguf.GGMLQuantizationType
 IDS = torch.arange(32)[None]
-
-
-def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write(
-    path,
-    graph,
-    encode=lambda name, array: (array, None),
-    metadata=lambda writer: None,
-    architecture="llama",
-    extra=(),
-    ffn=None,
-):
-    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: by its dtype)."""
-    config = graph.config
-    first = config.layers[0]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.n_layers)
-    writer.add_context_length(config.max_position)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
-    uniform = config.uniform
-    writer.add_head_count(first.n_heads if uniform else [layer.n_heads for layer in config.layers])
-    writer.add_head_count_kv(first.n_kv_heads if uniform else [layer.n_kv_heads for layer in config.layers])
-    writer.add_feed_forward_length(ffn or (first.ffn_dim if uniform else [layer.ffn_dim for layer in config.layers]))
-    writer.add_key_length(config.head_dim)
-    metadata(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    for name, weight in graph.weights.items():
-        array = weight.numpy()
-        for linear, heads in (("q_proj", "n_heads"), ("k_proj", "n_kv_heads")):
-            if f".{linear}." in name:
-                array = permute(array, getattr(config.layers[int(name.split(".")[2])], heads))
-        data, kind = encode(name, np.ascontiguousarray(array))
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
-    for name, array in extra:
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_unpermute_is_the_inverse_of_llama_cpps_permute():

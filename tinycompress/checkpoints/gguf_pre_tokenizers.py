@@ -39,7 +39,7 @@ _CASED = (  # letters that have a case, as DeepSeek lists them
     "-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
 _IDEOGRAPHS = "[一-龥ࠀ-一가-\ud7ff]+"
-DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{_CASED}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _IDEOGRAPHS, DIGIT)
+DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{_CASED}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _IDEOGRAPHS, r"\p{N}+")
 DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, DIGIT)
 DEEPSEEK_V3 = (
     r"\p{N}{1,3}",

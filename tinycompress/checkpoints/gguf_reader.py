@@ -44,8 +44,8 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None) -> Graph:
     dtype: of the weights; None: float32. The architectures are those of gguf_families.py.
     """
     path = Path(path)
+    file = read_gguf(path)
     with _naming(path):
-        file = read_gguf(path)
         architecture = architecture_in(file.fields, file.where)
         config = config_from_gguf(file.fields, file.tensors, architecture, file.where)
         entries = _entries(file, architecture, config, dtype or torch.float32)
