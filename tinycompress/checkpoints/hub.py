@@ -97,8 +97,8 @@ def _fetch_files(name: HubName, names: set[str], get: Callable[[str], Path]) -> 
     small += [file for file in names if fnmatchcase(file, TEMPLATES)]
     if not {"config.json", "tinycompress.json"} & top:
         raise InputError("model", f"{name.repository}, which has no config.json", "a repository of transformers' form")
-    paths = {file: get(file) for file in sorted(small)}
-    folder = paths["config.json" if "config.json" in paths else "tinycompress.json"].parent
+    fetched = {file: get(file) for file in sorted(small)}
+    folder = fetched["config.json" if "config.json" in fetched else "tinycompress.json"].parent
     refuse_adapter(folder, top)
     for file in shards_of(folder, main) if main.endswith(INDEX_ENDING) else [main]:
         if file not in names:

@@ -157,7 +157,7 @@ def _foreign(value: Any, folder: Path, where: str, method: str | None) -> Foreig
         raise InputError(where, repr(value)[:80], "an object")
     settings: dict[str, Any] = {}
     for key, field in value.items():
-        name = ALIASES.get(key, key)
+        name = str(ALIASES.get(key, key))
         if settings.get(name) not in (None, field):
             raise InputError(f"{name} in {where}", f"{settings[name]!r} and {field!r}, as {key}", "one of the two")
         settings[name] = field.lower() if name in LOWERED and isinstance(field, str) else field
