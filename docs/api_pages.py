@@ -114,11 +114,11 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
 
 
 INLINE_CODE = re.compile(r"(?<!</span>)(?<!<pre>)<code>([^<]*)</code>")
-OPTION = re.compile(r"(?<![\w-])(--[a-z][\w-]*)")
+WHOLE = re.compile(r"(?<![\w-])--[a-z][\w-]*|^[^\s<]{1,19}$")  # an option, or code that is one short word
 
 
 def on_page_content(html: str, **kwargs: object) -> str:
-    """Options in running text, `--quantize`, never break behind their dashes."""
+    """Options in running text, `--quantize`, never break behind their dashes, nor short names within a word."""
     return INLINE_CODE.sub(
-        lambda match: "<code>" + OPTION.sub(r'<span class="option">\1</span>', match[1]) + "</code>", html
+        lambda match: "<code>" + WHOLE.sub(r'<span class="whole">\g<0></span>', match[1]) + "</code>", html
     )

@@ -13,6 +13,7 @@ from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.model.generation import end_tokens
+from tinycompress.model.sampling import draw_of
 
 from .dynamic.attention import fused
 from .dynamic.emit import attention_layers
@@ -44,14 +45,21 @@ def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
     config = graph.config
     if profile.layout == "transformers.js":
         write_json(work / "config.json", web_config(graph, profile))
-        write_json(work / "generation_config.json", _ids(config))
     else:
         own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
         write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
         if attention_layers(config):
-            write_json(work / "genai_config.json", genai_config(config, profile))
+            write_json(work / "genai_config.json", genai_config(graph, profile))
+    write_text_files(graph, work, profile.layout == "transformers.js")
+
+
+def write_text_files(graph: Graph, work: Path, named_in_config: bool = False) -> None:
+    """generation_config.json and the tokenizer's files; `named_in_config`: see `write_templates`."""
+    from tinycompress.checkpoints.generation_config import write_generation
+
+    write_generation(graph, work)
     if graph.tokenizer is not None:
-        graph.tokenizer.save(work)
+        graph.tokenizer.save(work, named_in_config)
 
 
 def web_config(graph: Graph, profile: Profile) -> dict[str, Any]:
@@ -89,8 +97,10 @@ def _ids(config: Config) -> dict[str, Any]:
     return {k: v for k, v in ids.items() if v is not None}
 
 
-def genai_config(config: Config, profile: Profile) -> dict[str, Any]:
-    """For onnxruntime-genai: its layers are the cache entries, and it reads their shapes from the model itself."""
+def genai_config(graph: Graph, profile: Profile) -> dict[str, Any]:
+    """For onnxruntime-genai: its layers are the cache entries, and it reads their shapes from the model itself. Its
+    search is what `generate` does where the caller says nothing."""
+    config = graph.config
     entries = attention_layers(config)
     first = config.layers[entries[0]]
     stop = end_tokens(config)
@@ -127,13 +137,15 @@ def genai_config(config: Config, profile: Profile) -> dict[str, Any]:
         "context_length": config.max_position,
         "decoder": decoder,
     }
+    draw = draw_of(graph.generation, {})
     search = {
-        "do_sample": False,
+        "do_sample": draw.temperature > 0,
         "max_length": config.max_position,
         "num_beams": 1,
         "past_present_share_buffer": fused(config, profile),
-        "temperature": 1.0,
-        "top_k": 1,
-        "top_p": 1.0,
+        "repetition_penalty": draw.repetition_penalty,
+        "temperature": draw.temperature or 1.0,
+        "top_k": draw.top_k if draw.temperature > 0 else 1,
+        "top_p": draw.top_p,
     }
     return {"model": model | {k: v for k, v in ids.items() if v is not None}, "search": search}

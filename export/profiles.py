@@ -19,10 +19,41 @@ IR_VERSIONS: Mapping[int, int] = MappingProxyType({19: 9, 21: 10, 23: 11, 24: 11
 
 @dataclass(frozen=True)
 class Profile:
-    """One runtime's demands."""
+    """One runtime's demands.
+
+    Fields:
+        name: as `export(profile=…)` takes it.
+        form: whose operators: "contrib" (those of ONNX Runtime) or "standard".
+        opset: version of the standard operators.
+        bits: widths of packed weights; narrower ones are widened to the next.
+        min_block: shortest quantization block, in weights.
+        max_block: longest quantization block, in weights.
+        head_dim_multiple: what the fused attention operator wants of head_dim; other widths are drawn in smaller
+            operators.
+        floors: first runtime version that runs "base", and each feature beyond it.
+        domains: contrib operator sets and their versions. Default none.
+        limits: of the gate: largest figure that passes, by check. Default none beyond the common ones.
+        powers_of_two: whether blocks are powers of two. Default True; without it a block is a group, as long as it
+            comes.
+        shares_cache: whether past and present of a layer may be one buffer. Default False.
+        caches: what keys and values may be kept as. Default float32 alone.
+        symmetric: whether zero points are refused. Default False.
+        float_zeros: widths whose zero points may be floats. Default none.
+        grouped: whether every layer with attention must have fewer KV heads than heads. Default False.
+        width_multiple: what hidden, FFN, head and vocabulary sizes are multiples of. Default 1.
+        joins: whether packed linears of one input and one grid become one product: q, k and v; gate and up. Default
+            False.
+        position_ids: whether positions are an input. Default False: they are counted from the attention mask.
+        weight_rows: whether packed weights lie as [N, K] behind Cast and Mul, the form that an NPU compiler matches,
+            not behind DequantizeLinear. Default False.
+        layout: of the folder: "flat" (default; model.onnx and model.onnx.data) or "transformers.js" (onnx/model_q4.onnx
+            and …_data).
+        largest_file: in bytes. Default None: no limit.
+        runtime: what proves it beside ONNX Runtime: a folder of export/runtimes. Default "onnxruntime".
+    """
 
     name: str
-    form: str  # whose operators: "contrib" (ONNX Runtime's) or "standard"
+    form: str
     opset: int
     bits: tuple[int, ...]  # widths of packed weights; narrower ones are widened to the next
     min_block: int  # shortest and longest quantization block; blocks are powers of two
@@ -100,7 +131,9 @@ LIMITS: Mapping[str, float] = MappingProxyType(
         "tables": 1e-6,
         "prefill": 1e-4,
         "decode": 1e-4,
+        "turns": 1e-4,
         "padding": 1e-4,
+        "left_padding": 1e-4,
         "beyond_context": 1e-4,
         "end_of_context": 1e-4,
         "kl": 0.05,
@@ -121,7 +154,8 @@ ORT = Profile(
     max_block=128,
     head_dim_multiple=16,
     float_zeros=(2, 4),  # computed in float whatever the accuracy level; 8 bits are refused by the kernel
-    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", kv_int8="1.27.0"),
+    # local_window_size means one position more than transformers' windows up to 1.23.2
+    floors=_frozen(base="1.20.1", bits_2="1.24.4", bits_8="1.23.2", gather="1.23.2", window="1.24.4", kv_int8="1.27.0"),
     limits=LIMITS,
     shares_cache=True,
     joins=True,

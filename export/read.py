@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinycompress.checkpoints.generation_config import read_generation
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.files import inside, read_json
@@ -76,11 +77,13 @@ def read(folder: str | Path) -> Graph:
             Weights(static_weights(stored, specs, config)),
             tuple(map(str, manifest["history"])),
             Tokenizer.from_folder(folder),
+            read_generation(folder),
         )
     weights = {
         name: _weight(name, shape, stored, specs.get(name), config, profile) for name, shape in shapes(config).items()
     }
-    return Graph(config, Weights(weights), tuple(map(str, manifest["history"])), Tokenizer.from_folder(folder))
+    history = tuple(map(str, manifest["history"]))
+    return Graph(config, Weights(weights), history, Tokenizer.from_folder(folder), read_generation(folder))
 
 
 def apart(stored: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -164,7 +167,9 @@ def _tensor(proto: Any, folder: Path) -> Tensor:
     else:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if not path.is_file() or path.resolve().parent != folder.resolve():
+    if (
+        not path.is_file() or path.parent != folder
+    ):  # a link is followed, as the runtime does: hub caches are made of them
         raise InputError(f"external data of {proto.name}", str(path), f"a file inside {folder}")
     try:
         offset = int(where.get("offset", 0))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tinycompress.checkpoints.families import QKV
 from tinycompress.errors import InputError
 from tinycompress.evaluation.perplexity import environment
 from tinycompress.export import PROFILES, export, prepare, read, run_check
@@ -61,8 +62,8 @@ PAIRS = {  # (profile, runtime)
 UNIFORM_ONLY = ("optimum",)
 
 
-def tiny(layers: tuple[Layer, ...] = UNIFORM, rope: Rope | None = None, tied: bool = False) -> Graph:
-    """A random graph whose logits are far from uniform."""
+def tiny(layers: tuple[Layer, ...] = UNIFORM, rope: Rope | None = None, tied: bool = False, **fields: Any) -> Graph:
+    """A random graph whose logits are far from uniform; `fields` are more of its config."""
     config = Config(
         vocab_size=256,
         hidden_size=256,
@@ -72,10 +73,12 @@ def tiny(layers: tuple[Layer, ...] = UNIFORM, rope: Rope | None = None, tied: bo
         max_position=128,
         tie_embeddings=tied,
         eos_token_id=2,
+        **fields,
     )
     generator = torch.Generator().manual_seed(0)
     norms = {n: torch.rand(s, generator=generator) + 0.5 for n, s in shapes(config).items() if "norm" in n}
-    return Graph.random(config, 0, std=0.1).replace(weights=norms)
+    biases = {n: torch.randn(s, generator=generator) * 0.3 for n, s in shapes(config).items() if n.endswith(".bias")}
+    return Graph.random(config, 0, std=0.1).replace(weights=norms | biases)
 
 
 SCALES = {
@@ -88,6 +91,10 @@ CASES: Mapping[str, Callable[[str], Graph]] = {  # of how scales are searched
     "4 bits": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),
     "8 bits": lambda scale: RTN(QuantSpec(8, 64), head=True)(tiny()),
     "YaRN 4×": lambda scale: tiny(rope=STRETCHED),
+    "Qwen2: biases": lambda scale: tiny(biases=QKV),
+    "Qwen3: norms of queries and keys": lambda scale: tiny(qk_norm_eps=1e-6),
+    "Mistral: a window of 16": lambda scale: tiny((Layer(4, 2, 256, window=16),) * 3),
+    "SmolLM3: layers without RoPE": lambda scale: tiny((*UNIFORM, Layer(4, 2, 256, rope=False))),
     "4 bits, int8 cache": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),
     "all together": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny(PRUNED, STRETCHED)),
 }

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from tinycompress.checkpoints.vocabulary import check_vocabulary
 from tinycompress.errors import InputError, need
 from tinycompress.files import Target, check_space, claim, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
@@ -64,6 +65,7 @@ def export(
     """
     profile = profile_of(profile)
     claimed = claim(folder, overwrite)
+    check_vocabulary(graph)
     if mobile and profile.form != "contrib":
         raise InputError(
             "mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators"

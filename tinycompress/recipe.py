@@ -34,13 +34,26 @@ WIDTHS = 64  # what FFN widths are multiples of where no quantization asks for a
 
 @dataclass(frozen=True)
 class Recipe:
-    """Prune, then stretch the context, then quantize: each measures the model that the one before it left. `rotate`
-    turns the model before GPTQ rounds it; None: where that costs nothing, as the head has a table of its own. `tune`
-    lets the scales learn from the model that was given, last of all."""
+    """Prune, then stretch the context, then quantize: each measures the model that the one before it left.
+
+    Fields:
+        prune: a budget or axis, as `prune_pass` reads it, such as "params=0.8". Default None: nothing is pruned.
+        context: the new context in positions. Default None: it stays.
+        rope_method: one of ROPE_METHODS, or AUTO. Default None: that by which the model is already scaled; AUTO for an
+            unscaled one.
+        quantize: the grid of the linears of the layers. Default None: they stay.
+        quantize_method: "gptq" (default) or "rtn", which needs no text.
+        quantize_embedding: the grid of the embedding and the head. Default None: they stay.
+        rotate: whether the model is turned before GPTQ rounds it. Default None: where that costs nothing, as the head
+            has a table of its own.
+        tune: whether the scales learn from the model that was given, last of all. Default False.
+
+    Errors: an `InputError` for fields that do not go together; `check` for what does not fit a graph.
+    """
 
     prune: str | None = None
     context: int | None = None
-    rope_method: str | None = None  # None: that by which the model is already scaled; for an unscaled one, AUTO
+    rope_method: str | None = None
     quantize: QuantSpec | None = None
     quantize_method: str = "gptq"
     quantize_embedding: QuantSpec | None = None
@@ -111,14 +124,11 @@ class Recipe:
     def check(self, graph: Graph) -> Config:
         """The config that `passes` will arrive at; an InputError for what could not work, without reading a weight."""
         config = graph.config
-        if self.prune:
-            config = self._pruned(graph)
-        if self.context is not None:
-            method = self.scaling(graph)
-            any_method = ScaleRope(self.context) if method == AUTO else ScaleRope(self.context, method)
-            config = any_method.plan(config)
-        if self.rotates(graph):
-            config = Rotate().plan(config)
+        for step in self.passes(graph):
+            if isinstance(step, Prune):
+                config = self._pruned(step, graph)
+            else:
+                config = planned(step, config)
         if self.quantize_embedding:
             spec = QuantSpec.of(self.quantize_embedding)
             QuantizeEmbedding(dataclasses.replace(spec, group_size=None)).tables(graph)  # still dense?
@@ -129,17 +139,24 @@ class Recipe:
                 self.quantize.group(name, width)
         return config
 
-    def _pruned(self, graph: Graph) -> Config:
+    def _pruned(self, step: Prune, graph: Graph) -> Config:
         """The config behind the pruning; its errors name the option and the whole of what was asked for."""
-        assert self.prune is not None
         try:
-            step = prune_pass(torch.empty(0, 0, dtype=torch.long), self.prune, self.multiple_of)
             step.check(graph)
             return step.plan(graph.config, graph.dtype.itemsize)
         except InputError as error:
             if error.field == "Recipe.prune":
                 raise
             raise InputError("Recipe.prune", f"{self.prune} ({error.field}: {error.found})", error.accepted) from None
+
+
+def planned(step: Pass, config: Config) -> Config:
+    """The config behind a pass: its own `plan`, or the same shapes for a pass that has none."""
+    plan = getattr(step, "plan", None)
+    if plan is None:
+        return config
+    behind: Config = plan(config)
+    return behind
 
 
 def best_gptq(tokens: Tensor, spec: QuantSpec | Mapping[str, QuantSpec]) -> GPTQ:

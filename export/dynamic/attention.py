@@ -3,6 +3,7 @@
   used when    head_dim is no multiple of the profile's, or frequencies change with the length in use
                (`Rope.varies_with_length`)
   x ─ q,k,v ─ heads ─ rotate(q, k) ─ past ‖ new ─ q·kᵀ·scale ─ where(allowed) ─ softmax ─ ·v ─ heads together
+  allowed      by window w (None: no bound): key j of query i is unmasked, j ≤ i, and position(i) - position(j) < w
 
 Softmax attention (arXiv:1706.03762) with grouped queries (arXiv:2305.13245): query head h reads KV head h // G. The
 G queries of a KV head are laid along T, so that no key is copied. Keys are cached rotated; if frequencies change with
@@ -17,13 +18,14 @@ Letters: B batch, T new positions, P past, S = P + T, H heads, K KV heads, G = H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tinycompress.graph.config import Config
+from tinycompress.graph.config import Config, Layer
 
 from ..profiles import Profile
 
@@ -48,14 +50,32 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """What every layer shares. cos, sin float [B, 1, T, d/2] turn the new positions; `allowed` bool [B, 1, T, S] says
-    which keys a query sees; key_cos, key_sin [B, 1, S, d/2] turn all keys, or are None for keys cached rotated."""
+    """What every layer shares.
+
+    Fields:
+        cos, sin: float [B, 1, T, d/2], turn the new positions.
+        allowed: for each window of a layer, bool [B, 1, T, S]: which keys a query sees.
+        key_cos, key_sin: float [B, 1, S, d/2], turn all keys; None for keys cached rotated.
+    """
 
     cos: ir.Value
     sin: ir.Value
-    allowed: ir.Value
+    allowed: Mapping[int | None, ir.Value]
     key_cos: ir.Value | None = None
     key_sin: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """What every layer shares, for operators that rotate by themselves.
+
+    Fields:
+        index: int64 [B, T], the positions of the new tokens.
+        allowed: as in `Positions`.
+    """
+
+    index: ir.Value
+    allowed: Mapping[int | None, ir.Value]
 
 
 @dataclass(frozen=True)
@@ -69,14 +89,18 @@ class LayerAttention:
         shared: what every layer reads, from the form's `prelude`.
         heads: H.
         kv_heads: K.
+        window: how many positions a query sees, its own included; None: all (see `window_of`).
+        rope: whether queries and keys are turned.
     """
 
     at: str
     qkv: list[ir.Value]
     past: list[ir.Value]
-    shared: list[ir.Value] | Positions
+    shared: list[ir.Value] | Places | Positions
     heads: int
     kv_heads: int
+    window: int | None
+    rope: bool
 
 
 def unrotated_keys(config: Config) -> bool:
@@ -87,6 +111,11 @@ def unrotated_keys(config: Config) -> bool:
 def fused(config: Config, profile: Profile) -> bool:
     """Whether GroupQueryAttention takes this config: past and present then share one buffer."""
     return profile.shares_cache and config.head_dim % profile.head_dim_multiple == 0 and not unrotated_keys(config)
+
+
+def window_of(config: Config, layer: Layer) -> int | None:
+    """A layer's window; None where it holds the whole context."""
+    return layer.window if layer.window and layer.window < config.max_position else None
 
 
 def frequencies(config: Config) -> Tensor:
@@ -103,7 +132,7 @@ def positions(draw: Drawing, ids: ir.Value, mask: ir.Value) -> Positions:
     at = "positions"
     P, S = _spans(draw, ids, mask)
     index = _index(draw, mask)
-    allowed = _allowed(draw, mask, P, S)
+    allowed = _by_window(draw, mask, index, P, S)
     one = draw.constant(f"{at}.one", torch.tensor([1]))
     new = draw.op(at, "Slice", [index, P, S, one])  # (B, T)
     if not unrotated_keys(draw.config):
@@ -118,15 +147,13 @@ def positions(draw: Drawing, ids: ir.Value, mask: ir.Value) -> Positions:
     return Positions(cos, sin, allowed, key_cos, key_sin)
 
 
-def places(draw: Drawing, ids: ir.Value, mask: ir.Value, given: ir.Value | None = None) -> list[ir.Value]:
-    """For operators that rotate by themselves: positions int64 [B, T] of the new tokens, counted from the mask unless
-    `given`, and `allowed` bool [B, 1, T, S] as in `Positions`."""
+def places(draw: Drawing, ids: ir.Value, mask: ir.Value, given: ir.Value | None = None) -> Places:
+    """The values all layers share; positions are counted from the mask unless `given`."""
     P, S = _spans(draw, ids, mask)
+    index = _index(draw, mask)
     if given is None:
-        given = draw.op(
-            "positions", "Slice", [_index(draw, mask), P, S, draw.constant("positions.one", torch.tensor([1]))]
-        )
-    return [given, _allowed(draw, mask, P, S)]
+        given = draw.op("positions", "Slice", [index, P, S, draw.constant("positions.one", torch.tensor([1]))])
+    return Places(given, _by_window(draw, mask, index, P, S))
 
 
 def _spans(draw: Drawing, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -155,23 +182,46 @@ def attention(draw: Drawing, layer: LayerAttention, where: Positions) -> tuple[i
     q, k, v = (
         _split_heads(draw, f"{at}.{n}", x, count) for n, x, count in zip("qkv", layer.qkv, (heads, kv_heads, kv_heads))
     )
-    q = _rotate(draw, f"{at}.q", q, where.cos, where.sin)
-    if where.key_cos is None or where.key_sin is None:
-        k = _rotate(draw, f"{at}.k", k, where.cos, where.sin)
+    turn_all_keys = layer.rope and where.key_cos is not None
+    if layer.rope:
+        q = _rotate(draw, f"{at}.q", q, where.cos, where.sin)
+        k = k if turn_all_keys else _rotate(draw, f"{at}.k", k, where.cos, where.sin)
     present = [draw.op(f"{at}.{n}", "Concat", [old, new], axis=2) for n, old, new in zip("kv", layer.past, (k, v))]
     keys = present[0]
-    if where.key_cos is not None and where.key_sin is not None:
+    if turn_all_keys and where.key_cos is not None and where.key_sin is not None:
         keys = _rotate(draw, f"{at}.keys", keys, where.key_cos, where.key_sin)
     scaled = draw.op(f"{at}.q", "Mul", [q, draw.constant("attention.scale", torch.tensor(d**-0.5))])
     rows = _reshape(draw, f"{at}.rows", scaled, [0, kv_heads, -1, d])  # (B, K, G·T, d)
     scores = draw.op(f"{at}.scores", "MatMul", [rows, draw.op(f"{at}.keys", "Transpose", [keys], perm=[0, 1, 3, 2])])
     scores = _reshape(draw, f"{at}.scores", scores, [0, heads, -1, 0])  # (B, H, T, S)
-    scores = draw.op(at, "Where", [where.allowed, scores, draw.constant("attention.masked", torch.tensor(MASKED))])
+    masked = draw.constant("attention.masked", torch.tensor(MASKED))
+    scores = draw.op(at, "Where", [where.allowed[layer.window], scores, masked])
     shares = draw.op(at, "Softmax", [scores], axis=-1)
     shares = _reshape(draw, f"{at}.shares", shares, [0, kv_heads, -1, 0])  # (B, K, G·T, S)
     out = _reshape(draw, f"{at}.out", draw.op(f"{at}.out", "MatMul", [shares, present[1]]), [0, heads, -1, d])
     together = draw.op(f"{at}.out", "Transpose", [out], perm=[0, 2, 1, 3])
     return _reshape(draw, f"{at}.heads", together, [0, 0, heads * d]), present
+
+
+def _by_window(draw: Drawing, mask: ir.Value, index: ir.Value, P: ir.Value, S: ir.Value) -> dict[int | None, ir.Value]:
+    """bool [B, 1, T, S] for each window of a layer: query P + t sees the unmasked keys up to itself that lie within the
+    window, by the positions `index` [B, S]."""
+    config = draw.config
+    windows = {window_of(config, layer) for layer in config.layers if layer.n_heads}
+    everything = _allowed(draw, mask, P, S)
+    out: dict[int | None, ir.Value] = {None: everything}
+    for window in sorted(window for window in windows if window):
+        at = f"allowed.window_{window}"
+        one, keys_axes, query_axes = (
+            draw.constant(f"{at}.{n}", torch.tensor(axes)) for n, axes in (("one", [1]), ("k", [1, 2]), ("q", [1, 3]))
+        )
+        new = draw.op(f"{at}.new", "Slice", [index, P, S, one])  # (B, T)
+        queries = draw.op(f"{at}.queries", "Unsqueeze", [new, query_axes])  # (B, 1, T, 1)
+        keys = draw.op(f"{at}.keys", "Unsqueeze", [index, keys_axes])  # (B, 1, 1, S)
+        distance = draw.op(f"{at}.distance", "Sub", [queries, keys])
+        near = draw.op(at, "Less", [distance, draw.constant(f"{at}.size", torch.tensor(window))])
+        out[window] = draw.op(at, "And", [everything, near])
+    return out
 
 
 def _allowed(draw: Drawing, mask: ir.Value, P: ir.Value, S: ir.Value) -> ir.Value:
@@ -218,9 +268,28 @@ def _heads_axis(draw: Drawing, table: ir.Value, name: str) -> ir.Value:
     return draw.op(f"positions.{name}", "Unsqueeze", [table, draw.constant("positions.heads", torch.tensor([1]))])
 
 
+def apart(draw: Drawing, at: str, qkv: list[ir.Value], heads: int, kv_heads: int) -> list[ir.Value]:
+    """Queries, keys and values that may be one value, side by side, as three."""
+    if len(qkv) == 3:
+        return qkv
+    widths = torch.tensor([n * draw.config.head_dim for n in (heads, kv_heads, kv_heads)])
+    sizes = draw.constant("split." + "x".join(map(str, widths.tolist())), widths)
+    return draw.ops(at, "Split", [*qkv, sizes], 3, axis=-1)
+
+
+def merge_heads(draw: Drawing, at: str, x: ir.Value, width: int) -> ir.Value:
+    """[B, T, heads, d] to [B, T, width], width = heads·d."""
+    return _reshape(draw, at, x, [0, 0, width])
+
+
+def heads_apart(draw: Drawing, at: str, x: ir.Value, heads: int) -> ir.Value:
+    """[B, T, heads·d] to [B, T, heads, d]."""
+    return _reshape(draw, at, x, [0, 0, heads, draw.config.head_dim])
+
+
 def _split_heads(draw: Drawing, at: str, x: ir.Value, heads: int) -> ir.Value:
     """[B, T, heads·d] to [B, heads, T, d]."""
-    return draw.op(at, "Transpose", [_reshape(draw, at, x, [0, 0, heads, draw.config.head_dim])], perm=[0, 2, 1, 3])
+    return draw.op(at, "Transpose", [heads_apart(draw, at, x, heads)], perm=[0, 2, 1, 3])
 
 
 def _rotate(draw: Drawing, at: str, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:

@@ -35,9 +35,14 @@ ONNX_TYPES = {
 
 @dataclass(frozen=True)
 class Choices:
-    """What a caller may choose within a profile. `accuracy_level` is that of quantized products; `half_scales` stores
-    their scales as float16 (a graph prepared so holds no other values); `kv_scales` are those of an int8 cache
-    (`kv_cache.cache_scales`), empty for a float one."""
+    """What a caller may choose within a profile.
+
+    Fields:
+        accuracy_level: that of quantized products in ONNX Runtime. Default 4: int8 arithmetic.
+        half_scales: whether scales are stored as float16; a graph prepared so holds no other values. Default False:
+            float32.
+        kv_scales: those of an int8 cache, as `kv_cache.cache_scales` gives them. Default empty: a float cache.
+    """
 
     accuracy_level: int = 4
     half_scales: bool = False

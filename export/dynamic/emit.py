@@ -2,10 +2,10 @@
 
   input_ids ─ embedding ─ x ─┬─ norm ─ q,k,v ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ norm ─ head
                              └────────────────────────────────────┘   └────────────────────────────────────┘
-  attention_mask ─ prelude ─ what every attention reads
+  attention_mask ─ prelude ─ what every attention reads       (tokens of left-padded rows come first: padding.py)
 
 One walk serves every form: `forms_contrib` draws the parts in ONNX Runtime's operators, `forms_standard` in those of
-the ONNX standard, each as a module with the same six functions, and the profile says which. Activations are float32.
+the ONNX standard, each as a module with the same seven functions, and the profile says which. Activations are float32.
 Initializers carry the parameters' names, so `read` gets the graph back. Weights are lazy: each is made when it is
 written, one at a time.
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from tinycompress.errors import InputError
-from tinycompress.graph.config import EMBEDDING, FINAL_NORM, HEAD, Config, LayerNames, layer_names
+from tinycompress.graph.config import EMBEDDING, FINAL_NORM, HEAD, Config, Layer, LayerNames, layer_names
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
 from ..profiles import Profile
-from . import forms_contrib, forms_standard
-from .attention import LayerAttention
+from . import forms_contrib, forms_standard, padding
+from .attention import LayerAttention, apart, fused, heads_apart, merge_heads, window_of
 from .draw import Choices, Draw
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def features(graph: Graph, profile: Profile) -> set[str]:
     """What a prepared graph needs of the runtime beyond the base, as keys of `Profile.floors`."""
     packed = {n: w for n, w in graph.weights.entries.items() if isinstance(w, QuantTensor)}
     out = {f"bits_{profile.container(w.grid.bits)}" for w in packed.values()}
-    return out | {"gather"} if EMBEDDING in packed else out
+    out |= {"gather"} if EMBEDDING in packed else set()
+    windowed = any(window_of(graph.config, layer) for layer in graph.config.layers if layer.n_heads)
+    return out | {"window"} if windowed and fused(graph.config, profile) else out
 
 
 def attention_layers(config: Config) -> list[int]:
@@ -146,9 +148,10 @@ def _walk(draw: Draw, form: Any) -> None:
     config = draw.config
     ids = draw.input("input_ids", "INT64", ["batch_size", "sequence_length"])
     mask = draw.input("attention_mask", "INT64", ["batch_size", "total_sequence_length"])
+    moved = padding.tokens_first(draw, ids, mask) if fused(config, draw.profile) and attention_layers(config) else None
     shared = form.prelude(draw, ids, mask) if attention_layers(config) else []
     cached = "INT8" if draw.choices.kv_scales else "FLOAT"
-    x = form.embedding(draw, ids)
+    x = form.embedding(draw, moved.ids if moved else ids)
     residual = None
     slot = 0
     presents: list[tuple[int, list[ir.Value]]] = []
@@ -162,7 +165,18 @@ def _walk(draw: Draw, form: Any) -> None:
                 draw.input(f"past_key_values.{slot}.{kind}", cached, _cache(config, layer, "past"))
                 for kind in ("key", "value")
             ]
-            heads = LayerAttention(names.attention, qkv, past, shared, layer.n_heads, layer.n_kv_heads)
+            if config.qk_norm_eps is not None:
+                qkv = _normed(draw, form, names, qkv, layer, config.qk_norm_eps)
+            heads = LayerAttention(
+                names.attention,
+                qkv,
+                past,
+                shared,
+                layer.n_heads,
+                layer.n_kv_heads,
+                window_of(config, layer),
+                layer.rope,
+            )
             y, new = form.attention(draw, heads)
             presents.append((i, new))
             x = _linear(draw, form, names.output, y)
@@ -171,6 +185,8 @@ def _walk(draw: Draw, form: Any) -> None:
             n, residual = form.norm(draw, names.ffn_norm, x, residual)
             x = _ffn(draw, form, names, n)
     n, _ = form.norm(draw, FINAL_NORM, x, residual)
+    if moved:
+        n = padding.put_back(draw, n, moved)
     draw.output("logits", _linear(draw, form, HEAD, n), ["batch_size", "sequence_length", config.vocab_size])
     for slot, (i, new) in enumerate(presents):
         for kind, value in zip(("key", "value"), new):
@@ -179,6 +195,16 @@ def _walk(draw: Draw, form: Any) -> None:
 
 def _cache(config: Config, layer: Any, span: str) -> list[str | int]:
     return ["batch_size", layer.n_kv_heads, f"{span}_sequence_length", config.head_dim]
+
+
+def _normed(draw: Draw, form: Any, names: LayerNames, qkv: list[ir.Value], layer: Layer, eps: float) -> list[ir.Value]:
+    """Queries [B, T, H·d] and keys [B, T, K·d] behind their norms, head by head, and the values."""
+    q, k, v = apart(draw, names.qkv, qkv, layer.n_heads, layer.n_kv_heads)
+    out = []
+    for name, x, heads in ((names.query_norm, q, layer.n_heads), (names.key_norm, k, layer.n_kv_heads)):
+        y = form.last_axis_norm(draw, name, heads_apart(draw, name, x, heads), eps)
+        out.append(merge_heads(draw, f"{name}.heads", y, heads * draw.config.head_dim))
+    return [*out, v]
 
 
 def _ffn(draw: Draw, form: Any, names: LayerNames, x: ir.Value) -> ir.Value:

@@ -80,9 +80,15 @@ def norm(draw: Draw, name: str, x: ir.Value, residual: ir.Value | None) -> tuple
     weight = draw.dense(f"{name}.weight")
     eps = draw.config.norm_eps
     if residual is None:
-        return draw.op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=eps, stash_type=1), x
+        return last_axis_norm(draw, name, x, eps), x
     outs = draw.ops(name, "SkipSimplifiedLayerNormalization", [residual, x, weight], 4, MS, epsilon=eps)
     return outs[0], outs[3]
+
+
+def last_axis_norm(draw: Draw, name: str, x: ir.Value, eps: float) -> ir.Value:
+    """RMSNorm along the last axis of x, of any rank."""
+    weight = draw.dense(f"{name}.weight")
+    return draw.op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=eps, stash_type=1)
 
 
 def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[ir.Value]]:
@@ -91,20 +97,21 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
     at = layer.at
     shared = layer.shared
     if isinstance(shared, plain.Positions):
-        if len(layer.qkv) == 1:
-            widths = torch.tensor([n * draw.config.head_dim for n in (layer.heads, layer.kv_heads, layer.kv_heads)])
-            sizes = draw.constant("split." + "x".join(map(str, widths.tolist())), widths)
-            layer = replace(layer, qkv=draw.ops(at, "Split", [*layer.qkv, sizes], 3, axis=-1))
+        layer = replace(layer, qkv=plain.apart(draw, at, layer.qkv, layer.heads, layer.kv_heads))
         return plain.attention(draw, layer, shared)
+    assert isinstance(layer.shared, list)
     attributes: dict[str, Any] = {
         "num_heads": layer.heads,
         "kv_num_heads": layer.kv_heads,
-        "do_rotary": 1,
+        "do_rotary": int(layer.rope),
         "rotary_interleaved": 0,
         "scale": draw.config.head_dim**-0.5,
     }
+    if layer.window:
+        attributes["local_window_size"] = layer.window
+    tables: list[ir.Value] | list[None] = draw.rope() if layer.rope else [None, None]
     joined: list[ir.Value | None] = [*layer.qkv, None, None]  # side by side in the place of q, or three
-    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *shared, *draw.rope()]
+    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *layer.shared, *tables]
     if draw.choices.kv_scales:
         inputs += [
             None,

@@ -1,7 +1,7 @@
 """Subgraphs in standard ONNX operators of opset 24, none of any vendor's own (profiles `std` and `openvino-npu`).
 
   attention_mask ─ CumSum ─ Sub 1 ─ Max 0 ─ the last T ─ position of every new token ─ RotaryEmbedding of q and k
-  position, attention_mask ─ causal and unmasked, bool [B, 1, T, S] ─ every Attention
+  position, attention_mask ─ causal, unmasked, within the window, bool [B, 1, T, S] ─ every Attention
   q, k, v, mask, past key, past value ─ Attention ─ heads, present key, present value
   weight int4|int8 [K, N], scales [G, N] ─ DequantizeLinear (blocks of K/G along K) ─ MatMul   (may be fused)
   weight int4|int8 [N, G, g] ─ Cast ─ Mul scales [N, G, 1] ─ Reshape ─ Transpose ─ MatMul   (for NPUs)
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FLOAT = 1  # TensorProto.FLOAT
 
 
-def prelude(draw: Draw, ids: ir.Value, mask: ir.Value) -> list[ir.Value] | plain.Positions:
-    """What every layer's attention reads: positions int64 [B, T] and the mask bool [B, 1, T, S]."""
+def prelude(draw: Draw, ids: ir.Value, mask: ir.Value) -> plain.Places | plain.Positions:
+    """What every layer's attention reads: positions, and which keys a query sees."""
     if plain.unrotated_keys(draw.config):
         return plain.positions(draw, ids, mask)
     given = (
@@ -79,24 +79,29 @@ def embedding(draw: Draw, ids: ir.Value) -> ir.Value:
 def norm(draw: Draw, name: str, x: ir.Value, residual: ir.Value | None) -> tuple[ir.Value, ir.Value]:
     """RMSNorm of residual + x, and that sum."""
     total = x if residual is None else draw.op(name, "Add", [residual, x])
-    return draw.op(
-        name, "RMSNormalization", [total, draw.dense(f"{name}.weight")], axis=-1, epsilon=draw.config.norm_eps
-    ), total
+    return last_axis_norm(draw, name, total, draw.config.norm_eps), total
+
+
+def last_axis_norm(draw: Draw, name: str, x: ir.Value, eps: float) -> ir.Value:
+    """RMSNorm along the last axis of x, of any rank."""
+    return draw.op(name, "RMSNormalization", [x, draw.dense(f"{name}.weight")], axis=-1, epsilon=eps)
 
 
 def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[ir.Value]]:
     """The heads' outputs [B, T, H·d] and the present key and value [B, K, S, d]."""
     if isinstance(layer.shared, plain.Positions):
         return plain.attention(draw, layer, layer.shared)
+    assert isinstance(layer.shared, plain.Places)
     at = layer.at
+    shared = layer.shared
     q, k, v = layer.qkv
-    place, allowed = layer.shared
-    q, k = (
-        draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), place], num_heads=count)
-        for n, x, count in (("q", q, layer.heads), ("k", k, layer.kv_heads))
-    )
+    if layer.rope:
+        q, k = (
+            draw.op(f"{at}.{n}", "RotaryEmbedding", [x, *draw.rope(), shared.index], num_heads=count)
+            for n, x, count in (("q", q, layer.heads), ("k", k, layer.kv_heads))
+        )
     attributes = {"q_num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "scale": draw.config.head_dim**-0.5}
-    y, *present = draw.ops(at, "Attention", [q, k, v, allowed, *layer.past], 3, **attributes)
+    y, *present = draw.ops(at, "Attention", [q, k, v, shared.allowed[layer.window], *layer.past], 3, **attributes)
     return y, present
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinycompress.checkpoints.generation_config import read_generation
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
+from tinycompress.model.generation import check_ids, generate_by_steps
+from tinycompress.model.sampling import Sampling
 
+from ..in_memory import in_memory
 from ..profiles import profile_of
 from ..quiet import onnxruntime
 from ..read import check_sizes, load_proto, model_path, read_manifest
@@ -79,6 +82,7 @@ class OrtModel:
         int8 = bool(manifest.get("kv")) and not float_cache
         self.cache_dtype = torch.int8 if int8 else torch.float32
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.generation = read_generation(folder)
         options = ort.SessionOptions()
         if threads:
             options.intra_op_num_threads = threads
@@ -90,10 +94,7 @@ class OrtModel:
         if profile.form == "standard":  # the runtime fuses DequantizeLinear and MatMul and asks here for the level
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
         elif accuracy_level is not None or (float_cache and manifest.get("kv")):
-            source = _changed(folder, level, float_cache)
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-            )
+            source = in_memory(_changed(folder, level, float_cache), path.parent, options)
         self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in self.session.get_inputs()]
 
@@ -107,7 +108,7 @@ class OrtModel:
 
     def step(self, ids: Tensor, cache: OrtCache, mask: Tensor | None = None) -> Tensor:
         """The next ids [B, T] behind the cache, which grows by T: logits float32 [B, T, V]. `mask` [B, all positions]
-        is 0 where a row was padded, on the right of its prompt."""
+        is 0 where a row was padded, on either side of its prompt."""
         check_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         total = cache.length + T
@@ -116,6 +117,12 @@ class OrtModel:
                 "KV cache",
                 f"batch {B}, {total} positions",
                 f"batch {cache.batch}, at most {cache.max_length} (its max_length)",
+            )
+        if self.shared and B > 1 and T > 1 and cache.length:
+            raise InputError(
+                "new ids behind a cache",
+                f"{T} in each of {B} rows",
+                "one at a time, or one row: GroupQueryAttention takes no others (the std profile does)",
             )
         logits = torch.empty(B, T, self.config.vocab_size)
         mask = torch.ones(B, total, dtype=torch.long) if mask is None else mask.long().contiguous()
@@ -163,7 +170,7 @@ def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
     bind(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
 
 
-def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> bytes:
+def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> Any:
     """model.onnx with another accuracy_level and, if asked for, a float cache; the weights stay in their file."""
     if accuracy_level not in ACCURACY_LEVELS:
         raise InputError("accuracy_level", accuracy_level, ACCURACY_LEVELS)
@@ -185,4 +192,4 @@ def _changed(folder: str | Path, accuracy_level: int, float_cache: bool) -> byte
         for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
             if value.type.tensor_type.elem_type == INT8:
                 value.type.tensor_type.elem_type = FLOAT
-    return proto.SerializeToString()
+    return proto

@@ -25,11 +25,15 @@ from tinycompress.model.transformer import Transformer
 
 from ..dynamic.attention import frequencies, unrotated_keys
 from ..dynamic.emit import attention_layers
+from ..dynamic.kv_cache import whole_cache
 from ..dynamic.session import OrtModel
 from ..read import initializers
 
 PROMPT = 8  # tokens of the prompt in the decode check
 STEPS = 16  # decoded behind it
+TURNS = 3  # of a conversation
+TURN = 5  # tokens of the one who asks
+ANSWER = 3  # tokens of the one who answers
 FAR_STEPS = 8  # decoded behind a past of repeated text
 TILE = 64  # tokens of the text that is repeated
 # bytes per runtime: a longer cache is not worth the last positions, whose tables are compared anyway
@@ -41,8 +45,10 @@ def exact_checks(
 ) -> Mapping[str, Callable[[], tuple[float, float, str]]]:
     """The checks of level 0 on one window [1, T], each giving its figure, the largest logit and a description."""
     out = {"prefill": partial(_prefill, exported, model, ids), "decode": partial(_decode, exported, model, ids)}
+    out["turns"] = partial(_turns, exported, model, ids)
     if isinstance(exported, OrtModel) and ids.shape[1] > 3:
-        out["padding"] = partial(_padding, exported, model, ids)
+        out["padding"] = partial(_padding, exported, model, ids, "right")
+        out["left_padding"] = partial(_padding, exported, model, ids, "left")
     return out | {check: partial(_far_steps, exported, model, ids, start) for check, start in far(model.config).items()}
 
 
@@ -98,21 +104,41 @@ def cached(exported: OrtModel, model: Transformer, ids: Tensor, limit: float) ->
     )
 
 
-def _padding(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
-    """Two prompts of different lengths in one batch, the shorter padded on the right, and two steps behind them."""
+def _padding(exported: OrtModel, model: Transformer, ids: Tensor, side: str) -> tuple[float, float, str]:
+    """Two prompts of different lengths in one batch, the shorter padded on one side, and two steps behind them."""
     long = min(PROMPT, ids.shape[1] - 2)
     short = max(1, long // 2)
+    real = slice(short) if side == "right" else slice(long - short, long)
+    prompts = ids[:, :1].repeat(2, long)
+    prompts[0] = ids[0, :long]
+    prompts[1, real] = ids[0, :short]
     mask = torch.ones(2, long + 2, dtype=torch.long)
-    mask[1, short:long] = 0
-    prompts = ids[:, :long].repeat(2, 1)
+    mask[1, :long] = 0
+    mask[1, real] = 1
     cache = exported.new_cache(2, long + 2)
     got = exported.step(prompts, cache, mask[:, :long])
     expected = model(ids[:, : long + 2])[0], model(torch.cat([ids[:, :short], ids[:, long : long + 2]], 1))[0]
-    pairs = [(got[0], expected[0][:long]), (got[1, :short], expected[1][:short])]
+    pairs = [(got[0], expected[0][:long]), (got[1, real], expected[1][:short])]
     for i in range(2):
         step = exported.step(ids[:, long + i : long + i + 1].repeat(2, 1), cache, mask[:, : long + i + 1])
         pairs += [(step[0, 0], expected[0][long + i]), (step[1, 0], expected[1][short + i])]
-    return *compare(pairs), f"prompts of {long} and {short} in one batch, two steps"
+    return *compare(pairs), f"prompts of {long} and {short} in one batch, padded on the {side}, two steps"
+
+
+def _turns(exported: OrtModel, model: Transformer, ids: Tensor) -> tuple[float, float, str]:
+    """A conversation: turn by turn a prompt behind all that was said, then steps, the cache kept throughout."""
+    T = min(TURNS * (TURN + ANSWER), ids.shape[1])
+    exported_cache = exported.new_cache(1, T)
+    torch_cache = model.new_cache(1, T)
+    pairs = []
+    start = 0
+    while start < T:
+        answering = start % (TURN + ANSWER) >= TURN
+        stop = min(start + (1 if answering else TURN), T)
+        new = ids[:, start:stop]
+        pairs.append((exported.step(new, exported_cache), model(new, torch_cache)))
+        start = stop
+    return *compare(pairs), f"{T} tokens, {TURN} said and {ANSWER} answered in turn"
 
 
 def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) -> tuple[float, float, str]:
@@ -120,7 +146,7 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     config = model.config
     tile = max(1, min(TILE, ids.shape[1] - FAR_STEPS))
     stop = min(start + FAR_STEPS, config.max_position, start + ids.shape[1] - tile)
-    near = model.new_cache(1, tile)
+    near = whole_cache(model, tile)
     torch_cache = model.new_cache(1, stop)
     exported_cache = exported.new_cache(1, stop)
     model(ids[:, :tile], near)
@@ -130,20 +156,27 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
         keys, values = near.layers[i]
         # then torch caches keys as they are; the file only if its context reaches that far
         varies = config.rope.varies_with_length
-        plain = keys if varies else rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2
-        far_keys = rotate(plain[:, :, index], far_cos, far_sin)
+        turned = config.layers[i].rope
+        plain = rotate(keys, cos, -sin) / config.rope.attention_scale() ** 2 if turned and not varies else keys
+        far_keys = rotate(plain[:, :, index], far_cos, far_sin) if turned else plain[:, :, index]
         key_buffers = ((pair[0], unrotated_keys(config)), (torch_cache.layers[i][0], varies))
         for buffer, as_they_are in key_buffers:
-            buffer[:, :, :start] = plain[:, :, index] if as_they_are else far_keys
+            _fill(buffer, plain[:, :, index] if as_they_are else far_keys)
         if exported_cache.key_scales:
             pair[0][:, :, :start] /= exported_cache.key_scales[slot][:, None]
         for buffer in (pair[1], torch_cache.layers[i][1]):
-            buffer[:, :, :start] = values[:, :, index]
+            _fill(buffer, values[:, :, index])
     exported_cache.length = start
     torch_cache.length = start
     steps = ids[:, tile : tile + stop - start].split(1, 1)
     pairs = [(exported.step(step, exported_cache), model(step, torch_cache)) for step in steps]
     return *compare(pairs), f"positions {start} … {stop - 1} behind repeated text"
+
+
+def _fill(buffer: Tensor, past: Tensor) -> None:
+    """Writes past [1, K, n, d] to the front of a cache's buffer: the last of it, where a window keeps no more."""
+    past = past[:, :, -buffer.shape[2] :]
+    buffer[:, :, : past.shape[2]] = past
 
 
 def compare(pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -169,12 +202,19 @@ def far(config: Config) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """What the exported model as shipped says, beside torch, over `count` tokens."""
+    """What the exported model as shipped says, beside torch.
 
-    kl: float  # nats a token
-    flips: int  # positions with another top token
+    Fields:
+        kl: mean KL(torch ‖ exported) of a token, in nats.
+        flips: positions with another most probable token.
+        count: tokens that were compared.
+        perplexity: (torch, exported).
+    """
+
+    kl: float
+    flips: int
     count: int
-    perplexity: tuple[float, float]  # torch, exported
+    perplexity: tuple[float, float]
 
 
 def shipped(exported: OrtModel, model: Transformer, ids: Tensor, bar: Any) -> Shipped:

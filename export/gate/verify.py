@@ -5,7 +5,9 @@
   tables           the rotary tables in the file are the config's, at every position
   prefill          level 0: logits of one window                                     max |torch - exported|
   decode           level 0: token by token behind a prompt, every step, against torch with and without a cache
+  turns            level 0: a conversation, prompts and steps in turn behind the cache that is kept
   padding          level 0: two prompts of different lengths in one batch, the shorter padded on the right, and steps
+  left_padding     level 0: the same, padded on the left, as transformers does
   beyond_context   level 0: steps across the original context, where RoPE scaling must have arrived in the file
   end_of_context   level 0: the last positions the file's tables hold
   kv_cache         as shipped, an int8 cache only: mean KL(torch ‖ exported) of steps behind a prompt; limit as kl's
@@ -97,7 +99,7 @@ def verify(
     limit = report["limits"]
     same = stored.fingerprint() == manifest["fingerprint"]
     _record(report, "fingerprint", 0 if same else 1, 0, "the folder read back against the graph as exported")
-    if attention_layers(stored.config):
+    if any(stored.config.layers[i].rope for i in attention_layers(stored.config)):
         _record(
             report,
             "tables",
@@ -110,7 +112,7 @@ def verify(
     torch_model = (expected.dense(torch.float32) if fits else expected).module()
     ids, report["text"] = _text(stored.config, stored.tokenizer, tokens, windows, seq_len)
 
-    bar = tqdm(total=3 + len(far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
+    bar = tqdm(total=5 + len(far(stored.config)) + len(ids), desc="verify", unit="step", delay=2, disable=not progress)
     with torch.inference_mode(), bar:
         exact = _open(folder, manifest, exact=True)
         for check, compare in exact_checks(exact, torch_model, ids[:1]).items():

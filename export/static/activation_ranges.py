@@ -32,7 +32,13 @@ SMALLEST = 1e-6  # a tensor that is always zero still needs a step
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """Integer steps of one activation: x ≈ (q - zero) · scale, q of `dtype`."""
+    """Integer steps of one activation: x ≈ (q - zero) · scale.
+
+    Fields:
+        scale: of a step, above 0.
+        zero: the integer that stands for 0.
+        dtype: of q, one of GRIDS, such as "uint16".
+    """
 
     scale: float
     zero: int
@@ -60,9 +66,14 @@ class ActivationGrid:
 
 @dataclass(frozen=True)
 class Activations:
-    """How the activations of a graph lie on integers: the grid of each by its key; for each attention, by its prefix,
-    the scales [K, d] that keys are divided by and queries multiplied with, so that all channels of the keys fill one
-    grid; and at how many bits, 16 or 8, attention reads keys and values."""
+    """How the activations of a graph lie on integers.
+
+    Fields:
+        grids: the grid of each activation by its key.
+        key_scales: for each attention, by its prefix, float [K, d]: keys are divided by it and queries multiplied with
+            it, so that all channels of the keys fill one grid. Default none.
+        attention_bits: of keys and values as attention reads them, 16 (default) or 8.
+    """
 
     grids: Mapping[str, ActivationGrid]
     key_scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -71,8 +82,15 @@ class Activations:
 
 @dataclass
 class Observer:
-    """What was seen of one activation: extremes and, if `histogram`, counts over [-reach, reach] (some ten times the
-    work)."""
+    """What was seen of one activation.
+
+    Fields:
+        histogram: whether values are counted too, some ten times the work. Default True.
+        low: least value seen. Default inf: none yet.
+        high: greatest value seen. Default -inf.
+        reach: half the width of the histogram. Default 0: nothing seen.
+        counts: int64 [BINS], values by bin over [-reach, reach].
+    """
 
     histogram: bool = True
     low: float = math.inf

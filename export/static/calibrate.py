@@ -24,6 +24,7 @@ from tinycompress.errors import InputError, need
 from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
 
+from ..dynamic.kv_cache import whole_cache
 from ..profiles import Profile
 from ..quiet import onnxruntime
 from .activation_ranges import SMALLEST, Activations, Array, Observer, grids, observe
@@ -78,7 +79,7 @@ def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str,
     with_attention = [i for i, layer in enumerate(config.layers) if layer.n_heads]
     peaks: dict[int, Tensor] = {}
     for window in tqdm(tokens, desc="keys", unit="window", delay=2, disable=not progress):
-        cache = model.new_cache(1, len(window))
+        cache = whole_cache(model, len(window))
         model.hidden(window[None], cache)
         for i in with_attention:
             peak = cache.layers[i][0][0].abs().amax(1)  # (K, d)
@@ -114,7 +115,7 @@ def _given(
                 yield key, rows.numpy()
         elif key in (COS, SIN):
             yield key, host[f"rope.{key}"]
-        elif key == MASK:
+        elif key.startswith(MASK):
             yield key, np.array([mask, 0.0], np.float32)
 
 

@@ -4,7 +4,7 @@
                       └────────────────────────────────────┘└───────────────────────────────────┘
   norm        x·x ─ mean ─ +ε ─ √ ─ x/· ─ ·w                     or RMSNormalization
   q,k,v       linear ─ Reshape [1,S,n,d] ─ Transpose [1,n,S,d]
-              q and k turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
+              q and k may have norms, and turn: halves a, b ─ Concat(a·cos - b·sin, b·cos + a·sin)
   attention   q ─ Reshape [1,K,g·S,d] ─┐                        past_value ┐
      past_key ┐                        MatMul ─ Reshape [1,H,S,C+S] ─ +mask ─ Softmax ─ Reshape ─ MatMul ─ …
      new key  ┴ Concat ─ Transpose ────┘                  new value ┴ Concat ───────────────────────────────────┘
@@ -33,11 +33,13 @@ from tinycompress.graph.config import FINAL_NORM, HEAD, Layer, LayerNames, layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
+from ..dynamic.attention import window_of
 from ..dynamic.draw import Choices, Draw
 from ..dynamic.emit import attention_layers
 from ..profiles import Profile
 from .activation_ranges import GRIDS, ActivationGrid, Activations
-from .forms import FORMS
+from .forms import FORMS, windows
+from .host import mask_name
 from .weights import block_weight, channel_weight
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ Points = dict[str, list["ir.Value"]]
 def emit_static(graph: Graph, profile: Profile, length: int, activations: Activations | None = None) -> ir.Model:
     """The ONNX model of a graph made ready (`static_forms.make_ready`) for `length` new positions.
 
-    Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S]; cos, sin [1, 1, S, d/2]; past_key_j, past_value_j [1, K,
-    C, d], j counting the layers that have attention. Outputs: logits [1, S, V]; new_key_j, new_value_j [1, K, S, d].
+    Inputs, float32: hidden [1, S, D]; mask [1, 1, S, C + S], or mask_W for layers with a window W; cos, sin [1, 1, S,
+    d/2]; past_key_j, past_value_j [1, K, C, d], j counting the layers that have attention. Outputs: logits [1, S, V];
+    new_key_j, new_value_j [1, K, S, d].
     `activations`: integer ones, with the grid of every key (see `observed`); None draws float activations.
     """
     emitter = _Static(graph, profile, length, activations)
@@ -113,7 +116,8 @@ class _Static:
         half = self.config.head_dim // 2
         x = self.act(self.draw.input("hidden", "FLOAT", (1, S, D)), "hidden")
         if attention_layers(self.config):
-            for name, sizes in ((MASK, (1, 1, S, C + S)), (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
+            masks = [(mask_name(window), (1, 1, S, C + S)) for window in windows(self.config)]
+            for name, sizes in (*masks, (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
                 self.host[name] = self.act(self.draw.input(name, "FLOAT", sizes), name)
         caches: list[tuple[str, ir.Value, tuple[int, ...]]] = []
         for i, layer in enumerate(self.config.layers):
@@ -130,17 +134,18 @@ class _Static:
         for name, value, shape in caches:
             self.draw.output(name, value, shape)
 
-    def norm(self, name: str, x: ir.Value) -> ir.Value:
-        """RMSNorm of x [1, S, D]."""
+    def norm(self, name: str, x: ir.Value, eps: float | None = None) -> ir.Value:
+        """RMSNorm along the last axis of x, with `norm_eps` unless another is given."""
+        eps = eps or self.config.norm_eps
         weight = self.act(self.draw.dense(f"{name}.weight"), f"{name}.weight")
         if self.form.fused_norm:
-            return self.op(name, "RMSNormalization", [x, weight], axis=-1, epsilon=self.config.norm_eps)
+            return self.op(name, "RMSNormalization", [x, weight], axis=-1, epsilon=eps)
         axis = self.draw.constant("last_axis", torch.tensor([-1]))
         mean = self.op(f"{name}.mean", "ReduceMean", [self.op(f"{name}.square", "Mul", [x, x]), axis], keepdims=1)
         root = self.op(
             f"{name}.root",
             "Sqrt",
-            [self.op(f"{name}.sum", "Add", [mean, self.number("norm_eps", self.config.norm_eps)])],
+            [self.op(f"{name}.sum", "Add", [mean, self.number(f"norm_eps_{eps:g}", eps)])],
         )
         return self.op(name, "Mul", [self.op(f"{name}.unit", "Div", [x, root]), weight])
 
@@ -155,10 +160,9 @@ class _Static:
         K = layer.n_kv_heads
         slot = len(caches) // 2
         at = names.attention
-        q = self.rotate(f"{at}.query", names.query, self.heads(names.query, x, H))
-        new_keys = self.rotate(f"{at}.key", names.key, self.heads(names.key, x, K))
+        _, q = self.positioned(f"{at}.query", names.query, names.query_norm, self.heads(names.query, x, H), layer)
+        key, new_keys = self.positioned(f"{at}.key", names.key, names.key_norm, self.heads(names.key, x, K), layer)
         new_values = self.heads(names.value, x, K)
-        key = f"{at}.key"
         if at in self.key_scales:
             scales = self.key_scales[at]  # [K, d]
             key = f"{at}.key_balanced"
@@ -176,9 +180,8 @@ class _Static:
         rows = self.reshape(q, f"{at}.query_scaled", (1, K, layer.group * S, d))
         scores = self.attend(f"{at}.scores", rows, self.transpose(keys, key, (0, 1, 3, 2)), key)
         scores = self.reshape(scores, f"{at}.scores", (1, H, S, C + S))
-        probs = self.op(
-            f"{at}.softmax", "Softmax", [self.op(f"{at}.masked", "Add", [scores, self.host[MASK]])], axis=-1
-        )
+        mask = self.host[mask_name(window_of(self.config, layer))]
+        probs = self.op(f"{at}.softmax", "Softmax", [self.op(f"{at}.masked", "Add", [scores, mask])], axis=-1)
         probs = self.reshape(probs, f"{at}.softmax", (1, K, layer.group * S, C + S))
         out = self.attend(f"{at}.heads", probs, values, names.value)
         out = self.transpose(self.reshape(out, f"{at}.heads", (1, H, S, d)), f"{at}.heads", (0, 2, 1, 3))
@@ -204,8 +207,18 @@ class _Static:
         y = self.reshape(self.linear(name, x), name, (1, self.S, n, self.config.head_dim))
         return self.transpose(y, name, (0, 2, 1, 3))
 
+    def positioned(self, key: str, source: str, norm: str, x: ir.Value, layer: Layer) -> tuple[str, ir.Value]:
+        """Heads [1, n, S, d] of the linear `source` normed and turned, as the layer has it, and the key of their
+        grid."""
+        if self.config.qk_norm_eps is not None:
+            x = self.norm(norm, x, self.config.qk_norm_eps)
+            source = norm
+        if not layer.rope:
+            return source, x
+        return key, self.rotate(key, source, x)
+
     def rotate(self, key: str, source: str, x: ir.Value) -> ir.Value:
-        """x [1, n, S, d] turned by the half-split rule; its own grid is that of the linear `source` it comes from."""
+        """x [1, n, S, d] turned by the half-split rule; its own grid is that of `source`, where it comes from."""
         half = self.config.head_dim // 2
         a = self.slice(x, source, 0, half)
         b = self.slice(x, source, half, 2 * half)

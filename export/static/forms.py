@@ -28,6 +28,7 @@ from tinycompress.graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from tinycompress.graph.topology import feeds
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
+from ..dynamic.attention import window_of
 from ..profiles import Profile
 
 LONGEST = 2048  # default context: every step pays for all the slots, filled or not
@@ -35,16 +36,24 @@ LONGEST = 2048  # default context: every step pays for all the slots, filled or 
 
 @dataclass(frozen=True)
 class StaticForm:
-    """How a static profile draws. `activations` is None (float) or the integer type of every activation."""
+    """How a static profile draws.
+
+    Fields:
+        activations: integer type of every activation; None: float.
+        fused_norm: whether RMSNormalization is one operator: its squares would not fit 16 bits.
+        packed_weights: whether linears are stored as integers.
+        headroom: of ranges over what calibration saw. Default 1.25: a third of a bit of sixteen, against clipping
+            unseen text.
+        chunk: new positions of the prefill graph. Default 128.
+        mask: added to scores that must not count. Default -100: within 16 bits, and e⁻¹⁰⁰ is 0 in float32.
+    """
 
     activations: str | None
-    fused_norm: bool  # RMSNormalization in one operator: its squares would not fit 16 bits
+    fused_norm: bool
     packed_weights: bool
-    headroom: float = (
-        1.25  # of ranges over what calibration saw: a third of a bit of sixteen, against clipping unseen text
-    )
-    chunk: int = 128  # new positions of the prefill graph
-    mask: float = -100.0  # added to scores that must not count: within 16 bits, and e⁻¹⁰⁰ is 0 in float32
+    headroom: float = 1.25
+    chunk: int = 128
+    mask: float = -100.0
 
 
 FORMS: Mapping[str, StaticForm] = MappingProxyType(
@@ -170,11 +179,18 @@ def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
         "chunk": min(form.chunk, config.max_position),
         "context": config.max_position,
         "mask": form.mask,
+        "windows": windows(config),
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
         "kv_heads": [layer.n_kv_heads for layer in config.layers if layer.n_heads],
         "embedding_bits": weight.grid.bits if isinstance(weight, QuantTensor) else 32,
     }
+
+
+def windows(config: Config) -> list[int | None]:
+    """The windows of the layers with attention, each once; None: all positions. Each has a mask of its own."""
+    found = {window_of(config, layer) for layer in config.layers if layer.n_heads}
+    return sorted(found, key=lambda window: window or 0)
 
 
 def host_tensors(graph: Graph) -> dict[str, Tensor]:

@@ -38,8 +38,13 @@ class Runnable(Protocol):
 
 @dataclass
 class Cache:
-    """Keys (divided by the host file's key scales, if any) and values [1, K, C, d] of every layer with attention;
-    `length` slots are filled."""
+    """What was read so far, in slots of a fixed number C.
+
+    Fields:
+        layers: (keys, values) float32 [1, K, C, d] of every layer with attention; keys are divided by the key scales of
+            the host file, if any.
+        length: slots that are filled. Default 0.
+    """
 
     layers: list[tuple[Array, Array]]
     length: int = 0
@@ -113,7 +118,8 @@ class StaticSession:
         hidden[0, :n] = self.rows(ids)
         feeds = {"hidden": hidden}
         if cache.layers:
-            feeds["mask"] = self.mask(start, size)
+            for window in self.shape.get("windows", [None]):
+                feeds[mask_name(window)] = self.mask(start, size, window)
             for key in ("cos", "sin"):
                 feeds[key] = np.zeros((1, 1, size, self.shape["head_dim"] // 2), np.float32)
                 feeds[key][0, 0, :n] = self.host[f"rope.{key}"][start : start + n]
@@ -121,13 +127,16 @@ class StaticSession:
             feeds |= {f"past_key_{slot}": keys, f"past_value_{slot}": values}
         return feeds
 
-    def mask(self, start: int, size: int) -> Array:
-        """[1, 1, S, C + S]: 0 for the filled slots and, causally, the new positions behind all slots; else -100."""
+    def mask(self, start: int, size: int, window: int | None = None) -> Array:
+        """[1, 1, S, C + S]: 0 for the filled slots and, causally, the new positions behind all slots, of both only
+        those less than `window` positions back; else -100."""
         context = self.shape["context"]
-        mask = np.full((size, context + size), self.shape["mask"], np.float32)
-        mask[:, :start] = 0
-        mask[:, context:][np.tril_indices(size)] = 0
-        return mask[None, None]
+        new = np.arange(start, start + size)
+        keys = np.concatenate([np.arange(context), new])  # the position of each slot
+        filled = np.concatenate([np.arange(context) < start, np.ones(size, bool)])
+        back = new[:, None] - keys
+        seen = filled & (back >= 0) & (back < (window or context + size))
+        return np.where(seen, np.float32(0), np.float32(self.shape["mask"]))[None, None]
 
     def rows(self, ids: Array) -> Array:
         """The embedding of ids [n], float32 [n, D]; a packed table is a stream of bits, low ones first."""
@@ -142,6 +151,11 @@ class StaticSession:
         zeros = self.host.get(f"{EMBEDDING}.zeros")
         zero = 2 ** (bits - 1) if zeros is None else zeros[ids].astype(np.int64)[..., None]
         return ((q - zero).astype(np.float32) * scales[..., None]).reshape(len(ids), -1)
+
+
+def mask_name(window: int | None) -> str:
+    """The graphs' input for layers that see so many positions; None: all."""
+    return f"mask_{window}" if window else "mask"
 
 
 def cpu_session(path: Path) -> Runnable:

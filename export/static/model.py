@@ -9,11 +9,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from tinycompress.checkpoints.generation_config import read_generation
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import Config
-from tinycompress.model.generation import Sampling, check_ids, generate_by_steps
+from tinycompress.model.generation import check_ids, generate_by_steps
+from tinycompress.model.sampling import Sampling
 
+from ..in_memory import in_memory
 from ..quiet import onnxruntime
 from ..read import check_sizes, read_manifest
 from .host import FLOAT_PRODUCTS, KEY_SCALE, Cache, Runnable, StaticSession
@@ -58,6 +61,7 @@ class StaticModel:
         check_sizes(folder, manifest)
         self.config = Config.from_dict(manifest["config"])
         self.tokenizer = Tokenizer.from_folder(folder)
+        self.generation = read_generation(folder)
         self.session = StaticSession.from_folder(folder, open or (lambda path: _session(path, exact, threads, spin)))
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -101,14 +105,11 @@ def _session(path: Path, exact: bool, threads: int | None, spin: bool) -> Runnab
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source: str | bytes = str(path)
     if exact:
-        source = without_rounding(path)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-        )
+        source = in_memory(without_rounding(path), path.parent, options)
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def without_rounding(path: Path) -> bytes:
+def without_rounding(path: Path) -> Any:
     """A graph with every pair of Quantize- and DequantizeLinear bypassed: the same weights, activations in float."""
     need("onnx", "export")
     import onnx
@@ -134,4 +135,4 @@ def without_rounding(path: Path) -> bytes:
     used = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(used)
-    return proto.SerializeToString()
+    return proto

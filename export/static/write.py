@@ -23,6 +23,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
+from ..configs import write_text_files
 from ..gate.verify import pass_gate
 from ..profiles import Profile
 from ..read import FORMAT, MANIFEST
@@ -39,11 +40,18 @@ WINDOWS = 8  # of calibration text, when none is given
 
 @dataclass(frozen=True)
 class StaticChoices:
-    """What a caller may choose: slots of the cache (None: the model's positions, at most 2048), text [windows, T] for
-    activation ranges (None: the "pydoc" train split, or random ids without a tokenizer), how ranges are chosen from it,
-    for which HTP architecture to compile (None: not), at how many bits attention reads keys and values (at 8 it does
-    less work), and whether a dense graph is rotated first (None: where activations are integers): the few channels with
-    massive activations would take nearly all the steps of the residual stream's grid."""
+    """What a caller may choose of a static export.
+
+    Fields:
+        context: slots of the cache. Default None: the model's positions, at most 2048.
+        calibration: text [windows, T] of ids for activation ranges. Default None: the "pydoc" train split, or random
+            ids without a tokenizer.
+        ranges: how ranges are chosen from it, one of METHODS. Default "minmax".
+        epcontext: HTP architecture to compile for, such as "75". Default None: not compiled.
+        attention_bits: at which attention reads keys and values, 16 (default) or 8, which is less work.
+        rotate: whether a dense graph is rotated first: the few channels with massive activations would take nearly all
+            the steps of the residual stream's grid. Default None: where activations are integers.
+    """
 
     context: int | None = None
     calibration: Tensor | None = None
@@ -148,15 +156,14 @@ def write_graphs(
 
 
 def write_config(graph: Graph, work: Path) -> None:
-    """config.json, Hugging Face's where it can say it, and the tokenizer."""
+    """config.json, Hugging Face's where it can say it, generation_config.json and the tokenizer."""
     from tinycompress.checkpoints.families import family_of
     from tinycompress.checkpoints.hf import config_to_hf
 
     config = graph.config
     own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
     write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
-    if graph.tokenizer is not None:
-        graph.tokenizer.save(work)
+    write_text_files(graph, work)
 
 
 def _manifest(graph: Graph, profile: Profile, dtype: str) -> dict[str, Any]:

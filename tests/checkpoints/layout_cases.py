@@ -36,9 +36,17 @@ def rewrite(folder, change):
 
 
 def settings_of(**fields):
+    """Changes fields of the quantization config, in every file that has it; ... removes one."""
+
+    def changed(settings):
+        return {key: value for key, value in (settings | fields).items() if value is not ...}
+
     def change(folder):
         data = json.loads((folder / "config.json").read_text())
-        data["quantization_config"] |= fields
+        data["quantization_config"] = changed(data["quantization_config"])
         (folder / "config.json").write_text(json.dumps(data))
+        beside = folder / "quantize_config.json"
+        if beside.exists():
+            beside.write_text(json.dumps(changed(json.loads(beside.read_text()))))
 
     return change

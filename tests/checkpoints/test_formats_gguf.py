@@ -183,6 +183,39 @@ def test_tokenizers_come_back(kind, tmp_path):
         assert back.decode(back.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
+@pytest.mark.parametrize(
+    "eos, expected",
+    [(None, 0), (7, 7), ((9, 0, 7), (0, 9, 7)), ((9, 7), (9, 7))],
+    ids=["the tokenizer's", "the config's", "the tokenizer's first", "not the tokenizer's"],
+)
+def test_every_end_is_written(eos, expected, tmp_path):
+    """The tokenizer's own end is 0, <|end|>."""
+    tokenizer = byte_level(STEPS["gpt-2"])
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size, eos_token_id=eos)
+    graph = random_graph(config).replace(tokenizer=tokenizer)
+    assert load(save(graph, tmp_path / "m.gguf", format="gguf")).config.eos_token_id == expected
+    bare = dataclasses.replace(graph, tokenizer=None)
+    read = load(save(bare, tmp_path / "bare.gguf", format="gguf")).config.eos_token_id
+    assert read == eos
+    many = graph.replace(config=dataclasses.replace(config, eos_token_id=(1, 2, 3, 4)))
+    with pytest.warns(UserWarning, match=r"3 ids that end a text: not \[4\]"):
+        save(many, tmp_path / "many.gguf", format="gguf")
+
+
+def test_named_chat_templates_are_written():
+    tokenizer = byte_level(STEPS["gpt-2"])
+    tokenizer.config["chat_template"] = {"default": "a", "tool_use": "b"}
+    fields = tokenizer_fields(tokenizer, dataclasses.replace(CONFIG, vocab_size=600))
+    assert fields["tokenizer.chat_template"] == "a" and fields["tokenizer.chat_templates"] == ["tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"] == "b"
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    graph = random_graph(dataclasses.replace(CONFIG, eos_token_id=CONFIG.vocab_size))
+    with pytest.raises(InputError, match=r"ids beyond the vocabulary.*eos_token_id"):
+        save(graph, tmp_path / "m.gguf", format="gguf")
+
+
 def test_a_tokenizer_that_gguf_cannot_say_is_refused():
     odd = byte_level(
         pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -218,10 +251,6 @@ def test_groups_that_no_block_holds_are_refused_or_requantized(tmp_path):
             "different widths",
         ),
         (lambda: random_graph(dataclasses.replace(CONFIG, rope=Rope(1e4, "dynamic", 2.0, 64))), "dynamic"),
-        (
-            lambda: random_graph(dataclasses.replace(CONFIG, rope=Rope(1e4, "yarn", 2.0, 64, beta_fast=16.0))),
-            "beta_fast",
-        ),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(make, message, tmp_path):

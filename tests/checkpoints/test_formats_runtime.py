@@ -1,13 +1,11 @@
 """Saved checkpoints opened by the formats' own libraries, each in a venv of its own (tests/runtimes/README.md)."""
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_graph
+from other_libraries import folder_of, run
 from safetensors.torch import load_file, save_file
 
 from tinycompress.checkpoints.checkpoint import load, save
@@ -19,7 +17,6 @@ from tinycompress.quantization.embedding import QuantizeEmbedding
 from tinycompress.quantization.rtn import RTN
 
 pytestmark = pytest.mark.runtime
-HERE = Path(__file__).parent / "runtimes"
 CONFIG = Config(vocab_size=512, hidden_size=128, head_dim=32, layers=(Layer(4, 2, 256),) * 2, max_position=64)
 IDS = [list(range(1, 25))]
 # What stands in the place of a linear, and how far logits (up to 5) may be from ours: float16 arithmetic is AWQ's.
@@ -32,22 +29,6 @@ CASES = [(GPTQ, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w2g32", "w8g32")] 
 ]
 CASES += [((*AUTOAWQ, "autoawq"), g) for g in ("w4g32", "w4g32-asym", "w4g64-asym")]
 CASES += [(CT, g) for g in ("w4g32", "w4g32-asym", "w3g32", "w8")]
-
-
-def python(name: str) -> Path:
-    folder = os.environ.get("TINYCOMPRESS_RUNTIMES")
-    path = Path(folder).expanduser() / name / "bin" / "python" if folder else None
-    if path is None or not path.exists():
-        pytest.skip(f"no venv {name!r} (tests/runtimes/README.md)")
-    return path
-
-
-def run(name: str, script: str, *arguments, cwd: Path) -> str:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
-    command = [str(python(name)), str(HERE / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def case_name(value) -> str:
@@ -65,7 +46,7 @@ def case_name(value) -> str:
 def test_logits_are_ours(format, grid, shared, tmp_path):
     name, kind, limit, *own = format
     venv, script = ("autoawq", "autoawq_logits.py") if own else ("transformers", "transformers_logits.py")
-    python(venv)
+    folder_of(venv)
     tokenizer = load(shared / "models" / "stories260K").tokenizer  # GPTQModel opens no folder without one
     save(RTN(QuantSpec.parse(grid))(random_graph(CONFIG)).replace(tokenizer=tokenizer), tmp_path / "m", format=name)
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
@@ -86,7 +67,7 @@ THIRD = {
 def test_what_another_library_quantized_opens_packed_and_exports(library, shared, tmp_path):
     """From its own quantizer to its own logits, ours, and an export that passes its gate."""
     venv, quantize, logits, limit = THIRD[library]
-    python(venv)
+    folder_of(venv)
     tokenizer = load(shared / "models" / "stories260K").tokenizer
     dense = random_graph(CONFIG)
     save(dense.replace(tokenizer=tokenizer), tmp_path / "dense")
@@ -109,7 +90,7 @@ def test_what_another_library_quantized_opens_packed_and_exports(library, shared
 def test_llama_cpp_says_the_same(grid, least, shared, tmp_path):
     """stories260K, its FFNs cut to whole blocks: the prompt's ids and 40 greedy tokens. llama.cpp rounds activations to
     8 bits where weights are quantized, so a tie at 4 bits may fall otherwise some tokens on."""
-    python("llama-cpp")
+    folder_of("llama-cpp")
     graph = load(shared / "models" / "stories260K")
     for i in range(graph.config.n_layers):
         graph = cut(graph, f"layers.{i}.ffn", range(160))

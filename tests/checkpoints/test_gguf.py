@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_graph
+from gguf_files import permute, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinycompress.checkpoints.checkpoint import load
-from tinycompress.checkpoints.gguf_reader import TYPES, load_gguf, unpermute
+from tinycompress.checkpoints.gguf_reader import load_gguf, unpermute
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.rope import Rope
@@ -22,52 +23,6 @@ WIDE = Config(
 )  # rows of one K-quant block
 Q = gguf.GGMLQuantizationType
 IDS = torch.arange(32)[None]
-
-
-def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write(
-    path,
-    graph,
-    encode=lambda name, array: (array, None),
-    metadata=lambda writer: None,
-    architecture="llama",
-    extra=(),
-    ffn=None,
-):
-    """`graph` as llama.cpp's converter writes it; `encode` gives each tensor's data and type (None: by its dtype)."""
-    config = graph.config
-    first = config.layers[0]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.n_layers)
-    writer.add_context_length(config.max_position)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
-    uniform = config.uniform
-    writer.add_head_count(first.n_heads if uniform else [layer.n_heads for layer in config.layers])
-    writer.add_head_count_kv(first.n_kv_heads if uniform else [layer.n_kv_heads for layer in config.layers])
-    writer.add_feed_forward_length(ffn or (first.ffn_dim if uniform else [layer.ffn_dim for layer in config.layers]))
-    writer.add_key_length(config.head_dim)
-    metadata(writer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    for name, weight in graph.weights.items():
-        array = weight.numpy()
-        for linear, heads in (("q_proj", "n_heads"), ("k_proj", "n_kv_heads")):
-            if f".{linear}." in name:
-                array = permute(array, getattr(config.layers[int(name.split(".")[2])], heads))
-        data, kind = encode(name, np.ascontiguousarray(array))
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
-    for name, array in extra:
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_unpermute_is_the_inverse_of_llama_cpps_permute():
@@ -103,9 +58,7 @@ def test_tied_head_biases_and_dtype(tmp_path):
     assert {weight.dtype for weight in half.weights.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "kind", [name for name in TYPES if name not in ("F32", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
-)
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_types_that_the_library_can_write(kind, tmp_path):
     graph = random_graph(WIDE)
 
@@ -120,29 +73,6 @@ def test_types_that_the_library_can_write(kind, tmp_path):
         bits = {"F16": 11, "BF16": 8, "Q8_0": 7}.get(kind, int(kind[1]) - 1 if kind[0] == "Q" else 8)
         assert error <= weight.abs().max().item() * 2.0**-bits, (name, error)
         assert weight.dim() == 1 or error > 0
-
-
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_by_random_bytes(kind, tmp_path):
-    graph = random_graph(WIDE)
-    rng = np.random.default_rng(1)
-    floats = {}
-    block, size = gguf.GGML_QUANT_SIZES[Q[kind]]
-
-    def encode(name, array):
-        if array.ndim == 1:
-            return array, None
-        data = rng.integers(0, 256, (array.shape[0], array.shape[1] // block * size), dtype=np.uint8)
-        at = {"Q2_K": size - 4, "Q4_K": 0, "Q5_K": 0}.get(kind, size - 2)  # the block's float16 scales: finite ones
-        data.reshape(-1, size)[:, at + 1 :: 2][:, : 2 if kind in ("Q2_K", "Q4_K", "Q5_K") else 1] &= 0x3B
-        floats[name] = torch.from_numpy(gguf.quants.dequantize(data, Q[kind]))
-        return data, Q[kind]
-
-    back = load(write(tmp_path / "m.gguf", graph, encode))
-    for name, expected in floats.items():
-        heads = {"q_proj": 8, "k_proj": 2}.get(name.split(".")[-2])
-        expected = torch.from_numpy(unpermute(expected.numpy(), heads)) if heads else expected
-        assert torch.equal(back.weights[name], expected) and expected.isfinite().all() and expected.std() > 0
 
 
 def llama3_divisors(factor, length=8192, head_dim=32, theta=5e5):
@@ -178,19 +108,21 @@ def test_rope_scaling(name, tmp_path):
 
 
 REFUSED = {
-    "another architecture": ({"architecture": "qwen2"}, "general.architecture.*qwen2.*llama"),
+    "another architecture": (
+        {"architecture": "gemma2"},
+        r"general.architecture.*gemma2.*llama \| qwen2 \| qwen3 \| smol",
+    ),
     "experts": ({"metadata": lambda w: w.add_expert_count(8)}, "expert_count"),
     "partial rotary": ({"metadata": lambda w: w.add_rope_dimension_count(16)}, "rope.dimension_count"),
-    "a part of several": ({"metadata": lambda w: w.add_uint16("split.count", 3)}, "split.count"),
     "longrope": ({"metadata": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)}, "rope.scaling.type"),
-    "unknown stretch": ({"extra": (("rope_freqs.weight", llama3_divisors(8.0, length=4096)),)}, "rope_freqs.weight"),
+    "too few divisors": ({"extra": (("rope_freqs.weight", np.ones(15, np.float32)),)}, "rope_freqs.weight"),
     "unknown tensor": ({"extra": (("blk.0.attn_q_norm.weight", np.ones(32, np.float32)),)}, "attn_q_norm"),
     "widths a layer": ({"ffn": [256, 256]}, "feed_forward_length.*2 numbers"),
     "a wrong width": ({"ffn": 255}, "255"),
     "integers": ({"encode": lambda n, a: (a.astype(np.int32), None) if a.ndim == 2 else (a, None)}, "I32"),
     "an unknown type": (
-        {"encode": lambda n, a: (gguf.quants.quantize(a, Q.TQ1_0), Q.TQ1_0) if a.ndim == 2 else (a, None)},
-        "TQ1_0",
+        {"encode": lambda n, a: (np.zeros((len(a), 292), np.uint8), Q.Q8_K) if a.ndim == 2 else (a, None)},
+        "Q8_K",
     ),
 }
 

@@ -21,6 +21,16 @@ def tensor(suffix, value):
     )
 
 
+def reordered(value):
+    """Another g_idx, of which the config speaks."""
+
+    def change(folder):
+        settings_of(desc_act=True)(folder)
+        tensor(".g_idx", value)(folder)
+
+    return change
+
+
 DAMAGE = [
     ("gptq", settings_of(quant_method="aqlm"), r"quant_method.*'aqlm'.*gptq \| awq \| compressed-tensors"),
     ("gptq", settings_of(quant_method=["gptq"]), r"quant_method.*gptq \| awq \| compressed-tensors"),
@@ -31,10 +41,10 @@ DAMAGE = [
     ("gptq", tensor(".qzeros", lambda t: t[:, :-1].contiguous()), r"up_proj\.qzeros.*\(2, 11\).*\(2, 12\)"),
     (
         "gptq",
-        tensor(".g_idx", lambda t: t.flip(0)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]),
+        reordered(lambda t: t.flip(0)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]),
         "activation order",
     ),
-    ("gptq", tensor(".g_idx", lambda t: t + 1), r"g_idx of .*1 … 2.*0 … 1"),
+    ("gptq", reordered(lambda t: t + 1), r"g_idx of .*1 … 2.*0 … 1"),
     ("awq", settings_of(version="gemv"), r"version.*'gemv'.*gemm"),
     ("awq", settings_of(bits=8), r"bits.*8.*4"),
     ("awq", tensor(".scales", lambda t: t[:, :-8].contiguous()), r"scales.*\(2, 88\).*\(2, 96\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,22 @@ def test_generate_streams_what_the_library_generates(made: Path, model: str, tok
     assert run("generate", made / model, "The module", *options) == run(
         "generate", made / model, "The module", *options
     )
+
+
+def test_generate_draws_as_generation_config_says(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "small", tmp_path / "model")
+    contents = {"eos_token_id": 0, "do_sample": True, "temperature": 1.5, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(contents))
+    ids = torch.tensor(checkpoint.load(folder).tokenizer.encode("The module"))
+    with pytest.warns(UserWarning, match="num_beams"):
+        new = checkpoint.load(folder).module().generate(ids, 8, seed=3).tolist()
+        code, out, err = invoke("generate", folder, "The module", "--max-new-tokens", "8", "--seed", "3")
+    step = checkpoint.load(folder).tokenizer.decode_stream()
+    assert code == 0 and out == "".join(map(step, new)) + "\n"
+    assert "as generation_config.json says: temperature 1.5, top k 50 (--temperature 0 is greedy)" in err
+    (folder / "generation_config.json").write_text(json.dumps(contents | {"num_beams": 1}))
+    greedy = run("generate", folder, "The module", "--max-new-tokens", "8", "--temperature", "0")
+    assert greedy == run("generate", made / "small", "The module", "--max-new-tokens", "8")
 
 
 def test_generate_stops_at_the_context(made: Path) -> None:

@@ -17,7 +17,9 @@ from tinycompress.export.read import load_proto
 from tinycompress.graph.rope import Rope
 
 YARN = Rope(type="yarn", factor=4.0, original_max_position=32)
-ALL = ["files", "fingerprint", "tables", "prefill", "decode", "padding", "end_of_context", "kl", "flips", "perplexity"]
+EXACT = ["prefill", "decode", "turns", "padding", "left_padding"]
+SHIPPED = ["kl", "flips", "perplexity"]
+ALL = ["files", "fingerprint", "tables", *EXACT, "end_of_context", *SHIPPED]
 
 
 def overwrite(folder, name: str, change) -> None:
@@ -49,16 +51,7 @@ def test_only_checks_that_ran_are_reported(tmp_path):
     from tinycompress.graph.config import Layer
 
     export(small(layers=(Layer(0, 0, 32),)), tmp_path / "out")
-    assert list(checks(verify(tmp_path / "out"))) == [
-        "files",
-        "fingerprint",
-        "prefill",
-        "decode",
-        "padding",
-        "kl",
-        "flips",
-        "perplexity",
-    ]
+    assert list(checks(verify(tmp_path / "out"))) == ["files", "fingerprint", *EXACT, *SHIPPED]
     export(small(rope=YARN, max_position=128), tmp_path / "yarn")
     assert "beyond_context" in checks(verify(tmp_path / "yarn"))
 

@@ -14,7 +14,7 @@ from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.graph.rope import Rope
 from tinycompress.model.attention import attend
-from tinycompress.model.generation import sample
+from tinycompress.model.sampling import Draw
 from tinycompress.quantization.rtn import RTN
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
@@ -148,9 +148,11 @@ def test_sampling_is_seeded_and_bounded(tiny):
     assert torch.equal(a, b)
     logits = torch.tensor([0.0, 5.0, 4.0, -1.0])
     g = torch.Generator().manual_seed(0)
-    assert {sample(logits, 1.0, 2, None, g) for _ in range(200)} == {1, 2}
-    assert {sample(logits, 1.0, None, 0.5, g) for _ in range(200)} == {1}
-    assert sample(logits, 0.0, None, None, None) == 1
+    assert {Draw(1.0, top_k=2).token(logits, [], g) for _ in range(200)} == {1, 2}
+    assert {Draw(1.0, top_p=0.5).token(logits, [], g) for _ in range(200)} == {1}
+    assert {Draw(1.0, min_p=0.3).token(logits, [], g) for _ in range(200)} == {1, 2}
+    assert Draw().token(logits, []) == 1
+    assert Draw(repetition_penalty=2.0).token(logits, [1]) == 2
 
 
 def test_ids_outside_the_vocabulary_are_refused(tiny):

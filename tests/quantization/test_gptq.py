@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from tinycompress.calibration.gram import cross_gram, gram, output_gap, stream_gram
 from tinycompress.calibration.walk import walk
 from tinycompress.errors import InputError
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
-from tinycompress.quantization.gptq import GPTQ, column_order, damped_factor, gptq_quantize, propagate_error
+from tinycompress.quantization.gptq import GPTQ, gptq_quantize, propagate_error
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
+from tinycompress.quantization.hessian_factor import column_order, damped_factor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.refinement import descend, refit_lpbq, refit_scales
 from tinycompress.quantization.rtn import RTN
@@ -91,16 +93,6 @@ def test_dead_channels_do_not_matter():
     assert torch.isfinite(q.dequantize()).all()
 
 
-def test_damping_escalates_and_then_says_which_hessian():
-    rank_one = torch.ones(16, 16, dtype=torch.float64)
-    damped, U, perm = damped_factor(rank_one, 16, "act", 1e-12, "here")
-    assert torch.allclose(U.T @ U @ damped[perm][:, perm], torch.eye(16, dtype=torch.float64), atol=1e-3)
-    indefinite = torch.eye(8, dtype=torch.float64)
-    indefinite[0, 1] = indefinite[1, 0] = 1e9
-    with pytest.raises(InputError, match="here"):
-        damped_factor(indefinite, 8, "act", 0.01, "here")
-
-
 def test_gptq_on_a_nonuniform_graph(nonuniform, tokens):
     out = GPTQ(tokens, QuantSpec(3, 16))(nonuniform)
     options = (
@@ -125,7 +117,8 @@ def test_propagated_errors_move_the_target_exactly():
     g = torch.Generator().manual_seed(0)
     x, seen = drifted()
     W = torch.randn(8, 24, generator=g, dtype=torch.float64)
-    target = W + propagate_error(seen.T @ seen, W @ (x - seen).T @ seen)
+    _, U, perm = damped_factor(seen.T @ seen, 8, "act", 1e-12, "w")
+    target = W + propagate_error(U, perm, W @ (x - seen).T @ seen)
     constants = []
     for _ in range(3):
         Q = W + torch.randn(8, 24, generator=g, dtype=torch.float64)
@@ -157,6 +150,25 @@ def test_a_gap_of_the_stream_moves_the_target():
     q = gptq_quantize(W.float(), seen.T @ seen, fine, damping=1e-9, cross=x.T @ seen, gap=drift.T @ seen, refine=2)
     oracle = torch.linalg.lstsq(seen, x @ W.T + drift).solution.T
     assert (q.dequantize().double() - oracle).norm() < 0.02 * oracle.norm() < 0.2 * (W - oracle).norm()
+    whole = ((x - seen) @ W.T + drift).T @ seen  # the same without the float model's inputs
+    alone = gptq_quantize(W.float(), seen.T @ seen, fine, damping=1e-9, gap=whole, refine=2)
+    assert torch.equal(alone.ints(), q.ints())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_gap_of_an_output_is_what_the_cross_gram_says(nonuniform, tokens, stream):
+    def visit(feed, inputs):
+        if feed.writes_stream:
+            W = nonuniform.tensor(nonuniform.config.weight_name(feed.readers[0]))
+            gap = output_gap(inputs, W, stream)
+            expected = W.double() @ (cross_gram(inputs) - gram(feed, inputs))
+            if stream:
+                expected = stream_gram(inputs, W) - W.double() @ gram(feed, inputs)
+            assert torch.allclose(gap, expected, rtol=1e-3, atol=1e-3 * max(0.1, float(expected.abs().max())))
+            return {nonuniform.config.weight_name(feed.readers[0]): W * 0.9}
+        return None
+
+    walk(nonuniform, tokens, visit, reference=True)
 
 
 def test_balance_and_stream_on_a_nonuniform_graph(nonuniform, tokens):
@@ -213,11 +225,6 @@ def test_gptaq_equals_the_naive_loop():
         error, now = (w[:, j] - (expected[:, j] - 8) * s) / U[j, j], w[:, j].clone()
         w[:, j:] += now[:, None] * P[j, j:] - error[:, None] * U[j, j:]
     assert (q.ints() == expected).float().mean() > 0.995
-
-
-def test_gar_keeps_groups_together_and_orders_both():
-    d = torch.tensor([1.0, 5.0, 2.0, 3.0, 9.0, 4.0])
-    assert column_order(d, 2, "gar").tolist() == [4, 5, 1, 0, 3, 2]
 
 
 def test_propagation_comes_closer_to_the_float_model(nonuniform, tokens):

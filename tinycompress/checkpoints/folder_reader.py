@@ -17,11 +17,16 @@ from ..errors import InputError
 from ..graph.config import EMBEDDING, HEAD, Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weights
 from ..graph.quant_tensor import Grid, QuantTensor
+from ..model.sampling import FILE as GENERATION
+from .generation_config import generation_of_config, read_generation, with_ids
 from .hf import config_from_hf, missing_biases
 from .json_fields import flag, token_id, token_ids
 from .layouts import read_packed
+from .quantization_config import Foreign, find
 from .safetensors_file import DTYPES, INTEGERS
 from .tokenizer import Tokenizer
+from .vocabulary import warn_beyond
+from .weight_files import open_weights, refuse_adapter
 
 if TYPE_CHECKING:
     from ..graph.graph import Weight
@@ -41,49 +46,57 @@ class Description:
         own: whether `save` wrote the folder in its native format.
         history: the passes that the graph went through.
         grids: of quantized weights by parameter, in the native format.
-        foreign: another tool's quantization_config, or None.
+        foreign: another tool's quantization config, or None.
+        generation: the contents of generation_config.json, or None; its ids are in `config`.
     """
 
     config: Config
     own: bool = False
     history: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = dataclasses.field(default_factory=dict)
-    foreign: Any = None
+    foreign: Foreign | None = None
+    generation: Mapping[str, Any] | None = None
 
 
 def read_folder(folder: Path, dtype: torch.dtype | None) -> Graph:
     """The graph of a folder, its weights in `dtype` or (None) as they are stored."""
+    refuse_adapter(folder, {path.name for path in folder.iterdir()})
     description = _read_description(folder)
-    stored = _open_weights(folder, DTYPES if description.foreign is None else DTYPES | INTEGERS)
+    stored = open_weights(folder, DTYPES if description.foreign is None else DTYPES | INTEGERS)
     description = _untied(folder, description, stored)
     config = description.config
     entries: dict[str, Entry] = {}
     if description.foreign is not None:
-        packed = _read_foreign(folder, stored, description)
+        packed = read_packed(stored, description.foreign, config)
         entries |= {name: weight if dtype is None else weight.to(dtype=dtype) for name, weight in packed.items()}
     for name, grid in description.grids.items():
         weight = _read_quantized(folder, stored, name, grid, config)
         entries[name] = weight if dtype in (None, weight.dtype) else weight.to(dtype=dtype)
     entries |= _floats(folder, _without_extra(stored, description), dtype, description.own)
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        accepted = f"at most vocab_size = {config.vocab_size}: the model has no row for the others"
-        raise InputError(str(folder / "tokenizer.json"), f"{tokenizer.vocab_size} tokens", accepted)
+    warn_beyond(config, tokenizer, str(folder))
     try:
-        return Graph(config, Weights(entries), description.history, tokenizer)
+        return Graph(config, Weights(entries), description.history, tokenizer, description.generation)
     except InputError as error:  # missing, unexpected or misshapen tensors
         raise InputError(f"{error.field} in {folder}", error.found, error.accepted) from None
 
 
 def _read_description(folder: Path) -> Description:
+    """What the JSON files say, with the ids of generation_config.json."""
+    generation = read_generation(folder)
     path = folder / DESCRIPTION
     if path.exists():
-        return _read_own(path)
-    path = folder / "config.json"
-    data = files.read_json(path)
-    foreign = data.pop("quantization_config", None)
-    config = config_from_hf(data, str(path))
-    return Description(config, foreign=foreign)
+        description = _read_own(path)
+    else:
+        path = folder / "config.json"
+        data = files.read_json(path)
+        foreign = find(folder, data)
+        values = generation_of_config(data)
+        description = Description(config_from_hf(data, str(path)), foreign=foreign, generation=values)
+    if generation is None:
+        return description
+    config = with_ids(description.config, generation, str(folder / GENERATION))
+    return dataclasses.replace(description, config=config, generation=generation)
 
 
 def _read_own(path: Path) -> Description:
@@ -118,14 +131,6 @@ def _own_config(data: Mapping[str, Any], path: Path) -> Config:
     )
 
 
-def _read_foreign(folder: Path, stored: dict[str, LazyTensor], description: Description) -> dict[str, QuantTensor]:
-    """The packed weights of another tool; their tensors leave `stored`."""
-    if not isinstance(description.foreign, dict):
-        field = f"quantization_config in {folder / 'config.json'}"
-        raise InputError(field, repr(description.foreign)[:80], "an object")
-    return read_packed(stored, description.foreign, description.config, str(folder))
-
-
 def _read_quantized(folder: Path, stored: dict[str, LazyTensor], name: str, grid: Grid, config: Config) -> QuantTensor:
     """A weight in the native format; its parts leave `stored`."""
     suffixes = (".packed", ".scales") if grid.symmetric else (".packed", ".scales", ".zeros")
@@ -138,61 +143,6 @@ def _read_quantized(folder: Path, stored: dict[str, LazyTensor], name: str, grid
         return QuantTensor.from_tensors(parts, grid, (N, K))
     except InputError as error:
         raise InputError(f"{name} in {folder}", error.found, error.accepted) from None
-
-
-def _weight_files(folder: Path) -> dict[str, list[str] | None]:
-    """The safetensors files of a folder, and the tensors that the index says each has (None: all it has)."""
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": None}
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return dict(_shards(folder, index))
-    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
-        given = f"only {pickles[0]}, a pickle, which can run code when opened"
-        raise InputError(str(folder), given, "safetensors (convert it: save_pretrained)")
-    given = "no model.safetensors and no model.safetensors.index.json"
-    raise InputError(str(folder), given, "a Hugging Face folder with safetensors weights")
-
-
-def _shards(folder: Path, index: Path) -> dict[str, list[str]]:
-    """The files that an index names, and the tensors of each."""
-    weight_map = files.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"weight_map in {index}", repr(weight_map)[:80], "tensor names to file names")
-    shards: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        if not files.inside(folder, file).exists():
-            raise InputError(f"{name} in {index}", f"no file {file}", "shards that lie beside the index")
-        shards.setdefault(file, []).append(name)
-    return shards
-
-
-def _open_weights(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, LazyTensor]:
-    """Every stored tensor by name.
-
-    A read gives a view of the memory map. None is read here, because safetensors asks the system to fetch what it hands
-    out, and a large checkpoint should not be fetched whole to be opened.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, LazyTensor] = {}
-    for file, names in _weight_files(folder).items():
-        path = folder / file
-        try:
-            handle = safe_open(path, framework="pt")  # stays open as long as a tensor may be asked for
-            if names and (lacking := set(names) - set(handle.keys())):
-                raise InputError(str(path), f"no tensor {min(lacking)}", "the tensors that the index says it has")
-            for name in names or handle.keys():
-                tensor = handle.get_slice(name)
-                kind = tensor.get_dtype()
-                if kind not in dtypes:
-                    raise InputError(f"dtype of {name} in {path}", kind, " | ".join(dtypes))
-                read = functools.partial(handle.get_tensor, name)
-                tensors[name] = LazyTensor(tuple(tensor.get_shape()), dtypes[kind], read)
-        except (SafetensorError, OSError) as error:
-            given = f"{error} ({path.stat().st_size:,} bytes)"
-            raise InputError(str(path), given, "a complete safetensors file") from error
-    return tensors
 
 
 def _untied(folder: Path, description: Description, stored: Mapping[str, LazyTensor]) -> Description:

@@ -7,16 +7,18 @@
 A symmetric grid of at most 4 bits lies on Q4_0's, an asymmetric one (z a float or not) on Q4_1's, 8 bits symmetric on
 Q8_0's: the integers stay, d is the group's scale (of either sign) in float16, repeated where a group spans several
 blocks. Other grids are an `InputError`, unless `requantize` names the type to round them to. Dense weights stay dense;
-norms and biases are F32. llama.cpp turns neighbouring channels, so the rows of q and k are reordered
-(gguf_reader.unpermute is the inverse).
+norms and biases are F32. Where llama.cpp turns neighbouring channels, the rows of q and k are reordered
+(gguf_reader.unpermute is the inverse). The architecture follows from the config (gguf_families.py).
 Letters: N out_features, K in_features, B = K / 32 blocks.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,11 @@ from ..files import Claim, Target, claim_file, new_file
 from ..graph.config import Config, shapes
 from ..graph.graph import Graph, check_finite
 from ..graph.quant_tensor import QuantTensor
-from ..graph.rope import Rope
 from .bit_words import half_scales
-from .gguf_reader import permuted_heads
-from .gguf_tokenizer import tokenizer_fields
+from .gguf_families import Architecture, architecture_of
+from .gguf_rope import rope_to_gguf
+from .gguf_tokenizer import stop_fields, tokenizer_fields
+from .vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -66,23 +69,27 @@ def write_gguf(graph: Graph, path: Target, *, requantize: str | None = None, ove
     claimed = claim_gguf(path, overwrite)
     if requantize is not None and requantize not in REQUANTIZE:
         raise InputError("requantize", repr(requantize), " | ".join(REQUANTIZE))
+    check_vocabulary(graph)
     items = check_graph(graph, requantize)
-    fields = {"tokenizer.ggml.model": "no_vocab"}
+    fields: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"} | stop_fields(graph.config, None)
     if graph.tokenizer is not None:
         fields = tokenizer_fields(graph.tokenizer, graph.config)
     with new_file(claimed) as work:
-        writer = gguf.GGUFWriter(work, "llama")
+        writer = gguf.GGUFWriter(work, architecture_of(graph.config).name)
         try:
-            _write(writer, graph.config, items, fields)
+            _write(writer, items, _hyperparameters(graph.config) | fields)
         finally:
             writer.close()
     return Path(path)
 
 
-def _write(writer: gguf.GGUFWriter, config: Config, items: list[_Item], fields: Mapping[str, Any]) -> None:
+def _write(writer: gguf.GGUFWriter, items: list[_Item], fields: Mapping[str, Any]) -> None:
+    import gguf
     from tqdm import tqdm
 
-    _add_hyperparameters(writer, config, items)
+    common = Counter(item.kind for item in items if len(item.shape) == 2).most_common(1)[0][0]
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if common == "F32" else gguf.LlamaFileType[f"MOSTLY_{common}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in fields.items():
         _add(writer, key, value)
     sizes = [_add_info(writer, item) for item in items]
@@ -104,8 +111,7 @@ def claim_gguf(path: Target, overwrite: bool = False, apart_from: Mapping[str, T
 
 def check_graph(graph: Graph, requantize: str | None = None) -> list[_Item]:
     """The tensors of the file that `graph` makes; an `InputError` for what llama.cpp cannot run."""
-    _check_config(graph.config)
-    return list(_items(graph, requantize))
+    return list(_items(graph, architecture_of(graph.config), requantize))
 
 
 def kind_of(name: str, weight: QuantTensor) -> str:
@@ -146,19 +152,18 @@ def _joined(halves: list[Tensor], q: Tensor) -> np.ndarray:
     return torch.cat([*heads, q], -1).flatten(1).cpu().numpy()
 
 
-def _items(graph: Graph, requantize: str | None) -> Iterator[_Item]:
+def _items(graph: Graph, architecture: Architecture, requantize: str | None) -> Iterator[_Item]:
     import gguf
 
     config = graph.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    if config.rope.type == "llama3":
-        divisors = Rope(config.rope.theta).inv_freq(config.head_dim) / config.rope.inv_freq(config.head_dim)
-        yield _Item("rope_freqs.weight", tuple(divisors.shape), "F32", lambda: _dense(divisors, "F32"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], config.n_layers)
+    for name, divisors in rope_to_gguf(config, architecture)[1].items():
+        yield _Item(name, tuple(divisors.shape), "F32", partial(_dense, divisors, "F32"))
     for name, shape in shapes(config).items():
         entry = graph.weights.entries[name]
         gguf_name = names.get_name(name, (".weight", ".bias"))
         assert gguf_name is not None
-        order = _row_order(name, config)
+        order = _row_order(architecture.reordered_heads(name, config), config.head_dim)
         if isinstance(entry, QuantTensor):
             kind, make = _packed(name, entry, order, requantize)
         else:
@@ -204,57 +209,39 @@ def _reordered(name: str, weight: QuantTensor, order: Tensor | None) -> QuantTen
     return weight if order is None else weight.select(name, 0, order)
 
 
-def _row_order(name: str, config: Config) -> Tensor | None:
+def _row_order(heads: int, head_dim: int) -> Tensor | None:
     """The rows of q and k in llama.cpp's order, from half-split pairs (i, i + d/2) to neighbours (2i, 2i + 1)."""
-    heads = permuted_heads(name, config)
-    rows = torch.arange(heads * config.head_dim)
+    rows = torch.arange(heads * head_dim)
     return rows.reshape(heads, 2, -1).transpose(1, 2).flatten() if heads else None
 
 
-def _check_config(config: Config) -> None:
-    if not config.uniform:
-        raise InputError(
-            "format gguf", "layers of different widths", "layers all alike: all that llama.cpp's llama can run"
-        )
-    if config.rope.type not in ("default", "linear", "yarn", "llama3"):
-        raise InputError("format gguf", f"RoPE of type {config.rope.type}", "default | linear | yarn | llama3")
-    rope = config.rope
-    if rope.type == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
-        raise InputError("format gguf", "yarn with beta_fast, beta_slow or truncate of its own", "32, 1 and true")
-
-
-def _add_hyperparameters(writer: gguf.GGUFWriter, config: Config, items: list[_Item]) -> None:
-    import gguf
-
+def _hyperparameters(config: Config) -> dict[str, Any]:
+    """The architecture's keys."""
+    architecture = architecture_of(config)
     layer = config.layers[0]
-    rope = config.rope
-    numbers = {
-        writer.add_vocab_size: config.vocab_size,
-        writer.add_context_length: config.max_position,
-        writer.add_embedding_length: config.hidden_size,
-        writer.add_block_count: config.n_layers,
-        writer.add_feed_forward_length: layer.ffn_dim,
-        writer.add_head_count: layer.n_heads,
-        writer.add_head_count_kv: layer.n_kv_heads,
-        writer.add_key_length: config.head_dim,
-        writer.add_value_length: config.head_dim,
-        writer.add_rope_dimension_count: config.head_dim,
+    windows = [layer.window for layer in config.layers]
+    context = min([config.max_position, *(window for window in windows if window)])
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": context,
+        "embedding_length": config.hidden_size,
+        "block_count": config.n_layers,
+        "feed_forward_length": layer.ffn_dim,
+        "attention.head_count": layer.n_heads,
+        "attention.head_count_kv": layer.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        **rope_to_gguf(config, architecture)[0],
     }
-    for add, number in numbers.items():
-        add(number)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.type in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.type))
-        writer.add_rope_scaling_factor(rope.factor)
-    if rope.type == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope.trained)
-        formula = Rope(rope.theta, "yarn", rope.factor, rope.trained).attention_scale()
-        if rope.attention_scale() != formula:
-            writer.add_rope_scaling_attn_factors(rope.attention_scale() / formula)
-    common = Counter(item.kind for item in items if len(item.shape) == 2).most_common(1)[0][0]
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if common == "F32" else gguf.LlamaFileType[f"MOSTLY_{common}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if context < config.max_position:
+        kept = f"context_length is the window, {context}, and not {config.max_position}"
+        warnings.warn(f"format gguf: llama.cpp's {architecture.name} has no window: {kept}", stacklevel=2)
+    if context in windows:
+        keys["attention.sliding_window"] = context
+        if set(windows) != {context}:
+            keys["attention.sliding_window_pattern"] = [window == context for window in windows]
+    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -262,6 +249,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:

@@ -24,6 +24,7 @@ from .families import (
     ropes_in,
     windows_in,
 )
+from .generation_config import generation_of, with_ids
 from .hf_rope import rope_from_hf, rope_to_hf
 from .json_fields import flag, integer, number, token_id, token_ids
 
@@ -127,13 +128,25 @@ def graph_from_model(model: Any) -> Graph:
     """The graph of a live transformers model of a family that is carried; tensors are shared with the model."""
     config = config_from_hf(model.config.to_dict(), "the model's config")
     state = model.state_dict()
-    return Graph(config, Weights({name: state[name].detach() for name in shapes(config) if name in state}))
+    weights = Weights({name: state[name].detach() for name in shapes(config) if name in state})
+    generation = _generation_of_model(model)
+    if generation is not None:
+        config = with_ids(config, generation, "the model's generation_config")
+    return Graph(config, weights, generation=generation)
+
+
+def _generation_of_model(model: Any) -> dict[str, Any] | None:
+    """The model's generation_config as a dictionary; None where it was only made from the config."""
+    stored = getattr(model, "generation_config", None)
+    if stored is None or getattr(stored, "_from_model_config", False):
+        return None
+    return dict(stored.to_diff_dict())
 
 
 def model_from_graph(graph: Graph) -> Any:
     """A live transformers model that shares the graph's tensors (quantized ones are dequantized)."""
     need("transformers", "hf")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     state: dict[str, Any] = dict(graph.dense().weights)
     norm = state[f"{FINAL_NORM}.weight"]
@@ -147,4 +160,6 @@ def model_from_graph(graph: Graph) -> Any:
     with norm.device:  # the buffers are not in the state; transformers 5 takes no device here
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.tie_weights()
+    if graph.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(generation_of(graph))
     return model.eval()

@@ -6,6 +6,7 @@ takes the packed weights out of a folder's tensors (`read_packed`, for loading).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ..graph.graph import Graph, LazyTensor
 from ..graph.quant_tensor import QuantTensor
 from . import awq_format, compressed_tensors, gptq_format
 from .families import FAMILIES, family_of
+from .quantization_config import Foreign
 
 FOLDERS = ("gptq", "awq", "compressed-tensors")
 FORMATS = ("native", *FOLDERS, "gguf")
@@ -62,25 +64,29 @@ def layout_of(graph: Graph, format: str) -> Layout:
     return Layout(lambda name, weight: gptq_format.parts(name, weight, v2), settings, "quantize_config.json")
 
 
-def read_packed(
-    stored: dict[str, LazyTensor], quantization_config: Mapping[str, Any], config: Config, where: str
-) -> dict[str, QuantTensor]:
-    """The packed weights that a quantization_config describes, by parameter; their tensors leave `stored`."""
-    method = quantization_config.get("quant_method")
+def read_packed(stored: dict[str, LazyTensor], foreign: Foreign, config: Config) -> dict[str, QuantTensor]:
+    """The packed weights that another tool's config describes, by parameter; their tensors leave `stored`."""
+    method = foreign.settings.get("quant_method")
     layouts: dict[Any, Any] = {"gptq": gptq_format, "awq": awq_format, "compressed-tensors": compressed_tensors}
     if not isinstance(method, str) or method not in layouts:
-        raise InputError(f"quant_method of quantization_config in {where}", repr(method), " | ".join(layouts))
+        raise InputError(f"quant_method of {foreign.file}", repr(method), " | ".join(layouts))
     layout = layouts[method]
-    layout.check(quantization_config, where)
+    foreign = dataclasses.replace(foreign, grids=layout.stated(foreign.settings, foreign.file))
     packed: dict[str, QuantTensor] = {}
     for name, shape in shapes(config).items():
         base = name.removesuffix(".weight")
         if base + layout.MARKER in stored:
             if len(shape) != 2:
-                raise InputError(f"{base} in {where}", "a quantized vector", "quantized matrices")
-            packed[name] = layout.read(base, (shape[0], shape[1]), stored, quantization_config, where)
+                raise InputError(f"{base} in {foreign.folder}", "a quantized vector", "quantized matrices")
+            packed[name] = layout.read(base, (shape[0], shape[1]), stored, foreign)
     if not packed:
-        raise InputError(where, f"no tensor *{layout.MARKER}", f"the quantized linears of a {method} checkpoint")
+        accepted = f"the quantized linears of which {foreign.file} speaks ({method})"
+        raise InputError(foreign.folder, f"no tensor *{layout.MARKER}", accepted)
+    if foreign.settings.get("lm_head") not in (None, f"{HEAD}.weight" in packed) and method == "gptq":
+        found = (
+            f"{foreign.settings['lm_head']}, and a head that is {'' if f'{HEAD}.weight' in packed else 'not '}packed"
+        )
+        raise InputError(f"lm_head in {foreign.file}", found, "what is stored")
     _drop_zero_biases(stored, packed, config)
     return packed
 

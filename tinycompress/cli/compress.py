@@ -123,6 +123,10 @@ def compress(
     recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate, tune)
     before = open_model(model)
     config = recipe.check(before)
+    if export or format is Format.gguf:
+        from ..checkpoints.vocabulary import check_vocabulary
+
+        check_vocabulary(before)
     if export:
         check_export(config, spec, export)
     if format not in (Format.native, Format.dense):

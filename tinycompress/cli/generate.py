@@ -18,20 +18,40 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, count_option("Stop after so many tokens.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time; higher draws more freely.")
-    ] = 0.0,
-    top_k: Annotated[int | None, count_option("Draw among the K likeliest tokens.  [default: all]")] = None,
+        float | None,
+        typer.Option(
+            min=0,
+            help="0 takes the likeliest token each time; higher draws more freely.  "
+            "[default: as the model's generation_config.json says, else 0]",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Draw among the K likeliest tokens; 0 is all.  [default: the file's, or all]"),
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Draw among the likeliest tokens that make up this probability.  [default: 1]"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Draw among the likeliest tokens that make up this probability.  [default: the file's, or 1]",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1, makes tokens that were there before less likely.  [default: the file's, or 1]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.  [default: different each time]")] = None,
 ) -> None:
     """Go on from a prompt: the text to standard output as it comes, the speed to standard error.
 
+    Without options the text is drawn as the model's generation_config.json says (do_sample, temperature, top_k, …), as
+    transformers does; a model without such a file takes the likeliest token each time.
+
     \b
     Examples:
       tinycompress generate smollm2-135m "The capital of France is"
+      tinycompress generate small "Once upon a time" --temperature 0
       tinycompress generate small-onnx "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
     """
     import torch
@@ -40,6 +60,8 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("PROMPT", ascii(prompt[:40]), "text in UTF-8") from None
+    from ..model.sampling import Sampling, draw_of, words
+
     graph = open_model(model)
     tokenizer = need_tokenizer(graph)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=True)], dtype=torch.long)
@@ -55,9 +77,18 @@ def generate(
         print(text(token), end="", flush=True)
 
     engine = runnable(model, graph)
-    engine.generate(
-        ids, min(max_new_tokens, room), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, on_token=show
-    )
+    options: Sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "on_token": show,
+    }
+    draw = draw_of(graph.generation, options)
+    if draw != draw_of(None, options):
+        print(f"as generation_config.json says: {words(draw)} (--temperature 0 is greedy)", file=sys.stderr)
+    engine.generate(ids, min(max_new_tokens, room), **options)
     print()
     made = len(times) - 1
     decoding = times[-1] - times[min(1, made)]  # the first token's time is the prompt's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -106,4 +107,5 @@ app.command("cache-teacher")(cache_teacher)
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app()

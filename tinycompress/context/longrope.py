@@ -22,7 +22,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from ..calibration.data import as_tokens
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
 from ..files import read_json, write_json
+from ..graph.config import Config
 from ..graph.graph import Graph
 from ..graph.rope import Rope
 from ..model.generation import check_ids
@@ -56,6 +56,8 @@ class LongRope:
         attention_factor: what cos and sin are multiplied by; None is the paper's formula.
         seed: of the mutations and crossovers.
         journal: a JSON file that keeps every measurement: a search that was interrupted, run again, takes up there.
+        device: where candidates are measured, such as "cuda"; the weights of the result stay where they were. Default
+            None: the device of `tokens`.
         progress: show a bar.
 
     Errors: an `InputError` for a model that is scaled already, and for windows no longer than its context.
@@ -68,6 +70,7 @@ class LongRope:
     attention_factor: float | None = None  # None = the paper's formula
     seed: int = 0
     journal: str | Path | None = field(default=None, repr=False, compare=False)
+    device: str | None = field(default=None, repr=False, metadata={"key": False})
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,8 +84,14 @@ class LongRope:
         if self.short not in SHORT:
             raise InputError("LongRope.short", repr(self.short), " | ".join(SHORT))
 
-    def __call__(self, graph: Graph) -> Graph:
-        config = graph.config
+    def plan(self, config: Config) -> Config:
+        """The config of the search's first candidate, position interpolation: the context and the number of factors
+        are known, which factors win is not."""
+        rope = self._unsearched(config)
+        return self._stretched(config, rope, first_factors(rope, config.head_dim)[0])
+
+    def _unsearched(self, config: Config) -> Rope:
+        """The model's own Rope with the factor context / L; an InputError where the search has nothing to do."""
         context = self.tokens.shape[1]
         if config.rope.type != "default" or config.rope.original_max_position:
             raise InputError("rope", f"already scaled ({config.rope.type})", "an unscaled model")
@@ -92,34 +101,40 @@ class LongRope:
                 f"windows of {context}",
                 f"longer ones than the model's context, {config.max_position}",
             )
-        check_ids(self.tokens, config.vocab_size)
-        plain = dataclasses.replace(
+        return dataclasses.replace(
             config.rope, original_max_position=config.max_position, factor=context / config.max_position
         )
-        dense = graph.dense()
-        known = Journal(self.journal, self._task(graph))
-        budget = self.population + (self.generations - 1) * (self.population - parents(self.population))
 
-        def stretched(long: Factors) -> Any:
-            short = long if self.short == "same" else (1.0,) * len(long)
-            rope = dataclasses.replace(
-                plain, type="longrope", short_factor=short, long_factor=long, attention_factor=self.attention_factor
-            )
-            return dataclasses.replace(config, rope=rope, max_position=context)
+    def _stretched(self, config: Config, rope: Rope, long: Factors) -> Config:
+        """The config with the factors `long` [d/2] beyond L; `rope` as `_unsearched` gives it."""
+        short = long if self.short == "same" else (1.0,) * len(long)
+        scaled = dataclasses.replace(
+            rope, type="longrope", short_factor=short, long_factor=long, attention_factor=self.attention_factor
+        )
+        return dataclasses.replace(config, rope=scaled, max_position=self.tokens.shape[1])
+
+    def __call__(self, graph: Graph) -> Graph:
+        config = graph.config
+        rope = self._unsearched(config)
+        check_ids(self.tokens, config.vocab_size)
+        dense = graph.dense()
+        device = self.tokens.device if self.device is None else self.device
+        journal = Journal(self.journal, self._task(graph))
+        budget = self.population + (self.generations - 1) * (self.population - parents(self.population))
 
         with tqdm(total=budget, desc="LongRoPE", unit="candidate", delay=2, disable=not self.progress) as bar:
 
             def loss(long: Factors) -> float:
                 bar.update()
-                if long not in known.losses:
-                    nll = perplexity(dense.replace(config=stretched(long)).module(), self.tokens, progress=False).nll
-                    known.add(long, nll.mean().item())
-                return known.losses[long]
+                if long not in journal.losses:
+                    candidate = dense.replace(config=self._stretched(config, rope, long))
+                    measured = perplexity(candidate.module(device), self.tokens, progress=False)
+                    journal.add(long, measured.nll.mean().item())
+                return journal.losses[long]
 
-            best = search(
-                loss, first_factors(plain, config.head_dim), plain.factor, self.population, self.generations, self.seed
-            )
-        return graph.replace(config=stretched(best), by=self)
+            first = first_factors(rope, config.head_dim)
+            best = search(loss, first, rope.factor, self.population, self.generations, self.seed)
+        return graph.replace(config=self._stretched(config, rope, best), by=self)
 
     def _task(self, graph: Graph) -> str:
         """What a measurement depends on: model, text, and how factors are used."""
@@ -140,7 +155,7 @@ def first_factors(rope: Rope, head_dim: int) -> list[Factors]:
                 rope, type="default", factor=1.0, theta=rope.theta * rope.factor ** (head_dim / (head_dim - 2))
             )
         )
-    return [_valid((base / other.inv_freq(head_dim)).tolist(), rope.factor) for other in scaled]
+    return [_valid((base / candidate.inv_freq(head_dim)).tolist(), rope.factor) for candidate in scaled]
 
 
 def search(
@@ -148,13 +163,14 @@ def search(
 ) -> Factors:
     """The factors of the lowest `loss` that the evolution meets; deterministic by `seed`, ties to the earlier one."""
     draw = random.Random(seed)
-    found = list(dict.fromkeys(first))[:population]
-    _fill(found, population, lambda: _mutated(draw.choice(first), s, draw))
+    members = list(dict.fromkeys(first))[:population]
+    _fill(members, population, lambda: _mutated(draw.choice(first), s, draw))
     scores: dict[Factors, float] = {}
     for generation in range(generations):
         if generation:
-            found = _offspring(sorted(scores, key=scores.__getitem__)[: parents(population)], population, s, draw)
-        for factors in found:
+            best = sorted(scores, key=scores.__getitem__)[: parents(population)]
+            members = _offspring(best, population, s, draw)
+        for factors in members:
             if factors not in scores:
                 scores[factors] = loss(factors)
     return min(scores, key=scores.__getitem__)
@@ -162,10 +178,10 @@ def search(
 
 def _offspring(best: list[Factors], population: int, s: float, draw: random.Random) -> list[Factors]:
     """The best, then as many mutations of them as crossovers."""
-    found = list(best)
-    _fill(found, (population + len(best)) // 2, lambda: _mutated(draw.choice(best), s, draw))
-    _fill(found, population, lambda: _valid([draw.choice(pair) for pair in zip(*draw.choices(best, k=2))], s))
-    return found
+    members = list(best)
+    _fill(members, (population + len(best)) // 2, lambda: _mutated(draw.choice(best), s, draw))
+    _fill(members, population, lambda: _crossed(draw.choices(best, k=2), s, draw))
+    return members
 
 
 def parents(population: int) -> int:
@@ -177,7 +193,8 @@ class Journal:
     """Measurements by factors, in memory and in a file that is rewritten after each."""
 
     def __init__(self, path: str | Path | None, task: str) -> None:
-        self.path, self.task = path, task
+        self.path = path
+        self.task = task
         self.losses: dict[Factors, float] = {}
         if path is None or not Path(path).exists():
             return
@@ -208,10 +225,16 @@ def _mutated(factors: Factors, s: float, draw: random.Random) -> Factors:
     return _valid([f * (math.exp(draw.gauss(0, SPREAD)) if draw.random() < RATE else 1.0) for f in factors], s)
 
 
-def _fill(found: list[Factors], size: int, make: Callable[[], Factors]) -> None:
+def _crossed(pair: list[Factors], s: float, draw: random.Random) -> Factors:
+    """Each factor from one of two parents."""
+    return _valid([draw.choice(values) for values in zip(*pair)], s)
+
+
+def _fill(members: list[Factors], size: int, make: Callable[[], Factors]) -> None:
     """New members until there are `size`; gives up where chance only repeats itself."""
     for _ in range(20 * size):
-        if len(found) >= size:
+        if len(members) >= size:
             return
-        if (one := make()) not in found:
-            found.append(one)
+        member = make()
+        if member not in members:
+            members.append(member)

@@ -38,6 +38,7 @@ class ScaleRope:
     Fields:
         context: the new context in positions, at least the present one.
         method: "linear", "ntk", "ntk-by-parts", "dynamic", "yarn" (default) or "llama3".
+        device: taken as by every pass; no tensor is read or made, so it changes nothing. Default None.
 
     Errors: an `InputError` for unknown methods, for a context shorter than the present one, and for a model that was
     scaled by another method.
@@ -45,6 +46,7 @@ class ScaleRope:
 
     context: int
     method: str = "yarn"
+    device: str | None = field(default=None, repr=False, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -77,13 +79,17 @@ class ChooseRope:
         tokens: windows [N, context] of ids, or an iterable of them; their length is the new context.
         methods: those that compete. By default the ones that one table serves at every length, without linear, which is
             far behind them without fine-tuning.
+        device: where the perplexities are measured, such as "cuda"; the weights of the result stay where they were.
+            Default None: the device of `tokens`.
         progress: show a bar.
 
-    Errors: an `InputError` for unknown methods and for tokens that are no windows.
+    Errors: an `InputError` for unknown methods, for tokens that are no windows, and for a model that one of the methods
+    cannot stretch.
     """
 
     tokens: Tensor = field(repr=False, compare=False)
     methods: tuple[str, ...] = UNTRAINED
+    device: str | None = field(default=None, repr=False, metadata={"key": False})
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,14 +98,25 @@ class ChooseRope:
         if unknown or not self.methods:
             raise InputError("ChooseRope.methods", unknown or "none", " | ".join(METHODS))
 
+    def plan(self, config: Config) -> Config:
+        """The config that the first of the methods gives: the context is known, which method wins is not.
+
+        tokens may be without windows, [0, context]. An `InputError` where one of the methods cannot stretch the model.
+        """
+        if self.tokens.dim() != 2:
+            raise InputError("ChooseRope.tokens", tuple(self.tokens.shape), "[windows, context]")
+        planned = [ScaleRope(self.tokens.shape[1], method).plan(config) for method in self.methods]
+        return planned[0]
+
     def __call__(self, graph: Graph) -> Graph:
         if self.tokens.dim() != 2 or not len(self.tokens):
             raise InputError("ChooseRope.tokens", tuple(self.tokens.shape), "[windows, context], at least one window")
         scaled = [ScaleRope(self.tokens.shape[1], method)(graph) for method in self.methods]
         dense = graph.dense()
+        device = self.tokens.device if self.device is None else self.device
         losses: list[float] = []
         for choice in tqdm(scaled, desc="ChooseRope", unit="method", delay=2, disable=not self.progress):
-            model = dense.replace(config=choice.config).module()
+            model = dense.replace(config=choice.config).module(device)
             losses.append(perplexity(model, self.tokens, progress=False).nll.mean().item())
         return scaled[min(range(len(scaled)), key=losses.__getitem__)]
 

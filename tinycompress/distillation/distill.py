@@ -52,7 +52,7 @@ class Distill:
     """Trains a graph to follow a teacher. Under torchrun the model is split over the processes.
 
     Fields:
-        tokens: training windows [N, T] of ids, or an iterable of them. The work is done on their device.
+        tokens: training windows [N, T] of ids, or an iterable of them.
         teacher: a Graph, a cache of one (`open_cache`), or None; then the losses can only be ce.
         training: steps, learning rate, batch, seed and the rest of the loop.
         losses: of the logits; their weights may be `Ramp`s over the run.
@@ -75,6 +75,8 @@ class Distill:
         work: folder of the training state, found again by a rerun.
         log: folder of train.jsonl.
         stop: asked after every step; where it is true, the state is saved in `work` and `Stopped` is raised.
+        device: where the training runs, such as "cuda". Default None: the device of `tokens`; under torchrun with GPUs,
+            that of the process. The weights that learned return to where they were.
         progress: show a bar.
 
     Errors: an `InputError` for fields that do not go together, or that do not fit the graph (`check`).
@@ -98,6 +100,7 @@ class Distill:
     work: Path | None = field(default=None, repr=False, compare=False)
     log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False, metadata={"key": False})
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -186,9 +189,7 @@ class Distill:
 
     def __call__(self, graph: Graph) -> Graph:
         self.check(graph)
-        device = self.tokens.device
-        if world_size() > 1 and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = self._place()
         dtype = torch.promote_types(graph.dtype, torch.float32)
         dense = graph.dense(dtype) if self.scales else graph
         network = Network(dense, dtype=dtype, trainable=True, checkpointing=self.training.checkpointing)
@@ -268,6 +269,14 @@ class Distill:
         matching(graph.weights, self.trainable)
         if self.training.lr == 0:
             raise InputError("Training.lr", 0, "a number above 0")
+
+    def _place(self) -> torch.device:
+        """Where student and teacher compute."""
+        if self.device is not None:
+            return torch.device(self.device)
+        if world_size() > 1 and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return self.tokens.device
 
     def _held_out(self) -> Mapping[str, Tensor]:
         if self.held_out is None or isinstance(self.held_out, Tensor):

@@ -33,8 +33,17 @@ LOSS_KINDS = ("kl", "reverse_kl", "jsd", "skew_kl", "ce")
 
 @dataclass(frozen=True)
 class Loss:
-    """One logit loss: `weight` in a mixture (a `Ramp` changes it over a run), `temperature` τ, `beta` of jsd, `alpha`
-    of skew_kl."""
+    """One loss of logits, in a mixture.
+
+    Fields:
+        kind: one of LOSS_KINDS. Default "kl".
+        weight: a number of at least 0, or a `Ramp` over the run. Default 1.
+        temperature: τ, above 0, that both logits are divided by; 1 for ce. Default 1.
+        beta: of jsd, between 0 and 1: the teacher's share of the mixture. Default 0.5.
+        alpha: of skew_kl, between 0 and 1: the teacher's share of the mixture. Default 0.1.
+
+    Errors: an `InputError` for another kind, and for a number outside its range.
+    """
 
     kind: str = "kl"
     weight: float | Ramp = 1.0
@@ -63,7 +72,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Softmax:
-    """A softmax that keeps what logarithms need: `probs` [r, n] and `logs` [r, n]."""
+    """A softmax that keeps what logarithms need.
+
+    Fields:
+        probs: float [r, n].
+        logs: float [r, n], their natural logarithms.
+    """
 
     probs: Tensor
     logs: Tensor

@@ -43,10 +43,20 @@ Tap: TypeAlias = int | tuple[int, str]  # what is wanted of a forward: the outpu
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """A loss between layers of student and teacher. `weight`: a number, or a `Ramp` over the run. `layers`: (student,
-    teacher) pairs; None: the last `last` of an even spread (by default two for states, one for relations; relations
-    look at layers with attention only). A learned projection joins different widths of states (it is thrown away at the
-    end). `heads`: relation heads, None for the most that cut no head of either model."""
+    """A loss between layers of student and teacher. A learned projection joins different widths of states; it is thrown
+    away at the end.
+
+    Fields:
+        kind: one of HIDDEN_KINDS. Default "cosine".
+        weight: a number of at least 0, or a `Ramp` over the run. Default 1.
+        layers: (student, teacher) pairs of indices. Default None: the last `last` of an even spread; relations look at
+            layers with attention only.
+        last: pairs of that spread. Default None: two for states, one for relations.
+        heads: relation heads. Default None: the most that cut no head of either model.
+
+    Errors: an `InputError` for another kind, for a weight or heads outside their range; `pairs` for layers that do not
+    fit.
+    """
 
     kind: str = "cosine"
     weight: float | Ramp = 1.0
@@ -73,23 +83,27 @@ class HiddenLoss:
 
     def pairs(self, student: Config, teacher: Config) -> tuple[tuple[int, int], ...]:
         """The (student, teacher) layers; an InputError for some that are not there or do not fit."""
-        mine, theirs = (
-            [i for i, layer in enumerate(c.layers) if self.of_states or layer.n_heads] for c in (student, teacher)
-        )
-        if not mine or not theirs:
+        student_layers = self._possible(student)
+        teacher_layers = self._possible(teacher)
+        if not student_layers or not teacher_layers:
             raise InputError(f"HiddenLoss of {self.kind}", "a model without attention", "one with")
         last = self.last or (2 if self.of_states else 1)
-        pairs = self.layers or tuple(
-            (mine[s], theirs[t]) for s, t in layer_pairs(len(mine), len(theirs), min(last, len(mine)))
-        )
+        pairs = self.layers
+        if not pairs:
+            spread = layer_pairs(len(student_layers), len(teacher_layers), min(last, len(student_layers)))
+            pairs = tuple((student_layers[s], teacher_layers[t]) for s, t in spread)
         for pair in pairs:
-            if pair[0] not in mine or pair[1] not in theirs:
+            if pair[0] not in student_layers or pair[1] not in teacher_layers:
                 raise InputError(
                     "HiddenLoss.layers", pair, f"(student, teacher) layers{'' if self.of_states else ' with attention'}"
                 )
             if not self.of_states:
                 self.relation_heads(student, teacher, pair)
         return pairs
+
+    def _possible(self, config: Config) -> list[int]:
+        """The layers that have what the loss compares."""
+        return [i for i, layer in enumerate(config.layers) if self.of_states or layer.n_heads]
 
     def relation_heads(self, student: Config, teacher: Config, pair: tuple[int, int]) -> int:
         """The number of relation heads for a pair of layers."""
@@ -102,14 +116,13 @@ class HiddenLoss:
             for layer, config in zip(layers, (student, teacher))
             for n in (layer.n_heads, layer.n_kv_heads)
         ]
-        whole = (
-            [layer.n_heads for layer in layers] if self.kind == "attention" else []
-        )  # a rotated head must not be cut
+        # a rotated head must not be cut
+        whole = [layer.n_heads for layer in layers] if self.kind == "attention" else []
         if any(n % self.heads for n in (*widths, *whole)):
             sizes = f"{', '.join(map(str, counts))} heads and widths {', '.join(map(str, widths))}"
-            found = f"{self.heads} at layers {pair}, of {sizes}"
+            given = f"{self.heads} at layers {pair}, of {sizes}"
             raise InputError(
-                "HiddenLoss.heads", found, "a divisor of all widths, and for attention of the numbers of heads"
+                "HiddenLoss.heads", given, "a divisor of all widths, and for attention of the numbers of heads"
             )
         return self.heads
 
@@ -129,8 +142,9 @@ def relation_sum(
         if a == b:
             total = total + relation_loss(named[0][a], named[1][a], heads)
         else:
-            (s, sk), (t, tk) = (how(x[a], x[b]) for how, x in zip(turn, named))
-            total = total + relation_loss(s, t, heads, student_keys=sk, teacher_keys=tk)
+            student_q, student_k = turn[0](named[0][a], named[0][b])
+            teacher_q, teacher_k = turn[1](named[1][a], named[1][b])
+            total = total + relation_loss(student_q, teacher_q, heads, student_keys=student_k, teacher_keys=teacher_k)
     return total
 
 
@@ -162,14 +176,16 @@ def hidden_loss(
         or (project is not None and project.shape[1] != student.shape[-1])
     ):
         shape = None if project is None else tuple(project.shape)
-        found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, project {shape}"
+        given = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, project {shape}"
         raise InputError(
-            "hidden states", found, "[n, D_s], [n, D_t] and a projection [D_t, D_s] (which equal widths can do without)"
+            "hidden states", given, "[n, D_s], [n, D_t] and a projection [D_t, D_s] (which equal widths can do without)"
         )
     if valid is not None:  # first, so that nothing in the others can do harm
-        student, teacher = student[valid], teacher[valid]
-    s = student if project is None else student @ project.T.to(student.dtype)
-    s, t = _at_least_float32(s), _at_least_float32(teacher.detach())
+        student = student[valid]
+        teacher = teacher[valid]
+    projected = student if project is None else student @ project.T.to(student.dtype)
+    s = _at_least_float32(projected)
+    t = _at_least_float32(teacher.detach())
     values = 1 - F.cosine_similarity(s, t, -1) if kind == "cosine" else (s - t).square().mean(-1)
     return _mean(values, denominator)
 
@@ -210,8 +226,9 @@ def relation_loss(
             "equal [B, T], and keys for both or for neither",
         )
     counted = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if valid is None else valid
-    (s, sk), (t, tk) = ((_heads(_at_least_float32(a), heads), _heads(_at_least_float32(b), heads)) for a, b in pairs)
-    total = _Relations.apply(s, sk, t.detach(), tk.detach(), counted.repeat_interleave(heads, 0)) / heads
+    student_heads = [_heads(_at_least_float32(x), heads) for x in pairs[0]]
+    teacher_heads = [_heads(_at_least_float32(x), heads).detach() for x in pairs[1]]
+    total = _Relations.apply(*student_heads, *teacher_heads, counted.repeat_interleave(heads, 0)) / heads
     return total / (counted.sum().clamp_min(1) if denominator is None else denominator)
 
 
@@ -228,17 +245,20 @@ class _Relations(torch.autograd.Function):
         """a, b [P, T, d], a_t, b_t [P, T, d_t], counted bool [P, T]; P pairs of sequence and relation head."""
         P, T = counted.shape
         total = torch.zeros((), dtype=torch.float64, device=a.device)
-        to_a, to_b = (torch.zeros_like(x) if want else None for x, want in zip((a, b), ctx.needs_input_grad))
-        together, rows = max(1, SCORES // (T * T)), max(1, min(T, SCORES // T))
-        for some in torch.arange(P).split(together):
+        to_a = torch.zeros_like(a) if ctx.needs_input_grad[0] else None
+        to_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
+        together = max(1, SCORES // (T * T))
+        rows = max(1, min(T, SCORES // T))
+        for start in range(0, P, together):
+            g = slice(start, min(P, start + together))
             for first in range(0, T, rows):
-                g, stop = slice(int(some[0]), int(some[-1]) + 1), min(T, first + rows)
-                here, before = (g, slice(first, stop)), (g, slice(0, stop))
-                q, p = (
-                    _relation_logs(a[here], b[before], first),
-                    _relation_logs(a_t[here], b_t[before], first),
-                )  # [g, c, stop]
-                probs, skip = p.exp(), ~counted[here][..., None]
+                stop = min(T, first + rows)
+                here = (g, slice(first, stop))
+                before = (g, slice(0, stop))
+                q = _relation_logs(a[here], b[before], first)  # [g, c, stop]
+                p = _relation_logs(a_t[here], b_t[before], first)
+                probs = p.exp()
+                skip = ~counted[here][..., None]
                 total += p.sub_(q).mul_(probs).masked_fill_(skip, 0.0).sum(dtype=torch.float64)
                 if to_a is None and to_b is None:
                     continue
@@ -247,7 +267,7 @@ class _Relations(torch.autograd.Function):
                     to_a[here] = slope @ b[before]
                 if to_b is not None:
                     to_b[before] += slope.transpose(1, 2) @ a[here]
-        ctx.gradients = to_a, to_b
+        ctx.gradients = (to_a, to_b)
         return total.to(a.dtype)
 
     @staticmethod

@@ -24,7 +24,15 @@ from .student import Network
 
 @dataclass(frozen=True)
 class LoRA:
-    """Rank, scale α (the update is multiplied by α/r) and which linears of every layer get one."""
+    """Low-rank updates of the linears of every layer.
+
+    Fields:
+        rank: r, at least 1. Default 16.
+        alpha: α, above 0: the update is multiplied by α/r. Default 32.
+        targets: which linears get one, by the last part of their names. Default all of them.
+
+    Errors: an `InputError` for numbers outside their range and for unknown targets.
+    """
 
     rank: int = 16
     alpha: float = 32.0

@@ -20,7 +20,17 @@ SHAPES = ("linear", "cosine")
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes from `start` (until the share `begin` of the steps) to `end` (from the share `finish` on)."""
+    """A weight that changes over a run.
+
+    Fields:
+        start: the weight until `begin`.
+        end: the weight from `finish` on.
+        shape: of the way between, one of SHAPES. Default "linear".
+        begin: a share of the steps. Default 0.
+        finish: a share of the steps. Default 1.
+
+    Errors: an `InputError` for another shape and for numbers outside their range.
+    """
 
     start: float
     end: float

@@ -59,7 +59,8 @@ class Network(nn.Module):
     def turned(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, T, H·d] and k [B, T, K·d] of a layer as attention multiplies them: rotated, and k repeated to [B, T,
         H·d]."""
-        tables, d = self.transformer.tables(0, q.shape[1]), self.transformer.config.head_dim
+        tables = self.transformer.tables(0, q.shape[1])
+        d = self.transformer.config.head_dim
         turned = [tables.new(x.unflatten(-1, (-1, d)).transpose(1, 2)) for x in (q, k)]  # [B, H | K, T, d]
         turned[1] = turned[1].repeat_interleave(q.shape[-1] // k.shape[-1], 1)
         return turned[0].transpose(1, 2).flatten(2), turned[1].transpose(1, 2).flatten(2)
@@ -67,8 +68,9 @@ class Network(nn.Module):
     def _states(self, ids: Tensor, taps: tuple[Tap, ...]) -> tuple[Tensor, list[Tensor]]:
         together = max(1, ROWS // ids.shape[1])  # windows whose activations fit the processor's cache
         if len(ids) > together and not torch.is_grad_enabled() and ids.device.type == "cpu":
-            parts = [self._states(some, taps) for some in ids.split(together)]
-            return torch.cat([h for h, _ in parts]), [torch.cat(s) for s in zip(*(s for _, s in parts))]
+            parts = [self._states(windows, taps) for windows in ids.split(together)]
+            tapped = zip(*(states for _, states in parts))
+            return torch.cat([hidden for hidden, _ in parts]), [torch.cat(pieces) for pieces in tapped]
         body = self.transformer.model
         x = body.embed_tokens(ids)
         tables = self.transformer.tables(0, ids.shape[1])

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..calibration.walk import BATCH_TOKENS
+from ..calibration.walk import Stream, blocks, working_dtype
 from ..errors import InputError
+from ..graph.config import FINAL_NORM, HEAD
 from ..graph.graph import Graph
 from ..model.generation import check_ids, end_tokens
-from ..model.transformer import Block, Embedding, Norm, RotaryTables, Transformer
+from ..model.transformer import Norm, Transformer
 from .fused_loss import HiddenTarget
 
 
@@ -46,7 +46,10 @@ class OnlineTeacher:
 
 class StreamedTeacher:
     """The same answers from a model that does not fit in memory: it needs the weights of one block, and the hidden
-    states of all windows of a call (N·T·D numbers). progress: the name of a bar over the layers."""
+    states of all windows of a call (N·T·D numbers; on a GPU twice, at the end).
+
+    progress: the name of a bar over the layers; None shows none.
+    """
 
     def __init__(
         self,
@@ -55,45 +58,26 @@ class StreamedTeacher:
         dtype: torch.dtype | None = None,
         progress: str | None = None,
     ) -> None:
-        self.graph, self.config, self.progress = graph, graph.config, progress
+        self.graph = graph
+        self.config = graph.config
+        self.progress = progress
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or working_dtype(graph, self.device)
-        self.head = graph.linear("lm_head").to(self.device)  # a view of the memory map until it is multiplied by
+        self.head = graph.linear(HEAD).to(self.device)  # a view of the memory map until it is multiplied by
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> HiddenTarget:
-        config, device, dtype = self.config, self.device, self.dtype
+        config = self.config
         _check_windows(config.max_position, config.vocab_size, tokens)
-        T = tokens.shape[1]
-        rows = self.graph.weights["model.embed_tokens.weight"]
-        table = Embedding(rows)  # where it lies: only the rows that are asked for move
-        hidden = torch.empty(*tokens.shape, config.hidden_size, device=device, dtype=dtype)
-        batches = list(hidden.split(max(1, BATCH_TOKENS // T)))  # views
-        for h, ids in zip(batches, tokens.to(rows.device).split(len(batches[0]))):
-            h.copy_(table(ids))
-        tables = RotaryTables(config.rope, config.head_dim, 0, T, device, dtype)
-        for layer in tqdm(
-            range(config.n_layers),
-            desc=self.progress,
-            unit="layer",
-            delay=2,
-            disable=self.progress is None,
-            leave=False,
-        ):
-            block = Block(self.graph, layer, device, dtype)
-            for h in batches:
-                h.copy_(block(h, tables))
+        stream = Stream(self.graph, tokens, self.device, self.dtype)
+        for block in blocks(self.graph, self.device, self.dtype, self.progress):
+            stream.step(block)
             del block  # before the next one is read
-        norm = Norm(self.graph.tensor("model.norm.weight").to(device, dtype), config.norm_eps)
-        for h in batches:
-            h.copy_(norm(h))
+        norm = Norm(self.graph.tensor(f"{FINAL_NORM}.weight").to(self.device, self.dtype), config.norm_eps)
+        hidden = torch.empty(*tokens.shape, config.hidden_size, device=self.device, dtype=self.dtype)
+        for part in hidden.split(len(stream.hidden[0])):  # views
+            part.copy_(norm(stream.hidden.pop(0)))  # a batch's memory is free once it is copied
         return HiddenTarget(hidden.flatten(0, 1), self.head)
-
-
-def working_dtype(graph: Graph, device: torch.device | str | None) -> torch.dtype:
-    """The graph's own dtype, widened to float32 on a CPU."""
-    on_cpu = torch.device(device or "cpu").type == "cpu"
-    return torch.promote_types(graph.dtype, torch.float32) if on_cpu else graph.dtype
 
 
 def _check_windows(context: int, vocab_size: int, tokens: Tensor) -> None:
@@ -128,7 +112,8 @@ def sample_continuations(
     generator = torch.Generator(student.device).manual_seed(seed)
     ends = torch.tensor(end_tokens(config), device=student.device, dtype=torch.long)
     cache = student.new_cache(B, P + n_new)
-    ids, new = [prompts.long().to(student.device)], prompts.long().to(student.device)
+    new = prompts.long().to(student.device)
+    ids = [new]
     written = [torch.zeros(B, P, dtype=torch.bool, device=student.device)]
     for step in range(n_new):
         logits = student.lm_head(student.hidden(new, cache)[:, -1]).float()  # (B, V)

@@ -216,7 +216,16 @@ def digest(of: Tensor | Tokenizer | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """A finished cache; what is read lies in the shards' memory maps. `target` is what the losses take."""
+    """A finished cache. `target` is what the losses take.
+
+    Fields:
+        folder: where it lies.
+        form: what is kept of each token.
+        windows: N.
+        seq_len: T.
+        index: the content of index.json.
+        opened: memory maps of the shards that were read, by number.
+    """
 
     folder: Path
     form: Form

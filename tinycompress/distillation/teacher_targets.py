@@ -22,7 +22,12 @@ from .head_products import head_logits, product_dtype
 
 @dataclass(frozen=True, eq=False)
 class HiddenTarget:
-    """A teacher's last hidden states [n, D_t] (after the norm) and its head [V, D_t]: all of its distribution."""
+    """All of a teacher's distribution, as its logits are made of.
+
+    Fields:
+        hidden: float [n, D_t], last hidden states, after the norm.
+        head: [V, D_t], dense or packed.
+    """
 
     hidden: Tensor
     head: Tensor | QuantTensor

@@ -99,7 +99,15 @@ def check_length(model: Transformer, length: int) -> None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One length: prompt and single tokens a second, and the bytes of the cache at that length."""
+    """Speed and memory at one length.
+
+    Fields:
+        length: positions in the cache.
+        int8: whether the cache holds int8.
+        prefill_tokens_per_second: of the prompt.
+        decode_tokens_per_second: of single tokens behind it.
+        kv_bytes: of the whole cache, in bytes.
+    """
 
     length: int
     int8: bool

@@ -27,7 +27,15 @@ from .long_context import check_length
 
 @dataclass(frozen=True)
 class Passkey:
-    """The texts of the task; `{key}` stands for a number of `digits` digits."""
+    """The texts of the task; `{key}` stands for the number.
+
+    Fields:
+        intro: what the model is told first.
+        filler: repeated to the length that is asked for.
+        statement: holds the key.
+        question: what the key is the answer to.
+        digits: of the number. Default 5.
+    """
 
     intro: str = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -67,7 +75,14 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """`right[length][depth]` of `trials` keys were read back."""
+    """How many keys were read back.
+
+    Fields:
+        lengths: of the prompts, in tokens.
+        depths: where the statement stood, as shares of the filler.
+        right: keys read back, by length and then by depth.
+        trials: keys that were asked for, at each length and depth.
+    """
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]

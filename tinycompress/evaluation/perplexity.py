@@ -29,7 +29,12 @@ CHUNK = 2048  # positions whose logits exist at one time
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`nll` float64 [windows]: the mean negative log-likelihood of each window's tokens, in nats."""
+    """A measured perplexity; `value` is the number.
+
+    Fields:
+        nll: float64 [windows], the mean negative log-likelihood of each window's tokens, in nats.
+        seq_len: tokens of a window.
+    """
 
     nll: Tensor
     seq_len: int
@@ -84,7 +89,13 @@ def window_nll(model: Model, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Agreement:
-    """`kl` is the mean KL(reference ‖ model) a token in nats; `top1` the share of equal argmaxes."""
+    """How closely a model follows a reference.
+
+    Fields:
+        kl: mean KL(reference ‖ model) of a token, in nats.
+        top1: share of positions with equal argmax, 0 … 1.
+        tokens: positions that were compared.
+    """
 
     kl: float
     top1: float

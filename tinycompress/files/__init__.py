@@ -11,7 +11,6 @@ json_files.py   JSON objects, and names that may not leave their folder
 
 from .json_files import inside as inside
 from .json_files import read_json as read_json
-from .json_files import read_text as read_text
 from .json_files import to_json as to_json
 from .locks import locked as locked
 from .new import new_file as new_file

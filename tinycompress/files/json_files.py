@@ -45,14 +45,6 @@ def read_json(path: str | Path) -> Any:
     return data
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file; an `InputError` that names the file if it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(str(path), f"bytes that are no text ({error})", "UTF-8") from None
-
-
 def _integer(digits: str) -> int:
     """An integer of a JSON file; one that no float can hold is a `ValueError`, for what follows would overflow."""
     if len(digits) > LONGEST_INTEGER:

@@ -40,8 +40,7 @@ class Layer:
         n_heads: query heads.
         n_kv_heads: key and value heads, which divide the query heads.
         ffn_dim: channels of the FFN.
-        window: how many positions attention sees, its own included: query i sees key j where 0 <= i - j < window.
-            None: all that came before.
+        window: how many positions a query sees, its own included; None: all that came before.
         rope: whether queries and keys are turned by their positions; SmolLM3 has layers where they are not.
     """
 
@@ -254,7 +253,8 @@ class LayerNames:
     """The names of a layer's parts, for writers that name nodes and files after them.
 
     Fields:
-        attention, ffn: of the sublayers. attention_norm, ffn_norm: of the norms in front of them.
+        attention, ffn: of the sublayers.
+        attention_norm, ffn_norm: of the norms in front of them.
         query, key, value, output, gate, up, down: of the linears.
         query_norm, key_norm: of the norms of queries and keys, where the model has them.
         qkv, gate_up: of products that take linears of one input together.

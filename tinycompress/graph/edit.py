@@ -136,7 +136,7 @@ def _drop_layers(graph: Graph, index: Tensor) -> Graph:
         prefix = layer_prefix(i) + "."
         moved |= {layer_prefix(new) + "." + n[len(prefix) :]: w for n, w in entries.items() if n.startswith(prefix)}
     ends = {n: w for n, w in entries.items() if not n.startswith("model.layers.")}
-    return Graph(config, Weights(ends | moved), graph.history, graph.tokenizer)
+    return Graph(config, Weights(ends | moved), graph.history, graph.tokenizer, graph.generation)
 
 
 def _select(name: str, weight: Weight, dim: int, index: Tensor) -> Weight:

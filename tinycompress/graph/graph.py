@@ -32,7 +32,13 @@ Pass = Callable[["Graph"], "Graph"]  # a pass is any such callable: no base clas
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A weight that is read when asked for (a GGUF block to dequantize, a dtype to convert); not kept."""
+    """A weight that is read when asked for (a GGUF block to dequantize, a dtype to convert); not kept.
+
+    Fields:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: makes the tensor, each time anew.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -60,12 +66,22 @@ class Weights(Mapping[str, "Weight"]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Graph:
-    """A model as a value. `replace` makes a changed copy that shares every weight that was not changed."""
+    """A model as a value. `replace` makes a changed copy that shares every weight that was not changed.
+
+    Fields:
+        config: the shapes, and the ids that begin and end a text.
+        weights: parameters by name; any mapping is accepted.
+        history: the passes that made the graph, one repr each.
+        tokenizer: of the model, or None.
+        generation: the contents of generation_config.json as they were read; None where there was none. Its ids are
+            in `config`, its sampling values are what `generate` uses where the caller gives none.
+    """
 
     config: Config
-    weights: Weights  # any mapping is accepted
+    weights: Weights
     history: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = field(default=None)
+    generation: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         weights = self.weights if isinstance(self.weights, Weights) else Weights(self.weights)
@@ -92,6 +108,7 @@ class Graph:
         config: Config | None = None,
         by: object = None,
         tokenizer: Tokenizer | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> Graph:
         """A new graph: `weights` override those of the same name, parameters the (new) config lacks are dropped,
         and `by` (a pass) is added to the history by its repr."""
@@ -99,7 +116,8 @@ class Graph:
         merged = self.weights.entries | dict(weights or {})
         kept = {name: merged[name] for name in shapes(config) if name in merged}
         history = self.history if by is None else (*self.history, repr(by))
-        return Graph(config, Weights(kept), history, tokenizer or self.tokenizer)
+        kept_generation = self.generation if generation is None else generation
+        return Graph(config, Weights(kept), history, tokenizer or self.tokenizer, kept_generation)
 
     def tensor(self, name: str) -> Tensor:
         """A parameter that must still be dense; a packed one is an InputError."""

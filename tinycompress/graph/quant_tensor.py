@@ -98,9 +98,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantSpec(Grid):
-    """A grid, and how its scales are searched.
+    """A grid, and how its scales are searched; its other fields are those of `Grid`.
 
-    Fields, beside those of `Grid`:
+    Fields:
         search: "minmax" covers the range of each group. "mse" minimises the squared error. "weighted" minimises the
             squared error weighted by E[x²] of each input channel. "auto" is "weighted" where activation statistics are
             at hand and "minmax" otherwise. "lpbq" searches positive scales in the form of Qualcomm's HTP (lpbq.py).
@@ -150,9 +150,16 @@ class QuantSpec(Grid):
 
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
-    """A packed weight [N, K]: `packed` uint8 [N, G, ⌈g·bits/8⌉] (low bits first along K; for 2, 4 and 8 bits this is
-    MatMulNBits' layout), `scales` float [N, G], `zeros` [N, G], uint8 or (float_zero) of the scales' dtype, or None
-    (symmetric)."""
+    """A packed weight [N, K] in G groups of g inputs.
+
+    Fields:
+        packed: the integers, uint8 [N, G, ⌈g·bits/8⌉], low bits first along K; for 2, 4 and 8 bits this is MatMulNBits'
+            layout.
+        scales: float [N, G].
+        zeros: zero points [N, G], uint8, or of the scales' dtype where the grid's are floats; None if symmetric.
+        grid: bits, group size and kind of zero points.
+        shape: [N, K].
+    """
 
     packed: Tensor
     scales: Tensor

@@ -29,22 +29,39 @@ TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 @dataclass(frozen=True)
 class Rope:
-    """What positions mean. `original_max_position` is the length the weights were trained at."""
+    """What positions mean.
+
+    Fields:
+        theta: the base of the frequencies, above 1.
+        type: one of `TYPES`.
+        factor: how many times longer the context becomes, s, at least 1; "default" does not read it.
+        original_max_position: the length the weights were trained at, L; for all types but "default" and "linear".
+        attention_factor: what cos and sin are multiplied by, for "yarn" and "longrope"; None: the paper's formula.
+        beta_fast: "yarn": rotations over L above which a frequency is kept.
+        beta_slow: "yarn": rotations over L below which it is divided by s.
+        mscale: "yarn", DeepSeek's variant of the attention factor: its numerator.
+        mscale_all_dim: likewise, its denominator.
+        truncate: "yarn": whether the ramp's ends are rounded to whole channels.
+        low_freq_factor: "llama3": frequencies with waves longer than L / this are divided by s.
+        high_freq_factor: "llama3": frequencies with waves shorter than L / this are kept.
+        short_factor: "longrope": what frequencies are divided by up to L, [d / 2].
+        long_factor: "longrope": what they are divided by beyond L, [d / 2].
+    """
 
     theta: float = 10000.0
     type: str = "default"
     factor: float = 1.0
     original_max_position: int | None = None
-    attention_factor: float | None = None  # yarn, longrope; None = the paper's formula
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    mscale: float | None = None  # yarn, DeepSeek's variant of the attention factor
-    mscale_all_dim: float | None = None  # yarn, likewise
-    truncate: bool = True  # yarn: round the ramp's ends to whole channels
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    short_factor: tuple[float, ...] = ()  # longrope, d/2 numbers
-    long_factor: tuple[float, ...] = ()  # longrope, d/2 numbers
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:

@@ -14,10 +14,15 @@ from .config import FINAL_NORM, HEAD, LINEARS, Config, layer_prefix, shapes
 
 @dataclass(frozen=True)
 class Feed:
-    """One activation: `source` is the parameter owner that writes it, `readers` the linears that read it.
+    """One activation. A per-channel scale on it folds exactly into `source` (1/s) and `readers` (s).
 
-    A per-channel scale on the activation folds exactly into `source` (1/s) and `readers` (s). `repeat` is how often
-    each source row appears in the activation: v_proj's rows are read by `repeat` query heads, otherwise 1.
+    Fields:
+        source: what writes it: the name of a norm or of a linear.
+        readers: the names of the linears that read it.
+        role: "attention_in" | "attention_out" | "ffn_in" | "ffn_out" | "head".
+        repeat: how often each row of the source appears in it: rows of values are read by as many query heads as share
+            a KV head; otherwise 1.
+        layer: its layer, None for the head's.
     """
 
     source: str
@@ -50,9 +55,16 @@ class Feed:
 
 @dataclass(frozen=True)
 class Axis:
-    """Everything that is cut together. Index j of the axis is, in each parameter of `cuts`, the slice
-    [j·stride, (j+1)·stride) of dimension `dim`. `groups` > 1: each of that many equal runs keeps the same count.
-    `kind` is "ffn" | "heads" | "kv_heads", of layer `layer`, or "hidden" | "layers", of none."""
+    """Everything that is cut together.
+
+    Fields:
+        name: such as "layers.3.ffn" or "hidden".
+        kind: "ffn" | "heads" | "kv_heads" of a layer, "hidden" | "layers" of none.
+        layer: its layer, or None.
+        size: how many units it has.
+        cuts: by parameter, (dim, stride): unit j is the slice [j·stride, (j+1)·stride) of dimension `dim`.
+        groups: each of that many equal runs of units keeps the same count.
+    """
 
     name: str
     kind: str

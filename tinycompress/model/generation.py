@@ -6,37 +6,15 @@ else is here, so the three write the same text. Letters: T tokens of the prompt,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, Protocol, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..graph.config import Config
-
-COLDEST = 1e-30  # a temperature below it would overflow float32, and leaves no choice
-
-
-class Sampling(TypedDict, total=False):
-    """The options of every engine's `generate`.
-
-    Fields:
-        temperature: 0 (the default) takes the likeliest token each time.
-        top_k: draw among that many of the likeliest tokens; None is all.
-        top_p: draw among the smallest set of tokens with that much of the probability; None is all.
-        seed: of the draws; None draws differently each time.
-        stop: token ids that end the text and are not returned; by default the config's end-of-text tokens.
-        on_token: called with every new id.
-    """
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
-    stop: tuple[int, ...] | None
-    on_token: Callable[[int], None] | None
+from .sampling import Sampling, draw_of, warn_ignored
 
 
 def generate(
@@ -45,11 +23,14 @@ def generate(
     max_new_tokens: int,
     begin: Callable[[int], Callable[[Tensor], Tensor]],
     options: Sampling,
+    generation: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The loop of every engine's `generate`: continues ids [1, T]; returns the new ids [n].
 
     `begin(length)` opens a cache of so many positions and gives the step: new ids [1, t] to the last position's logits
-    [V]."""
+    [V]. `generation` is the contents of generation_config.json, for what `options` leave open."""
+    draw = draw_of(generation, options)
+    warn_ignored(generation, draw)
     room = decode_room(config, ids, max_new_tokens)
     step = begin(ids.shape[1] + max(room - 1, 0))
     seed = options.get("seed")
@@ -58,18 +39,14 @@ def generate(
     if stop is None:
         stop = end_tokens(config)
     on_token = options.get("on_token")
-    temperature = options.get("temperature", 0.0)
-    top_p = options.get("top_p")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InputError("temperature", temperature, "a finite number of at least 0")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise InputError("top_p", top_p, "0 … 1")
+    seen = ids[0].tolist()
     out: list[int] = []
     for _ in range(room):
-        token = sample(step(ids), temperature, options.get("top_k"), top_p, generator)
+        token = draw.token(step(ids), seen, generator)
         if token in stop:
             break
         out.append(token)
+        seen.append(token)
         if on_token:
             on_token(token)
         ids = ids.new_tensor([[token]])
@@ -80,6 +57,9 @@ class Stepwise(Protocol):
     """An engine that is asked step by step: new ids [1, t] and its cache to logits [1, t', V]."""
 
     config: Config
+
+    @property
+    def generation(self) -> Mapping[str, Any] | None: ...
 
     def new_cache(self, batch: int, max_length: int) -> Any: ...
 
@@ -93,24 +73,8 @@ def generate_by_steps(engine: Stepwise, ids: Tensor, max_new_tokens: int, option
         cache = engine.new_cache(1, length)
         return lambda new: engine.step(new, cache)[0, -1]
 
-    return generate(engine.config, torch.as_tensor(ids).reshape(1, -1), max_new_tokens, begin, options)
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> int:
-    """One token from logits [V]: greedy at temperature 0, else among the top_k and the smallest set of mass top_p, of
-    one token at least."""
-    if temperature < COLDEST:
-        return int(logits.argmax())
-    probs = (logits.float() / temperature).softmax(-1)
-    order = probs.argsort(descending=True)
-    if top_k:
-        order = order[:top_k]
-    if top_p is not None:
-        before = probs[order].cumsum(-1) - probs[order]
-        order = order[(before < top_p * probs[order].sum()).index_fill(0, order.new_zeros(1), True)]
-    return int(order[torch.multinomial(probs[order], 1, generator=generator)])
+    prompt = torch.as_tensor(ids).reshape(1, -1)
+    return generate(engine.config, prompt, max_new_tokens, begin, options, engine.generation)
 
 
 def seeded(seed: int, device: torch.device | None = None) -> torch.Generator:

@@ -29,7 +29,12 @@ Turn = Callable[[Tensor, Tensor], Tensor]  # x [B, H, T, d] and positions [T] to
 
 @dataclass(frozen=True)
 class SelfExtend:
-    """`group` G positions are merged beyond a `window` of w positions that are left alone."""
+    """Positions merged by groups beyond a window of those that are left alone.
+
+    Fields:
+        group: how many positions share one, G.
+        window: how many of the nearest are left alone, w.
+    """
 
     group: int = 4
     window: int = 256

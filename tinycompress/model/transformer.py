@@ -26,9 +26,10 @@ from ..graph.quant_tensor import QuantTensor
 from ..graph.topology import Feed
 from .attention import Attention, RotaryTables
 from .fused_ops import embed, rms_norm, swiglu
-from .generation import Sampling, generate
+from .generation import generate
 from .kv_cache import KVCache
 from .linear import QuantLinear, linear
+from .sampling import Sampling
 from .self_extend import SelfExtend
 
 ROWS = 2048  # positions an FFN takes at a time without gradients
@@ -186,6 +187,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = graph.config
+        self.generation = graph.generation
         embedding = graph.weights[EMBEDDING].to(device, dtype)
         self.model = Decoder(graph, Embedding(embedding), device, dtype)
         head = embedding if config.tie_embeddings else graph.linear(HEAD).to(device, dtype)
@@ -291,7 +293,7 @@ class Transformer(nn.Module):
             cache = self.new_cache(1, length)
             return lambda new: self.lm_head(self.hidden(new, cache)[0, -1])
 
-        return generate(self.config, ids, max_new_tokens, begin, options)
+        return generate(self.config, ids, max_new_tokens, begin, options, self.generation)
 
 
 class Embedding(nn.Module):

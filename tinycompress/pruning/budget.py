@@ -19,7 +19,12 @@ from .target import BudgetTarget
 
 @dataclass(frozen=True)
 class Limited:
-    """Choices that share one limit: the prices of the chosen sizes may add up to `limit`."""
+    """Choices that share one limit.
+
+    Fields:
+        choices: what each of them may be, with its prices.
+        limit: what the prices of the chosen sizes may add up to.
+    """
 
     choices: list[Choice]
     limit: int
@@ -27,7 +32,18 @@ class Limited:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept. The fields are those of `Prune`, which explains them; one of `target` and `keep` is given."""
+    """What may be kept. The fields are those of `Prune`, which explains them; one of `target` and `keep` is given.
+
+    Fields:
+        target: a budget, such as "params=0.8". Default None.
+        keep: a share or count of each axis by its kind. Default None.
+        axes: kinds of axes that a target is taken from. Default ("ffn",).
+        multiple_of: what kept FFN widths are multiples of. Default 64.
+        floors: what every layer keeps of an axis by its kind, a share or a count above 1. Default None: nothing is
+            held.
+        sublayers: whether whole sublayers may go. Default False.
+        uneven_kv: whether layers may end with different numbers of KV heads. Default False.
+    """
 
     target: str | None = None
     keep: Mapping[str, float] | None = None

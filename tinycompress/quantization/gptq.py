@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.data import as_tokens
-from ..calibration.gram import cross_gram, gram, stream_gram
+from ..calibration.gram import cross_gram, gram, output_gap
 from ..calibration.walk import Inputs, check_calibration, walk
 from ..errors import InputError
 from ..graph.graph import Graph, Weight
@@ -39,11 +39,10 @@ from ..graph.topology import Feed
 from ..model.transformer import RotaryTables
 from .block_tuning import BlockTuning
 from .grid_search import find_grid, nearest_ints
+from .hessian_factor import ORDERS, damped_factor
 from .linear_specs import Spec, Specs, named_specs, targets
 from .refinement import refine as refine_rounding
 
-DAMPING_TRIES = 6
-ORDERS = ("act", "gar", "natural")  # by falling H_jj; within groups, then groups (arXiv:2505.14638); as they stand
 CORRECTIONS = ("qep", "qronos", "gptaq")
 
 
@@ -150,10 +149,12 @@ class GPTQ:
         if self.balance and feed.writes_stream:
             inputs = inputs.balanced(writer)
         hessian = gram(feed, inputs)
-        cross = cross_gram(inputs) if self.propagate else None
+        cross = None
         gap = None
-        if cross is not None and self.stream and feed.writes_stream:
-            gap = stream_gram(inputs, writer) - writer.double() @ cross
+        if self.propagate and feed.writes_stream and self.correction != "gptaq":
+            gap = output_gap(inputs, writer, self.stream)  # its rows are fewer than the inputs: less than `cross` takes
+        elif self.propagate:
+            cross = cross_gram(inputs)
         packed: dict[str, QuantTensor] = {}
         for spec in dict.fromkeys(specs[name] for name in weights):
             names = [name for name in weights if specs[name] == spec]
@@ -202,7 +203,7 @@ def gptq_quantize(
     propagate: float = 1.0,
     correction: str = "qep",
     refine: int = 0,
-    block: int = 128,
+    block: int = 32,
     name: str = "weight",
 ) -> QuantTensor:
     """weight float [N, K] rounded to the grid of `spec` against the Hessian of its inputs.
@@ -210,9 +211,9 @@ def gptq_quantize(
     Arguments:
         hessian: Σ x̂ x̂ᵀ [K, K], at any positive scale.
         order, damping, propagate, correction, refine: as the fields of `GPTQ`.
-        cross: Σ x x̂ᵀ [K, K] over the same positions and at the same scale, x the float model's inputs; it turns the
-            `correction` on.
-        gap: Σ d x̂ᵀ [N, K], d what else the output should gain.
+        cross: Σ x x̂ᵀ [K, K] over the same positions and at the same scale, x the float model's inputs.
+        gap: Σ d x̂ᵀ [N, K], d what the output should gain beside that: all of it, where there is no `cross`. Either of
+            them turns the `correction` on; "gptaq" knows `cross` alone.
         block: columns whose updates of later ones are gathered into one product.
         name: what an InputError for weights or a Hessian that cannot be used names.
     """
@@ -223,15 +224,18 @@ def gptq_quantize(
     H, U, perm = damped_factor(H, spec.group(name, K), order, damping, name)
     original = weight.float().masked_fill(dead, 0)
     W = original
+    corrects = cross is not None or gap is not None
     lost = torch.zeros_like(W, dtype=torch.float64)  # what the prefix takes from the output, by inputs: (Y - WX̂)X̂ᵀ
     if cross is not None:
-        lost = propagate * (W.double() @ (cross - hessian).double() + (0 if gap is None else gap))
-    if cross is not None and correction != "gptaq":
-        W = W + propagate_error(H, lost)
+        lost += propagate * (W.double() @ (cross - hessian).double())
+    if gap is not None:
+        lost += propagate * gap.masked_fill(dead, 0)
+    if corrects and correction != "gptaq":
+        W = W + propagate_error(U, perm, lost)
     scales, zeros = find_grid(name, W, spec, hessian.diagonal().float())
     first = None
     skew = None
-    if cross is not None and correction == "qronos":
+    if corrects and correction == "qronos":
         j = perm[0]
         first = original[:, j] + (lost[:, j] / H[j, j]).float()  # the others stay at their float weights
     if cross is not None and correction == "gptaq":
@@ -286,44 +290,12 @@ def _round_columns(
     return ints.T.contiguous()
 
 
-def propagate_error(hessian: Tensor, lost: Tensor) -> Tensor:
-    """QEP's W* - W, float32 [N, K], from the damped hessian X̂X̂ᵀ + λI [K, K] and α·W(X - X̂)X̂ᵀ [N, K], float64."""
-    return torch.linalg.solve(hessian, lost.T).T.float()
+def propagate_error(U: Tensor, perm: Tensor, lost: Tensor) -> Tensor:
+    """QEP's W* - W = α·W(X - X̂)X̂ᵀ (X̂X̂ᵀ + λI)⁻¹, float32 [N, K].
 
-
-def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
-    """The columns [K] in the order they are rounded, by diag(H) [K]."""
-    if order == "natural":
-        return torch.arange(len(diagonal), device=diagonal.device)
-    if order == "act":
-        return torch.argsort(diagonal, descending=True, stable=True)
-    groups = diagonal.view(-1, group)
-    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
-    whole = torch.argsort(groups.amax(1), descending=True, stable=True)
-    return (inside + torch.arange(0, len(diagonal), group, device=diagonal.device)[:, None])[whole].flatten()
-
-
-def damped_factor(H: Tensor, group: int, order: str, damping: float, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """H + λI [K, K], the upper Cholesky factor U of its inverse = UᵀU in the order `perm` [K], and `perm`; float64.
-
-    λ = damping · mean(diag H), ×10 until the factorization succeeds. Dead channels (H_jj = 0) get H_jj = 1: nothing is
-    known of them and nothing depends on them.
+    U [K, K] is the upper factor of the inverse, UᵀU, with its columns in the order `perm` [K]; `lost` is
+    α·W(X - X̂)X̂ᵀ, float64 [N, K].
     """
-    H = H.clone()
-    diagonal = H.diagonal()
-    perm = column_order(diagonal, group, order)
-    diagonal[diagonal <= 0] = 1
-    mean = diagonal.mean()
-    for attempt in range(DAMPING_TRIES):
-        damped = H.clone()
-        damped.diagonal().add_(damping * 10**attempt * mean)
-        L, info = torch.linalg.cholesky_ex(damped[perm][:, perm])
-        if info == 0:
-            U, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if info == 0:
-                return damped, U, perm
-    raise InputError(
-        f"Hessian of {name}",
-        f"not positive definite, even damped by {damping * 10 ** (DAMPING_TRIES - 1):g} of its diagonal",
-        "more, or more varied, calibration text",
-    )
+    moved = torch.empty_like(lost)
+    moved[:, perm] = lost[:, perm] @ U.T @ U
+    return moved.float()

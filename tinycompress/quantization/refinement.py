@@ -24,7 +24,7 @@ from ..graph.quant_tensor import Grid, QuantSpec
 from .grid_search import nearest_ints
 from .lpbq import STEPS
 
-BLOCK = 128  # columns whose updates of the others are gathered into one product
+BLOCK = 32  # columns whose updates of the others are gathered into one product
 
 
 def refine(
@@ -84,8 +84,11 @@ def scale_equations(ints: Tensor, H: Tensor, target: Tensor, G: int, zeros: Tens
     D = (ints.to(H.dtype).view(N, G, -1) - zeros.to(H.dtype)[..., None]).view(N, -1)  # (N, K), in steps of the grid
     g = D.shape[1] // G
     A = torch.empty(N, G, G, dtype=torch.float64, device=D.device)
-    for i in range(G):
-        A[:, i] = ((D[:, i * g : (i + 1) * g] @ H[i * g : (i + 1) * g]) * D).view(N, G, g).sum(-1)
+    for i in range(G):  # symmetric: what is right of the diagonal is below it too
+        first = i * g
+        products = (D[:, first : first + g] @ H[first : first + g, first:]).mul_(D[:, first:])
+        A[:, i, i:] = products.view(N, G - i, g).sum(-1)
+        A[:, i:, i] = A[:, i, i:]
     return A, (D * target).view(N, G, g).sum(-1).double()
 
 

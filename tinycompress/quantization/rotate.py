@@ -13,6 +13,7 @@ Hadamard matrices exist for many orders that are not powers of two: H_{mn} = H_m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..graph.config import Config
+from ..graph.config import EMBEDDING, FINAL_NORM, HEAD, Config
 from ..graph.edit import fold_norms, turn
 from ..graph.graph import Graph, Weight
 
@@ -39,6 +40,8 @@ class Rotate:
             without it norms stay and a tied head stays tied, which costs nothing at all. Default True.
         heads: whether the values of each head are turned. Default True.
         seed: of the signs or the random matrices. Default 0.
+        device: where weights are turned, such as "cuda", which then holds the whole model; the results return to where
+            the weights were. Default None: where they are.
         progress: whether a bar over the weights is shown once it takes longer than two seconds. Default True.
 
     Errors: an `InputError` for another kind, for weights that are packed already, and for weights that are not finite.
@@ -48,6 +51,7 @@ class Rotate:
     residual: bool = True
     heads: bool = True
     seed: int = 0
+    device: str | None = field(default=None, repr=False, metadata={"key": False})
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,11 +68,23 @@ class Rotate:
             if not torch.isfinite(graph.tensor(name)).all():
                 remedy = "finite weights: a rotation would spread them over all channels"
                 raise InputError(name, "NaN or infinite weights", remedy)
+        turned = graph if self.device is None else moved(graph, dict.fromkeys(graph.weights, self.device))
         if self.residual:
-            graph = turn(fold_norms(graph), orthogonal(config.hidden_size, self.kind, self.seed))
+            R = orthogonal(config.hidden_size, self.kind, self.seed)
+            turned = turn(fold_norms(turned), R.to(turned.weights[f"{FINAL_NORM}.weight"].device))
         if self.heads:
-            graph = graph.replace(weights=turned_values(graph, orthogonal(config.head_dim, self.kind, self.seed + 1)))
-        return graph.replace(by=self)
+            R = orthogonal(config.head_dim, self.kind, self.seed + 1)
+            turned = turned.replace(weights=turned_values(turned, R))
+        if self.device is not None:
+            places = {name: weight.device for name, weight in graph.weights.items()}
+            places.setdefault(turned.config.weight_name(HEAD), places[EMBEDDING])  # a head that was untied
+            turned = moved(turned, places)
+        return turned.replace(by=self)
+
+
+def moved(graph: Graph, places: Mapping[str, torch.device | str]) -> Graph:
+    """The graph with each of its parameters on the device that `places` has for its name."""
+    return graph.replace(weights={name: weight.to(places[name]) for name, weight in graph.weights.items()})
 
 
 def turned_values(graph: Graph, R: Tensor) -> dict[str, Weight]:

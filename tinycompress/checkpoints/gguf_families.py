@@ -1,0 +1,103 @@
+"""The architectures of llama.cpp that the graph carries, and which one computes a config.
+
+  llama     Llama 1 to 3.x, TinyLlama, SmolLM, Mistral and others; the only one that reads stretched frequencies
+  qwen2     Qwen1.5, Qwen2, Qwen2.5: biases on queries, keys and values
+  qwen3     norms of queries and keys
+  smollm3   every fourth layer without RoPE: fixed in llama.cpp, and no key of the file
+
+llama and smollm3 turn neighbouring channels (2i, 2i + 1), so their rows of queries and keys are reordered from the
+half-split pairs (i, i + d/2) of Hugging Face; the two Qwens keep those. None of the four has a window in llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from ..graph.config import LINEARS, Config, layer_of
+from .families import QKV
+
+PAIRS = {"q_proj": "n_heads", "k_proj": "n_kv_heads"}  # linears whose rows RoPE pairs, and the heads they are made of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp computes under a name.
+
+    Fields:
+        name: general.architecture; also the prefix of its keys.
+        biases: the linears that may have one.
+        neighbours: whether RoPE turns channels (2i, 2i + 1), for which rows are reordered.
+        qk_norm: whether queries and keys have norms.
+        no_rope_every: n where layers n - 1, 2n - 1, … have no RoPE; 0: all have.
+        divisors: whether it reads tensors that frequencies are divided by: Llama 3's stretch, and LongRoPE.
+    """
+
+    name: str
+    biases: frozenset[str] = QKV
+    neighbours: bool = False
+    qk_norm: bool = False
+    no_rope_every: int = 0
+    divisors: bool = False
+
+    def ropes(self, n_layers: int) -> list[bool]:
+        """Whether each layer turns its queries and keys."""
+        return [not self.no_rope_every or (index + 1) % self.no_rope_every != 0 for index in range(n_layers)]
+
+    def reordered_heads(self, parameter: str, config: Config) -> int:
+        """How many heads a parameter's rows are reordered in; 0: its rows stay in their places."""
+        index = layer_of(parameter)
+        linear = parameter.split(".")[-2]
+        if index is None or linear not in PAIRS or not self.neighbours:
+            return 0
+        return int(getattr(config.layers[index], PAIRS[linear]))
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", frozenset(LINEARS), neighbours=True, divisors=True),
+        Architecture("qwen2"),
+        Architecture("qwen3", qk_norm=True),
+        Architecture("smollm3", neighbours=True, no_rope_every=4),
+    )
+}
+
+
+def architecture_in(fields: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that a file names; an `InputError` that lists them all for another."""
+    name = fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(f"general.architecture in {where}", repr(name), " | ".join(ARCHITECTURES))
+    return ARCHITECTURES[name]
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture that computes `config`; an `InputError` for a config that none does."""
+    if not config.uniform:
+        accepted = "layers all as wide: all that llama.cpp runs"
+        raise InputError("format gguf", "layers of different widths", accepted)
+    architecture = ARCHITECTURES[_name(config)]
+    if architecture.qk_norm and config.qk_norm_eps != config.norm_eps:
+        found = f"norms of queries and keys with eps {config.qk_norm_eps:g} beside {config.norm_eps:g}"
+        raise InputError("format gguf", found, "one eps for all norms: all that llama.cpp runs")
+    if [layer.rope for layer in config.layers] != architecture.ropes(config.n_layers):
+        places = [index for index, layer in enumerate(config.layers) if not layer.rope]
+        accepted = "every fourth layer (3, 7, …), as llama.cpp's smollm3 has them"
+        raise InputError("format gguf", f"layers {places[:8]} without RoPE", accepted)
+    if extra := config.biases - architecture.biases:
+        accepted = f"biases on {' | '.join(sorted(architecture.biases))}, for llama.cpp's {architecture.name}"
+        raise InputError("format gguf", f"biases on {', '.join(sorted(extra))}", accepted)
+    return architecture
+
+
+def _name(config: Config) -> str:
+    if config.qk_norm_eps is not None:
+        return "qwen3"
+    if not all(layer.rope for layer in config.layers):
+        return "smollm3"
+    plain = config.rope.type not in ("llama3", "longrope")  # qwen2 reads no such tensors; llama may have biases too
+    square = config.layers[0].n_heads * config.head_dim == config.hidden_size  # qwen2 takes nothing else
+    return "qwen2" if config.biases == QKV and plain and square else "llama"
