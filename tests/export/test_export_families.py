@@ -29,7 +29,7 @@ PECULIAR = (
 FAMILIES = {
     "qwen2": {"biases": QKV, "layers": (PLAIN, PLAIN)},
     "qwen2, windows in later layers": {"biases": QKV, "layers": (PLAIN, SEEN)},
-    "qwen3": {"qk_norm_eps": 1e-6, "layers": (PLAIN, PLAIN), "head_dim": 32},
+    "qwen3": {"norm_eps": 1e-6, "qk_norm_eps": 1e-6, "layers": (PLAIN, PLAIN), "head_dim": 32},
     "mistral": {"layers": (SEEN, SEEN)},
     "smollm3": {"layers": (PLAIN, PLAIN, PLAIN, STILL)},
     "all, layers that differ": {"layers": PECULIAR, "biases": QKV, "qk_norm_eps": 1e-5},
