@@ -20,6 +20,8 @@ from .dynamic.emit import attention_layers
 from .profiles import Profile
 
 TJS_DTYPES = {0: "fp32", 2: "q2", 3: "q4", 4: "q4", 8: "q8"}  # transformers.js' name for weights of so many bits
+LARGEST_CACHE = 1 << 28  # bytes that onnxruntime-genai takes for keys and values where a caller names no length
+SHORTEST = 2048  # positions that it has room for whatever they cost
 TJS_SUFFIXES = {"fp32": "", "q2": "_q2", "q4": "_q4", "q8": "_quantized"}
 
 
@@ -37,8 +39,9 @@ def web_dtype(graph: Graph) -> str:
     return TJS_DTYPES[min(widths, default=0)]
 
 
-def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
-    """config.json, genai_config.json and the tokenizer's files with the chat template."""
+def write_configs(graph: Graph, profile: Profile, work: Path, cache_bytes: int = 4) -> None:
+    """config.json, genai_config.json and the tokenizer's files with the chat template. `cache_bytes` are those of a
+    cached number."""
     from tinycompress.checkpoints.families import family_of
     from tinycompress.checkpoints.hf import config_to_hf
 
@@ -49,7 +52,7 @@ def write_configs(graph: Graph, profile: Profile, work: Path) -> None:
         own = {"model_type": "tinycompress", "vocab_size": config.vocab_size}
         write_json(work / "config.json", config_to_hf(config, torch.float32) if family_of(config) else own)
         if attention_layers(config):
-            write_json(work / "genai_config.json", genai_config(graph, profile))
+            write_json(work / "genai_config.json", genai_config(graph, profile, cache_bytes))
     write_text_files(graph, work, profile.layout == "transformers.js")
 
 
@@ -97,10 +100,22 @@ def _ids(config: Config) -> dict[str, Any]:
     return {k: v for k, v in ids.items() if v is not None}
 
 
-def genai_config(graph: Graph, profile: Profile) -> dict[str, Any]:
+def default_length(config: Config, cache_bytes: int = 4) -> int:
+    """The `max_length` of genai_config.json: onnxruntime-genai takes memory for the whole of it before the first token,
+    `cache_bytes` for each key and value. A power of two whose cache fits LARGEST_CACHE, at least SHORTEST, at most the
+    context."""
+    a_position = 2 * cache_bytes * config.head_dim * sum(layer.n_kv_heads for layer in config.layers)
+    fitting = 1 << max(1, LARGEST_CACHE // max(1, a_position)).bit_length() - 1
+    return min(config.max_position, max(SHORTEST, fitting))
+
+
+def genai_config(graph: Graph, profile: Profile, cache_bytes: int = 4) -> dict[str, Any]:
     """For onnxruntime-genai: its layers are the cache entries, and it reads their shapes from the model itself. Its
-    search is what `generate` does where the caller says nothing."""
+    search is what `generate` does where the caller says nothing. `cache_bytes` are those of a cached number."""
+    from tinycompress.checkpoints.families import family_of
+
     config = graph.config
+    family = family_of(config)
     entries = attention_layers(config)
     first = config.layers[entries[0]]
     stop = end_tokens(config)
@@ -132,7 +147,7 @@ def genai_config(graph: Graph, profile: Profile) -> dict[str, Any]:
     }
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
     model = {
-        "type": "llama",
+        "type": family.model_type if family else "llama",
         "vocab_size": config.vocab_size,
         "context_length": config.max_position,
         "decoder": decoder,
@@ -140,7 +155,7 @@ def genai_config(graph: Graph, profile: Profile) -> dict[str, Any]:
     draw = draw_of(graph.generation, {})
     search = {
         "do_sample": draw.temperature > 0,
-        "max_length": config.max_position,
+        "max_length": default_length(config, cache_bytes),
         "num_beams": 1,
         "past_present_share_buffer": fused(config, profile),
         "repetition_penalty": draw.repetition_penalty,

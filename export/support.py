@@ -92,7 +92,7 @@ CASES: Mapping[str, Callable[[str], Graph]] = {  # of how scales are searched
     "8 bits": lambda scale: RTN(QuantSpec(8, 64), head=True)(tiny()),
     "YaRN 4×": lambda scale: tiny(rope=STRETCHED),
     "Qwen2: biases": lambda scale: tiny(biases=QKV),
-    "Qwen3: norms of queries and keys": lambda scale: tiny(qk_norm_eps=1e-6),
+    "Qwen3: norms of queries and keys": lambda scale: tiny(qk_norm_eps=1e-5),
     "Mistral: a window of 16": lambda scale: tiny((Layer(4, 2, 256, window=16),) * 3),
     "SmolLM3: layers without RoPE": lambda scale: tiny((*UNIFORM, Layer(4, 2, 256, rope=False))),
     "4 bits, int8 cache": lambda scale: RTN(QuantSpec(4, 64, search=scale), head=True)(tiny()),

@@ -22,7 +22,7 @@ from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
 from .configs import paths, write_configs
-from .dynamic.emit import emit, features, prepare
+from .dynamic.emit import emit, features, prepare, shortened
 from .dynamic.kv_cache import cache_scales, check_cache
 from .gate.runtime import python_of
 from .gate.verify import pass_gate
@@ -47,6 +47,7 @@ def export(
     check: bool = True,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
+    context: int | None = None,
     static: StaticChoices | None = None,
     mobile: bool = False,
     overwrite: bool = False,
@@ -60,8 +61,9 @@ def export(
     in a quarter of the bytes, on scales from the text `calibration` [windows, T] (dynamic/kv_cache.py; by default the
     "pydoc" train split, or random ids without a tokenizer). `check` runs the gate on `tokens` (see `verify`) with
     `limits` over the profile's; a figure beyond its limit is a `GateError`. Memory needed for writing is that of one
-    weight. `mobile` adds model.ort and the operator list of a reduced build (mobile.py). `static` holds what only the
-    profiles of fixed shapes let one choose.
+    weight. `context` is how many positions the export is good for (by default the model's; for the static profiles at
+    most 2048): tables and caches end there. `mobile` adds model.ort and the operator list of a reduced build
+    (mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
     """
     profile = profile_of(profile)
     claimed = claim(folder, overwrite)
@@ -70,8 +72,12 @@ def export(
         raise InputError(
             "mobile", f"the {profile.name} profile", "ort or web: .ort files hold ONNX Runtime's own operators"
         )
+    if profile.form != "static":
+        graph = shortened(graph, context)
     check_cache(kv, graph.config, profile)
     if profile.form == "static":
+        static = static or StaticChoices()
+        static = dataclasses.replace(static, context=context or static.context)
         common: dict[str, Any] = {
             "dtype": dtype,
             "check": check,
@@ -79,7 +85,7 @@ def export(
             "limits": limits,
             "progress": progress,
         }
-        return export_static(graph, claimed, profile, static or StaticChoices(), **common)
+        return export_static(graph, claimed, profile, static, **common)
     if check and profile.runtime != "onnxruntime":
         python_of(profile.runtime)  # missing, it would be missed after the work
     prepared = prepare(graph, dtype, scales)
@@ -96,7 +102,7 @@ def export(
         _write_model(model, work, paths(prepared, profile), profile, progress)
         if mobile:
             write_ort(work / paths(prepared, profile)[0], work)
-        write_configs(prepared, profile, work)
+        write_configs(prepared, profile, work, 1 if kv == "int8" else 4)
         manifest = _manifest(prepared, profile, dtype, scales, accuracy_level) | {"kv": about}
         if about:
             manifest["minimum_onnxruntime"] = profile.minimum_version(features(prepared, profile) | {"kv_int8"})

@@ -14,6 +14,7 @@ Letters: B batch, T new positions, S all positions, D hidden, H heads, K KV head
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,16 @@ def prepare(graph: Graph, dtype: str = "auto", scales: str = "float32") -> Graph
         return floats
     # only scales are converted: integers are shared
     return floats.replace(weights={name: weight.to(dtype=torch.float32) for name, weight in packed.items()})
+
+
+def shortened(graph: Graph, context: int | None) -> Graph:
+    """The graph good for `context` positions, which its rotary tables then end with; None: the model's own."""
+    own = graph.config.max_position
+    if context is None or context == own:
+        return graph
+    if not 2 <= context <= own:
+        raise InputError("context", context, f"2 … {own}, the model's own (compress --context stretches it)")
+    return graph.replace(config=dataclasses.replace(graph.config, max_position=context))
 
 
 def emit(

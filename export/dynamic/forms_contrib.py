@@ -99,7 +99,7 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
     if isinstance(shared, plain.Positions):
         layer = replace(layer, qkv=plain.apart(draw, at, layer.qkv, layer.heads, layer.kv_heads))
         return plain.attention(draw, layer, shared)
-    assert isinstance(layer.shared, list)
+    assert isinstance(shared, list)
     attributes: dict[str, Any] = {
         "num_heads": layer.heads,
         "kv_num_heads": layer.kv_heads,
@@ -111,7 +111,7 @@ def attention(draw: Draw, layer: plain.LayerAttention) -> tuple[ir.Value, list[i
         attributes["local_window_size"] = layer.window
     tables: list[ir.Value] | list[None] = draw.rope() if layer.rope else [None, None]
     joined: list[ir.Value | None] = [*layer.qkv, None, None]  # side by side in the place of q, or three
-    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *layer.shared, *tables]
+    inputs: list[ir.Value | None] = [*joined[:3], *layer.past, *shared, *tables]
     if draw.choices.kv_scales:
         inputs += [
             None,

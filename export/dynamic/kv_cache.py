@@ -16,8 +16,6 @@ Letters: B batch, K KV heads, T positions, d head_dim.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +24,6 @@ from tinycompress.calibration.walk import check_calibration
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, layer_names
 from tinycompress.graph.graph import Graph
-from tinycompress.model.kv_cache import KVCache
-from tinycompress.model.transformer import Transformer
 
 from ..profiles import Profile
 from .attention import fused
@@ -67,13 +63,6 @@ def scale_names(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def whole_cache(model: Transformer, max_length: int) -> KVCache:
-    """A cache for one row that keeps every position, also in layers whose windows have moved on."""
-    layers = tuple(dataclasses.replace(layer, window=None) for layer in model.config.layers)
-    config = dataclasses.replace(model.config, layers=layers)
-    return KVCache(config, 1, max_length, model.device, model.dtype)
-
-
 @torch.inference_mode()
 def cache_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str, Tensor]:
     """The scales of every cache entry, by the names above, from `tokens` [windows, T]."""
@@ -83,7 +72,7 @@ def cache_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[st
     entries = list(zip(attention_layers(config), scale_names(config)))
     peaks: dict[str, Tensor] = {}
     for window in tqdm(tokens, desc="cache ranges", unit="window", delay=2, disable=not progress):
-        cache = whole_cache(model, len(window))
+        cache = model.new_cache(1, len(window))  # of one prefill it keeps all, also where a layer has a window
         model(window[None], cache)
         for i, names in entries:
             keys, values = cache.layers[i]  # (1, K, T, d)

@@ -25,7 +25,6 @@ from tinycompress.model.transformer import Transformer
 
 from ..dynamic.attention import frequencies, unrotated_keys
 from ..dynamic.emit import attention_layers
-from ..dynamic.kv_cache import whole_cache
 from ..dynamic.session import OrtModel
 from ..read import initializers
 
@@ -146,7 +145,7 @@ def _far_steps(exported: OrtModel, model: Transformer, ids: Tensor, start: int) 
     config = model.config
     tile = max(1, min(TILE, ids.shape[1] - FAR_STEPS))
     stop = min(start + FAR_STEPS, config.max_position, start + ids.shape[1] - tile)
-    near = whole_cache(model, tile)
+    near = model.new_cache(1, tile)
     torch_cache = model.new_cache(1, stop)
     exported_cache = exported.new_cache(1, stop)
     model(ids[:, :tile], near)

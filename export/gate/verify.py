@@ -38,7 +38,7 @@ from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
 
-from ..dynamic.emit import attention_layers, prepare
+from ..dynamic.emit import attention_layers, prepare, shortened
 from ..dynamic.session import OrtModel
 from ..profiles import profile_of
 from ..read import MANIFEST, read, read_manifest
@@ -164,7 +164,8 @@ def _prepared(graph: Graph, manifest: Mapping[str, Any]) -> Graph:
     dtype = manifest.get("dtype", "auto")
     if profile.form == "static":
         return make_ready(graph, profile, dtype, manifest["config"]["max_position"])
-    return prepare(graph, dtype, manifest.get("scales", "float32"))
+    held = shortened(graph, manifest["config"]["max_position"])
+    return prepare(held, dtype, manifest.get("scales", "float32"))
 
 
 def _open(folder: str | Path, manifest: Mapping[str, Any], exact: bool) -> Any:

@@ -24,7 +24,6 @@ from tinycompress.errors import InputError, need
 from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
 
-from ..dynamic.kv_cache import whole_cache
 from ..profiles import Profile
 from ..quiet import onnxruntime
 from .activation_ranges import SMALLEST, Activations, Array, Observer, grids, observe
@@ -79,7 +78,7 @@ def key_scales(graph: Graph, tokens: Tensor, progress: bool = True) -> dict[str,
     with_attention = [i for i, layer in enumerate(config.layers) if layer.n_heads]
     peaks: dict[int, Tensor] = {}
     for window in tqdm(tokens, desc="keys", unit="window", delay=2, disable=not progress):
-        cache = whole_cache(model, len(window))
+        cache = model.new_cache(1, len(window))
         model.hidden(window[None], cache)
         for i in with_attention:
             peak = cache.layers[i][0][0].abs().amax(1)  # (K, d)

@@ -38,7 +38,7 @@ from ..dynamic.draw import Choices, Draw
 from ..dynamic.emit import attention_layers
 from ..profiles import Profile
 from .activation_ranges import GRIDS, ActivationGrid, Activations
-from .forms import FORMS, windows
+from .forms import FORMS, turns, windows
 from .host import mask_name
 from .weights import block_weight, channel_weight
 
@@ -117,7 +117,8 @@ class _Static:
         x = self.act(self.draw.input("hidden", "FLOAT", (1, S, D)), "hidden")
         if attention_layers(self.config):
             masks = [(mask_name(window), (1, 1, S, C + S)) for window in windows(self.config)]
-            for name, sizes in (*masks, (COS, (1, 1, S, half)), (SIN, (1, 1, S, half))):
+            tables = [(name, (1, 1, S, half)) for name in (COS, SIN) if turns(self.config)]
+            for name, sizes in (*masks, *tables):
                 self.host[name] = self.act(self.draw.input(name, "FLOAT", sizes), name)
         caches: list[tuple[str, ir.Value, tuple[int, ...]]] = []
         for i, layer in enumerate(self.config.layers):

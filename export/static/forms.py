@@ -180,11 +180,17 @@ def layout(graph: Graph, profile: Profile) -> dict[str, Any]:
         "context": config.max_position,
         "mask": form.mask,
         "windows": windows(config),
+        "rope": turns(config),
         "hidden": config.hidden_size,
         "head_dim": config.head_dim,
         "kv_heads": [layer.n_kv_heads for layer in config.layers if layer.n_heads],
         "embedding_bits": weight.grid.bits if isinstance(weight, QuantTensor) else 32,
     }
+
+
+def turns(config: Config) -> bool:
+    """Whether any layer turns its queries and keys: without one the graphs have no cos and sin to read."""
+    return any(layer.rope for layer in config.layers if layer.n_heads)
 
 
 def windows(config: Config) -> list[int | None]:

@@ -120,7 +120,7 @@ class StaticSession:
         if cache.layers:
             for window in self.shape.get("windows", [None]):
                 feeds[mask_name(window)] = self.mask(start, size, window)
-            for key in ("cos", "sin"):
+            for key in ("cos", "sin") if self.shape.get("rope", True) else ():
                 feeds[key] = np.zeros((1, 1, size, self.shape["head_dim"] // 2), np.float32)
                 feeds[key][0, 0, :n] = self.host[f"rope.{key}"][start : start + n]
         for slot, (keys, values) in enumerate(cache.layers):

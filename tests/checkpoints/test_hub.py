@@ -49,7 +49,7 @@ def folder(tiny, tmp_path):
     folder = as_hf(tiny, tmp_path / "source")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "README.md").write_text("words")
-    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "merges.txt").write_text("a b")
     (folder / "original").mkdir()
     save_file({"x": torch.ones(3)}, folder / "original" / "consolidated.safetensors")
     save_file({"x": torch.ones(3)}, folder / "consolidated.safetensors")
@@ -72,7 +72,7 @@ def test_only_what_is_needed_is_fetched_and_once(hub, folder, tiny, tmp_path, ca
     assert torch.equal(logits("org/model"), tiny.module()(IDS))
     assert "not a local path: fetching it" in capsys.readouterr().err
     held = {path.relative_to(snapshot(tmp_path)).as_posix() for path in snapshot(tmp_path).rglob("*") if path.is_file()}
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "merges.txt"}
     assert held == expected | {"additional_chat_templates/tool.jinja"}
     before = hub.fetched()
     assert max(before.values()) == 1

@@ -1,4 +1,4 @@
-"""Tokenizer files with a few values replaced: the ids of transformers, or one clear error."""
+"""Mutated tokenizer files: an `InputError`, or the ids of transformers where it opens the folder."""
 
 import copy
 import json
@@ -14,25 +14,29 @@ from tinycompress.errors import InputError
 TOKENS = st.sampled_from(["<s>", "</s>", "<|im_end|>", "[PAD]", "a", "", "th", " ", "▁", "<unk>"])
 FLAGS = st.fixed_dictionaries({"content": TOKENS}, optional={name: st.booleans() for name in (*PLAIN, "lstrip")})
 WRONG = st.one_of(st.none(), st.integers(-2, 500), st.lists(TOKENS, max_size=2), st.floats(), st.booleans())
-SOME = st.one_of(TOKENS, TOKENS.map(lambda c: MARKED | {"content": c}), FLAGS, WRONG)
+
+
+def mostly(values):
+    """Those values, and one in twenty of any kind."""
+    return st.integers(0, 19).flatmap(lambda pick: WRONG if pick == 7 else values)
+
+
+SOME = mostly(st.one_of(TOKENS, TOKENS.map(lambda content: MARKED | {"content": content})))
+CLASSES = [*GENERIC.values(), "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", None]
 CONFIGS = st.fixed_dictionaries(
-    {
-        "tokenizer_class": st.sampled_from(
-            [*(GENERIC.values()), "LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", None]
-        )
-    },
+    {"tokenizer_class": st.sampled_from(CLASSES)},
     optional={
         **{name: SOME for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
-        "additional_special_tokens": st.one_of(st.lists(SOME, max_size=2), WRONG),
-        "added_tokens_decoder": st.one_of(
-            st.dictionaries(st.one_of(st.integers(0, 450).map(str), TOKENS), st.one_of(FLAGS, WRONG), max_size=3), WRONG
-        ),
-        **{name: st.one_of(st.booleans(), WRONG) for name in ("add_bos_token", "add_eos_token", "add_prefix_space")},
+        "additional_special_tokens": mostly(st.lists(SOME, max_size=2)),
+        "added_tokens_decoder": mostly(st.dictionaries(st.integers(0, 450).map(str), mostly(FLAGS), max_size=3)),
+        **{name: mostly(st.booleans()) for name in ("add_bos_token", "add_eos_token")},
+        "add_prefix_space": mostly(st.booleans()),
         "split_special_tokens": st.booleans(),
-        "chat_template": st.one_of(TOKENS, st.lists(st.dictionaries(TOKENS, TOKENS, max_size=2), max_size=2), WRONG),
+        "chat_template": mostly(TOKENS),
     },
 )
 CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.one_of(WRONG, TOKENS, st.just({}))), max_size=2)
+CHANGES = st.one_of(st.just([]), CHANGES)
 
 
 def places(value, path=()) -> list:

@@ -4,11 +4,36 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizer_cases import BACKENDS, GENERIC, MARKED, PLAIN, TRIES, Backend, agree, make, of_transformers
+from tokenizer_cases import BACKENDS, GENERIC, MARKED, PLAIN, TRIES, make, of_transformers
+from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.errors import InputError
+
+
+def agree(folder: Path, saved: Path) -> None:
+    """Ours has the ids of transformers, and so has what we save, in both libraries."""
+    theirs = of_transformers(folder)
+    ours = Tokenizer.from_folder(folder)
+    saved.mkdir()
+    ours.save(saved)
+    again = Tokenizer.from_folder(saved)
+    reopened = of_transformers(saved)
+    for text in TRIES:
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            for encode in (ours.encode, again.encode, reopened.encode):
+                assert encode(text, add_special_tokens=special) == expected, (text, special)
+        ids = theirs(text)["input_ids"]
+        assert ours.decode(ids) == reopened.decode(ids, clean_up_tokenization_spaces=False)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        assert getattr(theirs, name) == ours.config.get(name) == getattr(reopened, name)
+    assert list(reopened(TRIES[0])) == ["input_ids", "attention_mask"]
+    assert reopened.chat_template == theirs.chat_template
+    assert reopened.additional_special_tokens == theirs.additional_special_tokens
+    assert reopened.padding_side == theirs.padding_side
+
 
 CHAT = {"500": PLAIN | {"content": "<|im_start|>"}, "501": PLAIN | {"content": "<|im_end|>"}}
 FOLDERS = {
@@ -29,6 +54,13 @@ FOLDERS = {
                     "701": PLAIN | {"content": "[EXTRA]", "normalized": True, "lstrip": True},
                 }
             }
+        },
+    ),
+    "special by its name alone, so not normalized": (
+        "blanks",
+        {
+            "tokenizer_config": GENERIC
+            | {"eos_token": "<|im_end|>", "added_tokens_decoder": {"0": {"content": "<|im_end|>"}}}
         },
     ),
     "added_tokens.json": (

@@ -1,6 +1,4 @@
-"""Small tokenizers in folders, and what transformers makes of them."""
-
-from __future__ import annotations
+"""What the tests of tokenizer folders share: small tokenizers, texts, and folders with every file."""
 
 import json
 import warnings
@@ -10,7 +8,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tinycompress.calibration import data
-from tinycompress.checkpoints.tokenizer import Tokenizer
 
 TEXT = data.text("pydoc")[:20_000]
 TRIES = [
@@ -66,29 +63,6 @@ def of_transformers(folder: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return AutoTokenizer.from_pretrained(folder)
-
-
-def agree(folder: Path, saved: Path) -> None:
-    """Ours has the ids of transformers, and so has what we save, in both libraries."""
-    theirs = of_transformers(folder)
-    ours = Tokenizer.from_folder(folder)
-    saved.mkdir()
-    ours.save(saved)
-    again = Tokenizer.from_folder(saved)
-    reopened = of_transformers(saved)
-    for text in TRIES:
-        for special in (True, False):
-            expected = theirs(text, add_special_tokens=special)["input_ids"]
-            for encode in (ours.encode, again.encode, reopened.encode):
-                assert encode(text, add_special_tokens=special) == expected, (text, special)
-        ids = theirs(text)["input_ids"]
-        assert ours.decode(ids) == reopened.decode(ids, clean_up_tokenization_spaces=False)
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        assert getattr(theirs, name) == ours.config.get(name) == getattr(reopened, name)
-    assert list(reopened(TRIES[0])) == ["input_ids", "attention_mask"]
-    assert reopened.chat_template == theirs.chat_template
-    assert reopened.additional_special_tokens == theirs.additional_special_tokens
-    assert reopened.padding_side == theirs.padding_side
 
 
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast"}

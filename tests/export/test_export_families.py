@@ -8,7 +8,7 @@ import torch
 from conftest import random_graph
 from exported import assert_same_everywhere, ids_of, operators, quantized
 
-from tinycompress.export import OrtModel, StaticChoices, export
+from tinycompress.export import OrtModel, StaticChoices, cache_scales, export
 from tinycompress.export.read import initializers
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
@@ -29,7 +29,7 @@ PECULIAR = (
 FAMILIES = {
     "qwen2": {"biases": QKV, "layers": (PLAIN, PLAIN)},
     "qwen2, windows in later layers": {"biases": QKV, "layers": (PLAIN, SEEN)},
-    "qwen3": {"qk_norm_eps": 1e-6, "layers": (PLAIN, PLAIN), "head_dim": 32},
+    "qwen3": {"norm_eps": 1e-6, "qk_norm_eps": 1e-6, "layers": (PLAIN, PLAIN), "head_dim": 32},
     "mistral": {"layers": (SEEN, SEEN)},
     "smollm3": {"layers": (PLAIN, PLAIN, PLAIN, STILL)},
     "all, layers that differ": {"layers": PECULIAR, "biases": QKV, "qk_norm_eps": 1e-5},
@@ -112,3 +112,21 @@ def test_a_window_as_long_as_the_context_costs_nothing(tmp_path):
     export(graph, tmp_path / "out", "std", check=False)
     assert "Less" not in operators(tmp_path / "out")
     assert OrtModel(tmp_path / "out").config == graph.config
+
+
+def test_a_window_needs_a_newer_runtime(tmp_path):
+    """Up to 1.23.2 GroupQueryAttention's window holds one position more than transformers'."""
+    versions = {name: export(family(name), tmp_path / name, check=False)["minimum_onnxruntime"] for name in FAMILIES}
+    assert versions["mistral"] == versions["qwen2, windows in later layers"] == "1.24.4"
+    assert versions["qwen3"] == versions["smollm3"] == "1.20.1"
+
+
+def test_scales_of_an_int8_cache_know_positions_that_left_the_window():
+    """What the first layer caches does not depend on its window."""
+    graph = family("mistral")
+    layers = (PLAIN, SEEN)
+    free = graph.replace(config=dataclasses.replace(graph.config, layers=layers))
+    ids = ids_of(graph, 40)
+    scales, expected = (cache_scales(g, ids, progress=False) for g in (graph, free))
+    first = [name for name in scales if ".0." in name]
+    assert len(first) == 2 and all(torch.equal(scales[name], expected[name]) for name in first)

@@ -30,7 +30,9 @@ PROMPT = [1, 5, 9, 77, 3, 8]
 
 def tokenizer(**config) -> Tokenizer:
     """One of 128 letters."""
-    vocabulary = {"<s>": 1, "</s>": 2, "<unk>": 0} | {chr(0x100 + i): i for i in range(3, 128)}
+    letters = [*map(chr, range(33, 127)), *map(chr, range(0x100, 0x11F))]  # Ġ, 0x120, is the blank
+    tokens = ["<unk>", "<s>", "</s>", *letters[:-1], "Ġ"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"} | config)
@@ -101,7 +103,9 @@ def test_genai_ends_where_torch_ends(ends, tmp_path):
 
 
 def test_genai_uses_the_penalty(tmp_path):
-    graph = with_generation(tmp_path / "model", small(), do_sample=False, eos_token_id=None, repetition_penalty=1.5)
+    graph = with_generation(
+        tmp_path / "model", small(eos_token_id=None), do_sample=False, eos_token_id=None, repetition_penalty=1.5
+    )
     export(graph, tmp_path / "out", check=False, accuracy_level=0)
     assert greedy_of_genai(tmp_path / "out") == graph.module().generate(torch.tensor(PROMPT), 34).tolist()
 

@@ -91,8 +91,9 @@ def complete(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: P
     backend.add_tokens(tokens)
     if isinstance(split := config.get("split_special_tokens"), bool):
         backend.encode_special_tokens = split
-    _set_prefix_space(backend, config.get("add_prefix_space", False))
-    if class_of(folder, config) == LLAMA:
+    kind = class_of(folder, config)
+    _set_prefix_space(backend, config.get("add_prefix_space", None if kind == LLAMA else False))
+    if kind == LLAMA:
         _add_around(backend, config, str(folder / "tokenizer_config.json"))
 
 
@@ -136,12 +137,11 @@ def _added(config: Mapping[str, Any], specials: list[str], folder: Path) -> list
 
 
 def _flags(token: Any, where: str) -> dict[str, Any]:
-    """The content and the flags of a token in JSON; `normalized` is what transformers takes it for where absent."""
+    """The content and the flags of a token in JSON; one without `normalized` is normalized unless it is special."""
     if not isinstance(token, dict):
         raise InputError(where, repr(token)[:80], "objects with `content`")
     content = _content(token, "a token", where)
-    flags = {flag: token.get(flag, False) for flag in FLAGS}
-    flags["normalized"] = token.get("normalized", not flags["special"])
+    flags = {flag: token.get(flag, False) for flag in FLAGS if flag != "normalized" or flag in token}
     if bad := [flag for flag, value in flags.items() if not isinstance(value, bool)]:
         raise InputError(where, f"{bad[0]} {token[bad[0]]!r} of {content!r}", "true or false")
     return {"content": content} | flags

@@ -84,9 +84,8 @@ def _proto(path: Path) -> Any:
     need("sentencepiece", "sentencepiece")
     need("google.protobuf", "sentencepiece")
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = need("sentencepiece.sentencepiece_model_pb2", "sentencepiece").ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:

@@ -50,7 +50,8 @@ def export(
     context: Annotated[
         int | None,
         count_option(
-            "Profiles qnn and static: positions that the cache holds.  [default: the model's, at most 2048]", at_least=2
+            "How many positions the export is good for.  [default: the model's; profiles qnn and static: at most 2048]",
+            at_least=2,
         ),
     ] = None,
     calibration: Annotated[
@@ -100,7 +101,8 @@ def export(
         kv=kv,
         calibration=text,
         check=check,
-        static=StaticChoices(context, text, ranges, epcontext, attention_bits, rotate),
+        context=context,
+        static=StaticChoices(None, text, ranges, epcontext, attention_bits, rotate),
         mobile=mobile,
     )
     if manifest["checks"]:

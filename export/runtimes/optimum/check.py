@@ -55,7 +55,24 @@ def check(folder: Path, reference: Reference) -> tuple[dict[str, Any], list[str]
         eos_token_id=None,
     )
     fine, about = greedy_agrees(reference, made[0, reference.prompt :].tolist(), MARGIN)
-    return found | {"greedy": about.split()[1]}, failures + ([] if fine else [about])
+    failures += [] if fine else [about]
+    if not padded_on_the_left(model, reference):
+        failures.append("a prompt padded on the left goes on otherwise than alone")
+    return found | {"greedy": about.split()[1]}, failures
+
+
+def padded_on_the_left(model: ORTModelForCausalLM, reference: Reference) -> bool:
+    """Whether a short prompt beside a long one writes what it writes alone: transformers pads batches on the left."""
+    whole = torch.from_numpy(reference.start)
+    short = whole[: len(whole) // 2]
+    pads = len(whole) - len(short)
+    ids = torch.stack([whole, torch.cat([whole[:1].repeat(pads), short])])
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(short[None], attention_mask=torch.ones_like(short)[None], **options)
+    batch = model.generate(ids, attention_mask=mask, **options)
+    return torch.equal(batch[1, len(whole) :], alone[0, len(short) :])
 
 
 if __name__ == "__main__":
