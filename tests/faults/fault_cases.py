@@ -14,8 +14,9 @@ CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod", "lin
 # Imports once, then forks a child for each command that it reads, a line of JSON each. The child dies right before the
 # call that changes a file and has that number, renameat2 included; 0 is none.
 SERVER = f"""
-import json, os, signal, sys
-import tinycompress.cli.main, tinycompress.pipeline, tinycompress.checkpoints.checkpoint, tinycompress.evaluation.report
+import json, os, signal, sys, traceback
+import tinycompress.pipeline, tinycompress.checkpoints.checkpoint, tinycompress.evaluation.report
+from tinycompress.cli import main
 from tinycompress.files import moves
 renameat2 = moves._renameat2()
 def arm(number, exchange):
@@ -42,10 +43,12 @@ for line in sys.stdin:
         sys.argv = ["tinycompress", *asked["arguments"]]
         code = 70
         try:
-            tinycompress.cli.main.main()
+            main()
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
