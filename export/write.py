@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tinycompress.checkpoints.vocabulary import check_vocabulary
 from tinycompress.errors import InputError, need
-from tinycompress.files import Target, check_space, claim, new_folder, record, write_json
+from tinycompress.files import Claim, Target, check_space, claim, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
@@ -99,7 +99,7 @@ def export(
         about = {"type": kv, "scales": "one a channel of a KV head", "text": description}
     prepared.check_finite()
     with new_folder(claimed) as work:
-        _write_model(model, work, paths(prepared, profile), profile, progress)
+        _write_model(model, claimed, work, paths(prepared, profile), profile, progress)
         if mobile:
             write_ort(work / paths(prepared, profile)[0], work)
         write_configs(prepared, profile, work, 1 if kv == "int8" else 4)
@@ -113,14 +113,16 @@ def export(
     return manifest
 
 
-def _write_model(model: Any, work: Path, names: tuple[str, str], profile: Profile, progress: bool) -> None:
+def _write_model(
+    model: Any, claimed: Claim, work: Path, names: tuple[str, str], profile: Profile, progress: bool
+) -> None:
     """The model and its data, one initializer in memory at a time."""
     need("onnx_ir", "export")
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
     needed = sum(t.nbytes for t in tensors)
-    check_space(work, needed)
+    check_space(claimed, needed)
     if profile.largest_file and needed > profile.largest_file:
         raise InputError(
             "weights",

@@ -92,7 +92,7 @@ def export_static(
     emit_static(ready, profile, 1)  # what cannot be drawn fails here
     ready.check_finite()
     with new_folder(claimed) as work:
-        check_space(work, 2 * ready.nbytes)  # while ranges are read, the float graph's weights lie there too
+        check_space(claimed, 2 * ready.nbytes)  # while ranges are read, the float graph's weights lie there too
         ranges = None
         about = None
         if activations := FORMS[profile.name].activations:

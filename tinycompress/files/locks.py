@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
@@ -61,8 +61,9 @@ def _take(path: Path, folder: str | Path) -> int | None:
             return None
         if is_open_as(path, handle):
             about = {"pid": os.getpid(), "host": socket.gethostname(), "command": sys.argv, "since": time.ctime()}
-            os.truncate(handle, 0)
-            os.write(handle, json.dumps(about).encode())
+            with suppress(OSError):  # a full disk: the lock is held, and does not say by whom
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(about).encode())
             return handle
         os.close(handle)  # it was released and removed in between
 

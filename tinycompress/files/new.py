@@ -19,7 +19,12 @@ from .own import MARKS, not_ours
 from .temporary import MOVING, temporary
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")  # of libraries that keep no number
+FULL_WORDS = (  # of libraries that keep no number; the last are numpy's, when fewer bytes than asked for were written
+    "No space left on device",
+    "os error 28",
+    "Disk quota exceeded",
+    " requested and ",
+)
 
 
 @contextmanager
