@@ -14,13 +14,16 @@ CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod", "lin
 # Imports once, then forks a child for each command that it reads, a line of JSON each. The child dies right before the
 # call that changes a file and has that number, renameat2 included; 0 is none.
 SERVER = f"""
-import json, os, signal, sys, traceback
+import json, os, shutil, signal, sys, traceback
+from types import SimpleNamespace
 import tinycompress.pipeline, tinycompress.checkpoints.checkpoint, tinycompress.evaluation.report
 from tinycompress.cli import main
 from tinycompress.files import moves
 renameat2 = moves._renameat2()
-def arm(number, exchange):
+def arm(number, exchange, room):
     count = 0
+    if room:
+        shutil.disk_usage = lambda place: SimpleNamespace(free=room)
     def wrapped(call):
         def run(*arguments, **named):
             nonlocal count
@@ -39,7 +42,7 @@ for line in sys.stdin:
         handle = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        arm(asked["die_at"], asked["exchange"])
+        arm(asked["die_at"], asked["exchange"], asked["room"])
         sys.argv = ["tinycompress", *asked["arguments"]]
         code = 70
         try:
@@ -69,9 +72,11 @@ class Commands:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, *arguments: object, die_at: int = 0, exchange: bool = True) -> tuple[int, str]:
-        """The exit code of a command and what it said; `die_at` kills it before that call."""
-        asked = {"arguments": [*map(str, arguments)], "die_at": die_at, "exchange": exchange, "log": str(self.log)}
+    def run(self, *arguments: object, die_at: int = 0, exchange: bool = True, room: int = 0) -> tuple[int, str]:
+        """The exit code of a command and what it said; `die_at` kills it before that call, and `room` is how many bytes
+        it finds free, whatever is."""
+        how = {"die_at": die_at, "exchange": exchange, "room": room, "log": str(self.log)}
+        asked = {"arguments": [*map(str, arguments)], **how}
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()

@@ -39,7 +39,7 @@ def fill(disk: Path, free: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free", [0, 8_192, 100_000])
+@pytest.mark.parametrize("free", [0, 8_192, 50_000, 120_000, 250_000, -100_000])
 @pytest.mark.parametrize("writer", ["save", "gguf", "export", "static", "work"])
 def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Path, commands: Commands) -> None:
     model = tmp_path / "model"
@@ -55,9 +55,10 @@ def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Pa
     }
     if writer == "work":
         options["work"] += ["--work", disk / "work"]
-    fill(disk, free)
+    fill(disk, abs(free))
     before = contents(disk)
-    code, error = commands.run(*options[writer])
+    room = 1 << 40 if free >= 0 else 0  # else the command sees beforehand how little is free
+    code, error = commands.run(*options[writer], room=room)
     assert code == 1 and one_line(error), (code, error)
     assert contents(disk) == before
     (disk / "filling").unlink()

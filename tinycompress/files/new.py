@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +20,8 @@ from .own import MARKS, not_ours
 from .temporary import MOVING, temporary
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = (  # of libraries that keep no number; the last are numpy's, when fewer bytes than asked for were written
-    "No space left on device",
-    "os error 28",
-    "Disk quota exceeded",
-    " requested and ",
+FULL_WORDS = re.compile(  # of libraries that keep no number; the last are numpy's
+    r"No space left on device|os error 28|Disk quota exceeded|\d+ requested and \d+ written"
 )
 
 
@@ -176,7 +174,7 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(words in str(error) for words in FULL_WORDS):
+        if FULL_WORDS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
