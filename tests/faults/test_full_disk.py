@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fault_cases import Commands, contents, one_line, small_disk
 
 from tinycompress.checkpoints.checkpoint import save
+from tinycompress.distillation.distill import Distill
+from tinycompress.distillation.training import Training
+from tinycompress.errors import OutputError
 from tinycompress.graph.graph import Graph
 
 DISK = 1_400_000  # bytes; the model has some 313 kB, and a static export wants twice as many for a while
@@ -64,3 +69,18 @@ def test_a_command(writer: str, free: int, tiny: Graph, tmp_path: Path, disk: Pa
     (disk / "filling").unlink()
     code, error = commands.run(*options[writer])
     assert code == 0, error
+
+
+@pytest.mark.slow
+def test_a_training(tiny: Graph, disk: Path) -> None:
+    """There is room for one state and not for two; with more room the same pass goes on from the one."""
+    tokens = torch.randint(tiny.config.vocab_size, (6, 12), generator=torch.Generator().manual_seed(0))
+    training = Training(steps=3, lr=1e-2, batch=2, save_every=1)
+    teacher = Graph.random(tiny.config, 1)
+    distill = Distill(tokens, teacher, training, work=disk / "work")
+    with pytest.raises(OutputError, match="the disk is full"):
+        distill(tiny)
+    assert [path.name for path in (disk / "work").iterdir()] == ["step-00000001"]
+    subprocess.run(["mount", "-o", f"remount,size={4 * DISK}", str(disk)], check=True)
+    resumed = distill(tiny)
+    assert resumed.fingerprint() == dataclasses.replace(distill, work=None)(tiny).fingerprint()
