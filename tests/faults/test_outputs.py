@@ -177,6 +177,13 @@ def test_the_current_folder_is_filled_if_it_is_empty(
         save(nonuniform, ".", overwrite=True)
 
 
+def test_a_mounted_folder_is_filled_and_never_moved(tiny: Graph, nonuniform: Graph, disk: Path) -> None:
+    save(tiny, disk)
+    assert load(disk).fingerprint() == tiny.fingerprint() and os.path.ismount(disk)
+    with pytest.raises(InputError, match="a disk of its own"):
+        save(nonuniform, disk, overwrite=True)
+
+
 def test_a_filled_folder_is_emptied_of_what_a_dead_run_moved(
     tiny: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

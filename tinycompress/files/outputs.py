@@ -78,11 +78,11 @@ def claim(target: Target, overwrite: bool = False, apart_from: Mapping[str, Targ
     if not empty:
         _check_replaceable(path, target, overwrite)
     in_place = path == _current() or _is_mounted(path) or not os.access(path.parent, os.W_OK | os.X_OK)
+    if in_place and not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder {target}: no permission to write there")
     if in_place and not empty:
         accepted = "a folder that can be moved (or this one, empty)"
         raise InputError("output folder", f"{target}, which is a disk of its own or has a read-only parent", accepted)
-    if in_place and not os.access(path, os.W_OK | os.X_OK):
-        raise OutputError(f"output folder {target}: no permission to write there")
     return Claim(path, overwrite, _identity(status), in_place)
 
 
