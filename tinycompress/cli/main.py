@@ -21,7 +21,11 @@ from .verify import verify
 
 
 class Commands(TyperGroup):
-    """Turns the errors that are not bugs into one line and an exit code."""
+    """Turns the errors that are not bugs into one line and an exit code, and keeps what was typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
