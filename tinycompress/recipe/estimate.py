@@ -2,10 +2,10 @@
 
 A pass is W forwards of every token that it reads, and O operations for every weight of the layers (`WORK`); a forward
 of one token is 2 operations a weight. The machine does `CPU_RATE` operations a second a thread, or `GPU_RATE` on a GPU.
-The rates are those of SmolLM2-135M on two cores of a server (2026-11). Expect a factor of three.
+The rates are those of SmolLM2-135M on one busy core of a server (2026-11). Expect a factor of three.
 
-Memory is what the library itself takes (`BASE`), the hidden states of all windows, and one block's weights, gradients
-and Gram matrices in float32; training holds the whole model four times (weights, gradients, two moments).
+Memory is what the library itself takes (`BASE`), the graph that a pass makes, the hidden states of all windows, and one
+block's weights, gradients and Gram matrices in float32; training holds the whole model four times (weights, gradients, two moments).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..distillation.distill import Distill
 from ..graph.config import Config
 from ..graph.graph import Graph, Pass
+from ..pruning.prune import Prune
 from .foretell import Foretold
 
 CPU_RATE = 15e9  # operations a second of one thread
@@ -66,7 +67,9 @@ def costs(graph: Graph, passes: Sequence[Pass], foretold: Sequence[Foretold]) ->
     out: list[Cost] = []
     before = graph
     for step, after in zip(passes, foretold):
-        out.append(Cost(_operations(step, before) / _rate(), _memory(step, before), after.graph.nbytes))
+        out.append(
+            Cost(_operations(step, before) / _rate(), _memory(step, before) + after.graph.nbytes, after.graph.nbytes)
+        )
         before = after.graph
     return out
 
@@ -107,6 +110,8 @@ def _memory(step: Any, graph: Graph) -> int:
     widest = max((_widest(config, i) for i in range(config.n_layers)), default=0)
     block = max((_block_weights(config, i) for i in range(config.n_layers)), default=0)
     grams = 3 * 8 * widest * widest if _tokens(step) else 0
+    if isinstance(step, Prune):  # what was measured of every layer is kept until sizes are chosen
+        grams += 8 * widest * widest * config.n_layers
     return BASE + states + 3 * 4 * block + grams
 
 
