@@ -5,7 +5,8 @@ of one token is 2 operations a weight. The machine does `CPU_RATE` operations a 
 The rates are those of SmolLM2-135M on one busy core of a server (2026-11). Expect a factor of three.
 
 Memory is what the library itself takes (`BASE`), the graph that a pass makes, the hidden states of all windows, and one
-block's weights, gradients and Gram matrices in float32; training holds the whole model four times (weights, gradients, two moments).
+block's weights, gradients and Gram matrices in float32; training holds the whole model four times (weights, gradients,
+two moments).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WORK: dict[str, tuple[float, float]] = {  # forwards of each token, operations a
     "Prune": (8, 4_000),
     "PruneFFN": (4, 1_000),
     "QuantizeEmbedding": (0, 300),
-    "RTN": (0, 1_500),
+    "RTN": (0, 3_000),
     "Rotate": (0, 1_000),
     "Slice": (3, 2_000),
     "SmoothQuant": (2, 10),
