@@ -75,6 +75,8 @@ def test_all_mistakes_come_together_in_the_order_of_the_lines() -> None:
 
 def test_what_depends_on_a_mistyped_key_is_not_a_mistake_too() -> None:
     assert len(told('[[pass]]\nname = "Prune"\ntargt = "params=0.8"\n')) == 1
+    text = '[[pass]]\nname = "Prune"\ntargt = "params=0.8"\ncriterion = "x"\ndamping = 7\n'
+    assert len(told(text)) == 3  # and what it is meant to be is there for the other checks
 
 
 @pytest.mark.parametrize("text", ["model = ", "[[pass]\n", "a = 1\na = 2\n", "x = " + "[" * 4000, "\0", 'a = "\n'])
