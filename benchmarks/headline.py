@@ -38,8 +38,7 @@ from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.evaluation.perplexity import environment, perplexity
 from tinycompress.files import write_json, write_text
 from tinycompress.graph.graph import Graph
-from tinycompress.graph.quant_tensor import QuantSpec
-from tinycompress.recipe import Recipe
+from tinycompress.recipe import Options
 
 RESULTS = Path(__file__).parent / "results" / "headline.json"
 PRUNED = {"w4": None, "w4, 90%": "params=0.9", "w4, 80%": "params=0.8"}
@@ -80,9 +79,8 @@ def make(args: argparse.Namespace, graph: Graph) -> None:
         folders = [args.work / "out" / f"{name}{tuned}" for tuned in ("", ", tuned")]
         if all(folder.is_dir() for folder in folders):
             continue
-        *steps, tune = Recipe(prune, quantize=QuantSpec(4, 64), quantize_embedding=QuantSpec(8, 64), tune=True).passes(
-            graph, tokens
-        )
+        options = Options(prune, quantize="w4g64", quantize_embedding="w8g64", tune=True)
+        *steps, tune = options.recipe(graph.config).passes(graph, tokens=tokens)
         out = graph
         for folder, passes in zip(folders, (steps, [tune])):
             for step in passes:

@@ -20,10 +20,11 @@ ROOMS = {
     "distillation": "The pass, its losses, its teachers and the training loop.",
     "context": "The passes that stretch a context.",
     "evaluation": "Perplexity, agreement, paired intervals, long contexts.",
-    "pipeline": "Passes in order with a work folder, the recipe behind `tinycompress compress`, errors and files.",
+    "recipe": "TOML and options to passes, what they will make and cost, and running them.",
+    "pipeline": "Passes in order with a work folder, provenance and model cards, errors and files.",
     "export": "A graph to a folder that a runtime opens, read back and verified. Imported as `tinycompress.export`.",
 }
-TOP = ("pipeline", "recipe", "errors", "files", "knapsack")  # modules of the package that belong to no room
+TOP = ("pipeline", "provenance", "errors", "files", "knapsack")  # modules of the package that belong to no room
 
 
 def modules(room: str) -> list[str]:

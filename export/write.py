@@ -21,6 +21,7 @@ from tinycompress.files import Claim, Target, check_space, claim, new_folder, re
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 
+from .card import write_card
 from .configs import paths, write_configs
 from .dynamic.emit import emit, features, prepare, shortened
 from .dynamic.kv_cache import cache_scales, check_cache
@@ -51,6 +52,7 @@ def export(
     static: StaticChoices | None = None,
     mobile: bool = False,
     overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the folder and returns its manifest. It appears complete and checked, or not at all; where it may appear,
@@ -63,7 +65,9 @@ def export(
     `limits` over the profile's; a figure beyond its limit is a `GateError`. Memory needed for writing is that of one
     weight. `context` is how many positions the export is good for (by default the model's; for the static profiles at
     most 2048): tables and caches end there. `mobile` adds model.ort and the operator list of a reduced build
-    (mobile.py). `static` holds what only the profiles of fixed shapes let one choose.
+    (mobile.py). `static` holds what only the profiles of fixed shapes let one choose. `provenance`, as
+    `tinycompress.provenance` gives it, says how the graph was made: it goes into the manifest, and a model card is made
+    of it.
     """
     profile = profile_of(profile)
     claimed = claim(folder, overwrite)
@@ -83,6 +87,7 @@ def export(
             "check": check,
             "tokens": tokens,
             "limits": limits,
+            "provenance": provenance,
             "progress": progress,
         }
         return export_static(graph, claimed, profile, static, **common)
@@ -103,13 +108,15 @@ def export(
         if mobile:
             write_ort(work / paths(prepared, profile)[0], work)
         write_configs(prepared, profile, work, 1 if kv == "int8" else 4)
-        manifest = _manifest(prepared, profile, dtype, scales, accuracy_level) | {"kv": about}
+        manifest = _manifest(prepared, profile, dtype, scales, accuracy_level)
+        manifest |= {"kv": about, "provenance": provenance}
         if about:
             manifest["minimum_onnxruntime"] = profile.minimum_version(features(prepared, profile) | {"kv_int8"})
         manifest["files"] = record(work)
         write_json(work / MANIFEST, manifest)
         if check:
             pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
+        write_card(work, manifest, prepared)
     return manifest
 
 

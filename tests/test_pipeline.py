@@ -136,7 +136,9 @@ def test_what_changes_no_result_does_not_count(graph: Graph, tokens: Tensor) -> 
 
     plain = key()
     assert plain is not None
-    assert key(log=Path("log")) == plain and key(stop=lambda: False) == plain  # a function alone would have no key
+    assert (
+        key(log=Path("log")) == key(work=Path("work")) == plain and key(stop=lambda: False) == plain
+    )  # a function alone would have no key
     assert key(on_policy=0.5) != plain
     quiet = pipeline._key("", PruneFFN(tokens, progress=False))
     assert quiet == pipeline._key("", PruneFFN(tokens)) != pipeline._key("", PruneFFN(tokens, keep=0.5))

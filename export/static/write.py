@@ -23,6 +23,7 @@ from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 
+from ..card import write_card
 from ..configs import write_text_files
 from ..gate.verify import pass_gate
 from ..profiles import Profile
@@ -77,6 +78,7 @@ def export_static(
     check: bool = True,
     tokens: Tensor | None = None,
     limits: Mapping[str, float] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """As `write.export`, for the static profiles."""
@@ -104,12 +106,14 @@ def export_static(
         write_graphs(ready, profile, ranges, work, progress)
         write_config(ready, work)
         manifest = _manifest(ready, profile, dtype) | {"static": layout(ready, profile), "activations": about}
+        manifest["provenance"] = provenance
         _seal(manifest, work)
         if choices.epcontext:
             manifest["epcontext"] = epcontext.compile_graphs(work, choices.epcontext)
             _seal(manifest, work)
         if check:
             pass_gate(work, manifest, tokens=tokens, limits=limits, progress=progress)
+        write_card(work, manifest, ready)
     return manifest
 
 

@@ -9,10 +9,10 @@ from conftest import random_graph
 from typer.testing import CliRunner
 
 from tinycompress.checkpoints.checkpoint import load, save
-from tinycompress.checkpoints.format_check import check_plan
+from tinycompress.checkpoints.format_check import blank, check_plan
 from tinycompress.cli.main import app
 from tinycompress.errors import InputError
-from tinycompress.graph.config import Config, Layer
+from tinycompress.graph.config import EMBEDDING, Config, Layer
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.quantization.rtn import RTN
 
@@ -80,12 +80,18 @@ def test_a_gguf_needs_a_file_name(model, tmp_path):
 
 
 def test_plans_read_no_weight_and_say_what_saving_would(nonuniform):
+    def linears(graph, spec):
+        return {linear.weight: spec for linear in graph.config.linears() if linear.layer is not None}
+
     graph = random_graph(CONFIG)
+    w4g32 = linears(graph, QuantSpec(4, 32))
     for format in ("gptq", "awq", "compressed-tensors", "gguf"):
-        check_plan(format, graph, CONFIG, QuantSpec(4, 32), None)
+        check_plan(format, blank(graph, CONFIG, w4g32))
         with pytest.raises(InputError, match="different widths"):
-            check_plan(format, nonuniform, nonuniform.config, QuantSpec(4, 16), None)
-    check_plan("gguf", graph, CONFIG, QuantSpec(4, 32, symmetric=False), QuantSpec(8, 32))
-    check_plan("gptq", RTN(QuantSpec(4, 32, symmetric=False))(graph), CONFIG, None, None)
+            check_plan(format, blank(nonuniform, nonuniform.config, linears(nonuniform, QuantSpec(4, 16))))
+    asymmetric = linears(graph, QuantSpec(4, 32, symmetric=False)) | {EMBEDDING: QuantSpec(8, 32)}
+    check_plan("gguf", blank(graph, CONFIG, asymmetric))
+    packed = RTN(QuantSpec(4, 32, symmetric=False))(graph)
+    check_plan("gptq", blank(packed, CONFIG, {}))
     narrow = dataclasses.replace(CONFIG, layers=(Layer(4, 2, 32),) * 2)
-    check_plan("gptq", graph, narrow, QuantSpec(4, 32), None)
+    check_plan("gptq", blank(graph, narrow, w4g32))

@@ -101,10 +101,10 @@ def test_straight_to_an_exported_model(made: Path, tmp_path: Path) -> None:
 def test_a_work_folder_is_taken_up(made: Path, tmp_path: Path) -> None:
     args = ("compress", made / "uniform", "--prune", "ffn=0.5", *CALIBRATE, "--work", tmp_path / "work")
     run(*args, "-o", tmp_path / "one")
-    (step,) = (tmp_path / "work").iterdir()
+    (step,) = (tmp_path / "work").glob("01-*")
     before = step.stat()
     run(*args, "-o", tmp_path / "two")
-    assert [*(tmp_path / "work").iterdir()] == [step] and step.stat() == before
+    assert [*(tmp_path / "work").glob("0*")] == [step] and step.stat() == before
     assert checkpoint.load(tmp_path / "one").fingerprint() == checkpoint.load(tmp_path / "two").fingerprint()
 
 

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from tinycompress.checkpoints import checkpoint
 from tinycompress.checkpoints.tokenizer import Tokenizer
-from tinycompress.cli.loss_options import parse_hidden, parse_losses
 from tinycompress.cli.main import app
 from tinycompress.distillation.fused_loss import Loss
 from tinycompress.distillation.hidden_losses import HiddenLoss
@@ -21,6 +20,7 @@ from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
+from tinycompress.recipe.losses import parse_hidden, parse_losses
 
 
 def run(*args: object) -> tuple[int, str]:

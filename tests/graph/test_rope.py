@@ -17,7 +17,7 @@ from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.presets import LLAMA_2_7B, SMOLLM2_135M, TINYLLAMA_1_1B
 from tinycompress.graph.rope import Rope
-from tinycompress.recipe import Recipe
+from tinycompress.recipe import Options
 
 
 @pytest.mark.parametrize("config, ends", [(TINYLLAMA_1_1B, (8, 21)), (LLAMA_2_7B, (20, 46)), (SMOLLM2_135M, (10, 20))])
@@ -247,26 +247,29 @@ def test_the_best_method_is_chosen_on_the_text(tiny):
 
 
 def test_a_recipe_measures_the_scaling_when_asked(tiny):
-    auto = Recipe(context=128, rope_method="auto")
-    assert auto.measures_context(tiny) and not Recipe(context=128, rope_method="yarn").measures_context(tiny)
-    assert Recipe(context=128).measures_context(tiny) and not Recipe().measures_context(tiny)
-    assert auto.check(tiny).max_position == 128
+    def names(options):
+        return [step["name"] for step in options.steps(tiny.config)]
+
+    auto = Options(context=128, rope_method="auto")
+    assert names(auto) == names(Options(context=128)) == ["ChooseRope"]
+    assert names(Options(context=128, rope_method="yarn")) == ["ScaleRope"] and names(Options()) == []
+    recipe = auto.recipe(tiny.config)
+    assert recipe.foretell(tiny)[-1].graph.config.max_position == 128
     text = torch.randint(128, (1, 128), generator=torch.Generator().manual_seed(0))
-    (step,) = auto.passes(tiny, long_tokens=text)
+    (step,) = recipe.passes(tiny, tokens=text)
     assert step(tiny).config == ChooseRope(text)(tiny).config
-    with pytest.raises(InputError, match="at least one window"):
-        auto.passes(tiny)[0](tiny)
     with pytest.raises(InputError, match="present context, 64"):
-        Recipe(context=32, rope_method="auto").check(tiny)
-    with pytest.raises(InputError, match=r"Recipe\.rope_method.*'magic'.*auto \| linear"):
-        Recipe(rope_method="magic")
+        Options(context=32, rope_method="auto").recipe(tiny.config).foretell(tiny)
+    with pytest.raises(InputError, match=r"Options\.rope_method.*'magic'.*auto \| linear"):
+        Options(rope_method="magic")
 
 
 def test_a_recipe_without_a_method_keeps_the_model_s_own(tiny):
     for method in ("yarn", "ntk-by-parts", "linear"):
         graph = ScaleRope(128, method)(tiny)
-        (step,) = Recipe(context=256).passes(graph)
-        assert step == ScaleRope(256, method) and Recipe(context=256).check(graph) == step(graph).config
+        recipe = Options(context=256).recipe(graph.config)
+        (step,) = recipe.passes(graph)
+        assert step == ScaleRope(256, method) and recipe.foretell(graph)[-1].graph.config == step(graph).config
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from tinycompress.graph.config import Config, Layer
 from tinycompress.pruning.allocation import Choice, by_threshold, choices_of, fixed_price, optimal, resize, uniform
 from tinycompress.pruning.prune import Prune
 from tinycompress.pruning.target import BudgetTarget
-from tinycompress.recipe import prune_pass
+from tinycompress.recipe.options import prune_step
 
 
 @settings(max_examples=40, deadline=None)
@@ -131,12 +131,11 @@ def test_a_hidden_width_no_runtime_takes_is_refused():
 
 def test_the_forms_of_the_command_line():
     assert (
-        prune_pass(ids(), "bytes=300MB", 64).target == "bytes=300MB"
-        and prune_pass(ids(), "params=0.8", 32).multiple_of == 32
+        prune_step("bytes=300MB", 64)["target"] == "bytes=300MB" and prune_step("params=0.8", 32)["multiple_of"] == 32
     )
-    assert prune_pass(ids(), "ffn=0.75", 64).keep == {"ffn": 0.75} and prune_pass(ids(), "layers=20", 64).keep == {
-        "layers": 20
-    }
-    for bad in ("ffn=1.5", "ffn", "depth=0.5", "params=much", "layers=0"):
-        with pytest.raises(InputError, match=r"Recipe\.prune.*params"):
-            prune_pass(ids(), bad, 64)
+    assert prune_step("ffn=0.75", 64)["keep"] == {"ffn": 0.75} and prune_step("layers=20", 64)["keep"] == {"layers": 20}
+    assert prune_step("slice=48", 64) == {"name": "Slice", "hidden": 48}
+    assert prune_step("drop=2", 64) == {"name": "Drop", "count": 2}
+    for bad in ("ffn=1.5", "ffn", "depth=0.5", "params=much", "layers=0", "slice=0.5", "drop=0"):
+        with pytest.raises(InputError, match=r"Options\.prune.*params"):
+            prune_step(bad, 64)

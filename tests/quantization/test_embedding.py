@@ -15,7 +15,7 @@ from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.quantization import embedding
 from tinycompress.quantization.embedding import QuantizeEmbedding, quantize_table
 from tinycompress.quantization.rtn import RTN, rtn_quantize
-from tinycompress.recipe import Recipe
+from tinycompress.recipe import Options
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(24)[None]
@@ -130,12 +130,11 @@ def test_tied_tables_have_one_grid(tied):
 
 
 def test_the_recipe_packs_the_embedding_last_and_checks_it_first(tiny):
-    recipe = Recipe(quantize=QuantSpec(4, 16), quantize_method="rtn", quantize_embedding=QuantSpec(8, 64))
-    assert recipe.check(tiny) == tiny.config
+    recipe = Options(quantize="w4g16", quantize_method="rtn", quantize_embedding="w8g64").recipe(tiny.config)
+    assert recipe.foretell(tiny)[-1].graph.config == tiny.config
     assert [type(step).__name__ for step in recipe.passes(tiny)] == ["RTN", "QuantizeEmbedding"]
-    alone = Recipe(quantize_embedding=QuantSpec(8, 48))
-    assert not alone.calibrates
     with pytest.raises(InputError, match=r"embed_tokens.*48"):
-        alone.check(tiny)
-    wide = dataclasses.replace(tiny.config, tie_embeddings=True)
-    assert Recipe(quantize_embedding=QuantSpec(8, None)).check(random_graph(wide)) == wide
+        Options(quantize_embedding="w8g48").recipe(tiny.config).foretell(tiny)
+    tied = dataclasses.replace(tiny.config, tie_embeddings=True)
+    (step,) = Options(quantize_embedding="w8").recipe(tied).foretell(random_graph(tied))
+    assert step.graph.config == tied and str(step.specs[EMBEDDING]) == "w8"

@@ -111,6 +111,7 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     format: str = "native",
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a folder that `load` opens again with the same weights, and transformers too when the graph is uniform and
     unquantized. The folder appears complete or not at all; memory needed is that of one weight.
@@ -123,6 +124,7 @@ def save(
         format: "native" (the default) keeps everything. "gptq", "awq" and "compressed-tensors" write quantized weights
             as those tools do (scales in float16 in the first two; without the history). "gguf" writes one file for
             llama.cpp. What a format cannot carry is an `InputError`.
+        beside: texts to write beside the weights, by file name, such as a model card; none into a gguf file.
 
     Raises:
         InputError: for a folder that may not be written (see `files.claim`), NaN or infinite weights, and what a format
@@ -150,6 +152,8 @@ def save(
     files.check_space(claimed, total)
     with files.new_folder(claimed) as work:
         write_shards(shards, work, total)
+        for name, text in (beside or {}).items():
+            files.write_text(files.inside(work, name), text)
         _write_descriptions(graph, work, grids, layout, readable_by_hf)
     return Path(folder)
 

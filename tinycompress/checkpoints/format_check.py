@@ -6,24 +6,17 @@ from collections.abc import Mapping
 
 import torch
 
-from ..graph.config import EMBEDDING, HEAD, Config, shapes
+from ..graph.config import Config, shapes
 from ..graph.graph import Graph, LazyTensor, Weight, Weights
 from ..graph.quant_tensor import Grid, QuantTensor
 from .layouts import layout_of
 
 
-def check_plan(format: str, graph: Graph, config: Config, spec: Grid | None, tables: Grid | None) -> None:
+def check_plan(format: str, planned: Graph) -> None:
     """An `InputError` if `format` cannot carry the graph once passes have changed it. Reads no weight.
 
-    config: the shapes that the graph will have. spec: the grid of the layers' linears, tables: of the embedding and the
-    head; None leaves them as they are.
+    planned: the shapes and grids that the graph will have, as `blank` makes them.
     """
-    grids: dict[str, Grid] = {}
-    if spec:
-        grids |= {linear.weight: spec for linear in config.linears() if linear.layer is not None}
-    if tables:
-        grids |= {name: tables for name in (EMBEDDING, f"{HEAD}.weight") if name in shapes(config)}
-    planned = _blank(graph, config, grids)
     if format == "gguf":
         from .gguf_writer import check_graph
 
@@ -32,8 +25,9 @@ def check_plan(format: str, graph: Graph, config: Config, spec: Grid | None, tab
         layout_of(planned, format)
 
 
-def _blank(graph: Graph, config: Config, grids: Mapping[str, Grid]) -> Graph:
-    """A graph of those shapes and grids whose tensors have no data (torch's meta device)."""
+def blank(graph: Graph, config: Config, grids: Mapping[str, Grid]) -> Graph:
+    """A graph of those shapes whose tensors have no data (torch's meta device): those in `grids`, by parameter, are
+    packed on them, and others stay packed where they are."""
     entries: dict[str, Weight | LazyTensor] = {}
     for name, shape in shapes(config).items():
         known = graph.weights.entries.get(name)
@@ -43,7 +37,7 @@ def _blank(graph: Graph, config: Config, grids: Mapping[str, Grid]) -> Graph:
             entries[name] = known.to("meta")
         else:
             entries[name] = LazyTensor(shape, graph.dtype, torch.Tensor)
-    return Graph(config, Weights(entries))
+    return Graph(config, Weights(entries), graph.history, graph.tokenizer)
 
 
 def _blank_packed(name: str, shape: tuple[int, int], grid: Grid) -> QuantTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,8 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..graph.config import Config
     from ..graph.graph import Graph
     from ..graph.quant_tensor import QuantSpec
-
-LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
 
 
 def open_model(name: str) -> Graph:
@@ -28,29 +26,34 @@ def open_model(name: str) -> Graph:
     return load(name)
 
 
-def check_export(config: Config, spec: QuantSpec | None, name: str) -> None:
-    """What the export would refuse, before the work of compressing: draws the final shapes without weights."""
+def check_export(graph: Graph, specs: Mapping[str, QuantSpec], name: str) -> None:
+    """What the export would refuse, before the work of compressing: draws the final shapes without weights.
+
+    graph: the shapes and grids that will be there. specs: how these grids will be searched, by parameter.
+    """
     import torch
 
     from tinycompress.export import PROFILES, check_static, emit
 
     from ..graph.config import shapes
     from ..graph.graph import Graph, LazyTensor, Weights
-    from ..recipe import linear_inputs
+    from ..recipe.options import linear_inputs
 
     if name not in PROFILES:
         raise InputError("--export", repr(name), " | ".join(PROFILES))
     profile = PROFILES[name]
+    config = graph.config
+    grids = {n: (specs[f"{n}.weight"], width) for n, width in linear_inputs(config).items() if f"{n}.weight" in specs}
     if profile.form == "static":
-        return check_static(config, profile, spec, linear_inputs(config))
-    emit(
-        Graph(config, Weights({n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()})),
-        profile,
-    )
-    if spec:
-        for linear, width in linear_inputs(config).items():
-            profile.check_zeros(linear, spec)
-            profile.block(linear, spec.group(linear, width), width)
+        check_static(config, profile, None, {})
+        for linear, (spec, width) in grids.items():
+            check_static(config, profile, spec, {linear: width})
+        return
+    dense = {n: LazyTensor(s, torch.float32, torch.Tensor) for n, s in shapes(config).items()}
+    emit(Graph(config, Weights(dense)), profile)
+    for linear, (spec, width) in grids.items():
+        profile.check_zeros(linear, spec)
+        profile.block(linear, spec.group(linear, width), width)
 
 
 def is_export(name: str) -> bool:
@@ -67,6 +70,8 @@ def runnable(name: str, graph: Graph) -> Any:
 
         return StaticModel(name) if (Path(name) / "prefill.onnx").is_file() else OrtModel(name)
     import torch
+
+    from ..recipe.run import LARGEST_DENSE
 
     if 4 * graph.config.n_params > LARGEST_DENSE:
         return graph.module()
@@ -94,17 +99,7 @@ def read_tokens(
 
 def training_windows(graph: Graph, source: str, seq_len: int | None, at_most: int, split: str = "train") -> Tensor:
     """The first windows [n, seq_len] of a text: as many as it has, and at most `at_most`."""
-    import torch
+    from ..recipe.sources import Loaded
+    from ..recipe.vocabulary import Data
 
-    from ..calibration.data import text
-
-    context = graph.config.max_position
-    if seq_len and seq_len > context:
-        raise InputError("--seq-len", seq_len, f"at most the model's context, {context}")
-    length = seq_len or min(512, context)
-    enough = 40 * at_most * length  # characters: some four make a token
-    ids = need_tokenizer(graph).encode(text(source, split, max_chars=enough)[:enough])[: at_most * length]
-    if len(ids) < length:
-        raise InputError(f"tokens in {source}", len(ids), f"at least one window of {length}")
-    n = len(ids) // length
-    return torch.tensor(ids[: n * length]).view(n, length)
+    return Loaded(graph, graph.config.max_position).tokens(Data(source, at_most, seq_len, split=split, in_order=True))

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import InputError
-from .arguments import check_export, need_tokenizer, open_model, read_tokens
-from .options import Model, Out, Overwrite, count_option, folder_option, grid_option, text_option, window_option
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..files import Claim
-    from ..graph.graph import Graph
+from .arguments import open_model
+from .dry_run import print_plan
+from .options import (
+    OptionalModel,
+    OptionalOut,
+    Overwrite,
+    count_option,
+    folder_option,
+    grid_option,
+    text_option,
+    window_option,
+)
+from .recipes import (
+    DryRun,
+    Measure,
+    RecipeFile,
+    Settings,
+    check,
+    claim_output,
+    file_recipe,
+    option_recipe,
+    places_in,
+    run,
+    typed,
+    write,
+)
 
 
 class Format(StrEnum):
@@ -29,14 +47,16 @@ class Format(StrEnum):
 
 
 def compress(
-    model: Model,
-    output: Out,
+    invocation: typer.Context,
+    model: OptionalModel = None,
+    output: OptionalOut = None,
     prune: Annotated[
         str | None,
         typer.Option(
             metavar="params=SHARE",
             help="Cut the model to a budget: params=0.8 (a share of the non-embedding parameters), bytes=300MB, "
-            "flops=0.8, params=0.4,ffn,heads (taken from FFN channels and heads), layers=20, ffn=0.75.",
+            "flops=0.8, params=0.4,ffn,heads (taken from FFN channels and heads), layers=20, ffn=0.75, "
+            "slice=512, drop=4.",
         ),
     ] = None,
     context: Annotated[
@@ -45,8 +65,9 @@ def compress(
     rope_method: Annotated[
         str | None,
         typer.Option(
-            help="How to stretch it: ntk, yarn, ntk-by-parts, linear, dynamic, llama3; or auto, which measures ntk, "
-            "ntk-by-parts and yarn on one long window and takes the best.  [default: the model's own method, else auto]"
+            help="How to stretch it: ntk, yarn, ntk-by-parts, linear, dynamic, llama3, longrope; or auto, which "
+            "measures ntk, ntk-by-parts and yarn on one long window and takes the best.  "
+            "[default: the model's own method, else auto]"
         ),
     ] = None,
     quantize: Annotated[
@@ -57,7 +78,11 @@ def compress(
         ),
     ] = None,
     quantize_method: Annotated[
-        str, typer.Option(help="gptq (calibrates), or rtn (rounds to the nearest, no text needed).")
+        str,
+        typer.Option(
+            help="gptq, awq, mixed (bits by linear, of the same bytes), autoround or smoothquant (all calibrate); "
+            "rtn or hqq, which need no text."
+        ),
     ] = "gptq",
     rotate: Annotated[
         bool | None,
@@ -92,6 +117,10 @@ def compress(
     work: Annotated[
         Path | None, folder_option("Keep the result of every step here; a rerun goes on behind the last one.")
     ] = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    measure: Measure = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Prune, stretch the context, quantize, in this order, then save. Without a flag: a copy in Hugging Face form.
 
@@ -103,69 +132,37 @@ def compress(
       tinycompress compress smollm2-135m --quantize w3g64 --tune --export ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
       tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
+      tinycompress compress --recipe small.toml --set GPTQ.damping=0.05 -o small
+      tinycompress compress smollm2-135m --quantize w4g64 --dry-run
     """
-    from ..files import claim
-    from ..graph.quant_tensor import QuantSpec
-    from ..recipe import Recipe
-
-    if export and format is not Format.native:
-        accepted = "one of the two (an export has a format of its own)"
-        raise InputError("--format", f"{format} together with --export", accepted)
-    apart_from = {"MODEL": model, "the calibration text": calibration, "the work folder": work}
-    if format is Format.gguf:
-        from ..checkpoints.gguf_writer import claim_gguf
-
-        claimed = claim_gguf(output, overwrite, apart_from)
-    else:
-        claimed = claim(output, overwrite, apart_from)
-    spec = QuantSpec.parse(quantize) if quantize else None
-    tables = QuantSpec.parse(quantize_embedding) if quantize_embedding else None
-    recipe = Recipe(prune, context, rope_method, spec, quantize_method, tables, rotate, tune)
-    before = open_model(model)
-    config = recipe.check(before)
-    if export or format is Format.gguf:
-        from ..checkpoints.vocabulary import check_vocabulary
-
-        check_vocabulary(before)
-    if export:
-        check_export(config, spec, export)
-    if format not in (Format.native, Format.dense):
-        from ..checkpoints.format_check import check_plan
-
-        check_plan(format.value, before, config, spec, tables)
-
-    from .. import pipeline
-    from ..evaluation import report
+    from ..graph import LLAMA_2_7B
     from ..model.cpu_memory import keep_memory
+    from ..recipe.options import Options
 
-    tokens = read_tokens(before, calibration, samples, seq_len, 1024, "train", seed) if recipe.calibrates else None
-    long_tokens = None
-    if context is not None and recipe.measures_context(before):
-        long_tokens = _long_window(before, calibration, context, seed)
+    changes = list(settings or ())
+    if recipe is not None:
+        chosen = file_recipe(invocation, recipe, changes, model)
+        apart_from = {"the work folder": work, "the recipe": recipe} | places_in(chosen)
+        claimed = claim_output(output, overwrite, chosen.format, dry_run, apart_from)
+        before = open_model(str(chosen.model))
+    else:
+        if model is None:
+            raise InputError("MODEL", "none", "a model, or --recipe FILE")
+        if export and format is not Format.native:
+            accepted = "one of the two (an export has a format of its own)"
+            raise InputError("--format", f"{format} together with --export", accepted)
+        apart_from = {"MODEL": model, "the calibration text": calibration, "the work folder": work}
+        claimed = claim_output(output, overwrite, format, dry_run, apart_from)
+        options = Options(prune, context, rope_method, quantize, quantize_method, quantize_embedding, rotate, tune)
+        data = {"text": calibration, "samples": samples} | ({"seq_len": seq_len} if seq_len else {}) | {"seed": seed}
+        document: dict[str, Any] = {"model": model, "format": str(format), "data": data}
+        document |= {} if measure is None else {"measure": measure}
+        document |= {"export": {"profile": export}} if export else {}
+        option_recipe(document | {"pass": options.steps(LLAMA_2_7B)}, changes)  # mistakes, before a model is fetched
+        before = open_model(model)
+        chosen = option_recipe(document | {"pass": options.steps(before.config)}, changes)
+    foretold = check(chosen, before)
+    if claimed is None:
+        return print_plan(chosen, before, foretold, output, work)
     with keep_memory():
-        after = pipeline.run(before, recipe.passes(before, tokens, long_tokens), work)
-        _write(after, claimed, export, format)
-    report.print_comparison(before, after, report.folder_bytes(output))
-
-
-def _long_window(graph: Graph, calibration: str, context: int, seed: int) -> Tensor:
-    """One window of the new length, which the context scaling is chosen on."""
-    from ..calibration.data import tokens
-
-    try:
-        return tokens(calibration, need_tokenizer(graph), 1, context, seed=seed, split="train")
-    except InputError as error:
-        accepted = f"{error.accepted}; or name a --rope-method, which needs no text"
-        raise InputError(error.field, error.found, accepted) from None
-
-
-def _write(graph: Graph, output: Claim, export: str | None, format: Format) -> None:
-    if export:
-        from tinycompress.export import export as write
-
-        write(graph, output, profile=export)
-        return
-    from ..checkpoints.checkpoint import save
-
-    layout = "native" if format is Format.dense else format.value
-    save(graph, output, dense=format is Format.dense, format=layout)
+        write(run(chosen, before, work, typed(invocation)), chosen, claimed)

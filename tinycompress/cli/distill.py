@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,23 +11,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .arguments import open_model, training_windows
-from .loss_options import parse_hidden, parse_losses
-from .options import Out, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
+from .arguments import open_model
+from .dry_run import print_plan
+from .options import OptionalOut, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
+from .recipes import (
+    DryRun,
+    Measure,
+    RecipeFile,
+    Settings,
+    check,
+    claim_output,
+    file_recipe,
+    option_recipe,
+    places_in,
+    run,
+    typed,
+    write,
+)
 
 if TYPE_CHECKING:
-    from ..files import Claim
-    from ..graph.graph import Graph
+    from ..files import Target
 
 
 def distill(
+    invocation: typer.Context,
     student: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="STUDENT", help="The model that learns: a folder, a .gguf file, a hub name or smollm2-135m."
         ),
-    ],
-    output: Out,
+    ] = None,
+    output: OptionalOut = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +158,10 @@ def distill(
         Path | None, folder_option("Where train.jsonl and TensorBoard files go.  [default: the folder of --work]")
     ] = None,
     overwrite: Overwrite = False,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    measure: Measure = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train STUDENT to give every next token the probability that TEACHER gives it.
 
@@ -156,98 +175,108 @@ def distill(
       tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
       torchrun --nproc-per-node 8 -m tinycompress distill tinyllama --teacher llama-2-7b --data big.jsonl -o healed
     """
-    from ..distillation.distill import Distill
     from ..distillation.distributed import process_group, rank
-    from ..distillation.lora import LoRA
     from ..distillation.stopping import stop_on_sigterm
-    from ..distillation.training import Training
-    from ..files import claim
-    from ..graph.quant_tensor import QuantSpec
     from ..model.cpu_memory import keep_memory
+    from ..recipe.losses import parse_hidden, parse_losses
+    from ..recipe.run import keeping_state
 
-    held_out_texts = {f"the text {name}": name for name in held_out or []}
-    apart_from = {"STUDENT": student, "TEACHER": teacher, "the cache": cache, "the text": data, "the work folder": work}
-    claimed = claim(output, overwrite, apart_from | held_out_texts | {"the folder of the log": log})
-    losses = parse_losses(loss, temperature)
-    inner = parse_hidden(hidden, relation_heads)
-    spec = QuantSpec.parse(fake_quant) if fake_quant else None
-    if teacher is None and cache is None and {part.kind for part in losses} != {"ce"}:
-        raise InputError(
-            "--teacher and --cache", "neither", "one of the two (or both: a cache that must be this teacher's)"
-        )
-    known = read_cache(cache, teacher)
-    length = seq_len or (known.seq_len if known else None)
-    steps = 1000 if steps is None and budget is None else steps
-    about = steps or math.ceil((budget or 0) / (batch * (length or 512)))
-    training = Training(
-        steps=steps,
-        tokens=budget,
-        lr=lr,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        batch=batch,
-        micro_batch=micro_batch,
-        seed=seed,
-        precision=precision,
-        checkpointing=checkpointing,
-        eval_every=max(1, about // 10) if eval_every is None else eval_every,
-        save_every=save_every,
-        patience=patience,
-    )
-    with process_group() as device, keep_memory(), stop_on_sigterm() as stop:
-        before = open_model(student)
-        tokens = training_windows(before, data, length, windows or (known.windows if known else about * batch))
-        measured = {
-            Path(name).stem: training_windows(before, name, tokens.shape[1], 16, "test")
-            for name in held_out or ["pydoc"]
+    changes = list(settings or ())
+    apart_from: dict[str, Target | None] = {"the work folder": work, "the folder of the log": log, "the recipe": recipe}
+    if recipe is not None:
+        chosen = file_recipe(invocation, recipe, changes, student)
+        claimed = claim_output(output, overwrite, "native", dry_run, apart_from | places_in(chosen))
+        if not any(step["name"] == "Distill" for step in chosen.document.get("pass", [])):
+            raise InputError(str(recipe), "no pass Distill", "tinycompress compress --recipe, for any other recipe")
+    else:
+        if student is None:
+            raise InputError("STUDENT", "none", "a model, or --recipe FILE")
+        apart_from |= {"STUDENT": student, "TEACHER": teacher, "the cache": cache, "the text": data}
+        apart_from |= {f"the text {name}": name for name in held_out or []}
+        claimed = claim_output(output, overwrite, "native", dry_run, apart_from)
+        if teacher is None and cache is None and {part.kind for part in parse_losses(loss)} != {"ce"}:
+            accepted = "one of the two (or both: a cache that must be this teacher's)"
+            raise InputError("--teacher and --cache", "neither", accepted)
+        known = read_cache(cache)
+        length = seq_len or (known.seq_len if known else None)
+        steps = 1000 if steps is None and budget is None else steps
+        about = steps or math.ceil((budget or 0) / (batch * (length or 512)))
+        plain = {
+            "steps": steps,
+            "tokens": budget,
+            "lr": lr,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "batch": batch,
+            "micro_batch": micro_batch,
+            "seed": seed,
+            "precision": precision,
+            "checkpointing": checkpointing,
+            "eval_every": max(1, about // 10) if eval_every is None else eval_every,
+            "save_every": save_every,
+            "patience": patience,
         }
-        distilling = Distill(
-            tokens.to(device),
-            known or (open_model(teacher) if teacher else None),
-            training,
-            losses,
-            inner,
-            measured,
-            LoRA(lora, 2.0 * lora) if lora else None,
-            spec,
-            grid,
-            scales,
-            stable_embedding,
-            on_policy,
-            teacher_context,
-            work=work,
-            log=log or work,
-            stop=stop,
-        )
-        after = distilling(before)
+        samples = windows or (known.windows if known else about * batch)
+        step = {
+            "name": "Distill",
+            "teacher": {"cache": str(cache), "of": teacher} if cache else teacher,
+            "training": given(plain),
+            "losses": [as_table(part) for part in parse_losses(loss, temperature)],
+            "hidden": [as_table(part) for part in parse_hidden(hidden, relation_heads)],
+            "held_out": held_out or ["pydoc"],
+            "lora": {"rank": lora, "alpha": 2.0 * lora} if lora else None,
+            "fake_quant": fake_quant,
+            "grid": grid,
+            "scales": scales,
+            "stable_embedding": stable_embedding,
+            "on_policy": on_policy,
+            "teacher_context": teacher_context,
+        }
+        text = {"text": data, "samples": samples, "seq_len": length, "in_order": True}
+        document = {"model": student, "data": given(text), "pass": [given(step)]}
+        chosen = option_recipe(document | ({} if measure is None else {"measure": measure}), changes)
+    with process_group() as device, keep_memory(), stop_on_sigterm() as stop:
+        before = open_model(str(chosen.model))
+        foretold = check(chosen, before)
+        if claimed is None:
+            return print_plan(chosen, before, foretold, output, work)
+        single = len(foretold) == 1
+        state = work if single or work is None else work / "training"
+        adapt = keeping_state(state, log or state, stop)
+        made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device)
         if rank() == 0:
-            finish(before, after, claimed, log or work, patience is not None)
+            write(made, chosen, claimed)
+            print_log(log or state, patience is not None)
 
 
-def read_cache(folder: Path | None, teacher: str | None) -> Any:
-    """The cache in a folder, checked to be of `teacher` if one is named; None without a folder."""
+def given(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without the values that are None, which TOML does not know; nested tables likewise."""
+    inner = {key: given(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != []}
+
+
+def as_table(loss: Any) -> dict[str, Any]:
+    """A loss as a recipe has it: what is not the default."""
+    whole = dataclasses.asdict(loss)
+    default = dataclasses.asdict(type(loss)())
+    return given({key: value for key, value in whole.items() if key == "kind" or value != default[key]})
+
+
+def read_cache(folder: Path | None) -> Any:
+    """The cache in a folder; None without one."""
     if folder is None:
         return None
     from ..distillation.teacher_cache import open_cache
 
-    return open_cache(folder, teacher=open_model(teacher) if teacher else None)
+    return open_cache(folder)
 
 
-def finish(before: Graph, after: Graph, output: Claim, log: Path | None, best: bool) -> None:
-    """Saves, and prints perplexities before and after: of the best measurement if that is the result, else the last."""
-    from ..checkpoints.checkpoint import save
-    from ..evaluation import report
-
-    save(after, output)
-    report.print_comparison(before, after, report.folder_bytes(output.path))
-    if log:
-        lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
-        measured = [_finite(line["perplexity"]) for line in lines if "perplexity" in line]
-        result = min(measured, key=lambda values: sum(map(math.log, values.values()))) if best else measured[-1]
-        for name in measured[0]:
-            print(f"perplexity on {name}: {measured[0][name]:.3f} → {result[name]:.3f}")
-
-
-def _finite(perplexities: dict[str, float | None]) -> dict[str, float]:
-    """Perplexities of a log, which has null for one beyond all numbers."""
-    return {name: math.inf if value is None else value for name, value in perplexities.items()}
+def print_log(log: Path | None, best: bool) -> None:
+    """Perplexities before and after: of the best measurement if that is the result, else of the last."""
+    if log is None:
+        return
+    lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
+    measured = [line["perplexity"] for line in lines if "perplexity" in line]
+    result = min(measured, key=lambda values: sum(map(math.log, values.values()))) if best else measured[-1]
+    for name in measured[0]:
+        print(f"perplexity on {name}: {measured[0][name]:.3f} → {result[name]:.3f}")

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .arguments import open_model, read_tokens
+from .arguments import open_model
 from .options import Model, Out, Overwrite, count_option, text_option
+from .writing import write_export
 
 
 def export(
@@ -82,29 +83,31 @@ def export(
       tinycompress export small --profile openvino-npu --verify -o small-npu
       tinycompress export smollm2-135m --profile qnn --context 1024 --calibration wikitext2 -o small-qnn
     """
-    from tinycompress.export import StaticChoices, summary
-    from tinycompress.export import export as write
+    from tinycompress.export import summary
 
     from ..evaluation import report
     from ..files import claim
+    from ..provenance import read_provenance
+    from ..recipe.vocabulary import Export
 
     claimed = claim(output, overwrite, {"MODEL": model, "the calibration text": calibration})
     graph = open_model(model)
-    text = read_tokens(graph, calibration, 8, None, 512, "train") if calibration else None
-    manifest = write(
-        graph,
-        claimed,
+    choices = Export(
         profile=profile,
         dtype=dtype,
         scales=scales,
         accuracy_level=accuracy_level,
         kv=kv,
-        calibration=text,
+        mobile=mobile,
         check=check,
         context=context,
-        static=StaticChoices(None, text, ranges, epcontext, attention_bits, rotate),
-        mobile=mobile,
+        calibration=calibration,
+        ranges=ranges,
+        attention_bits=attention_bits,
+        rotate=rotate,
+        epcontext=epcontext,
     )
+    manifest = write_export(graph, claimed, choices, read_provenance(model))
     if manifest["checks"]:
         print("\n".join(summary(manifest["checks"])))
     size = report.human(report.folder_bytes(output))

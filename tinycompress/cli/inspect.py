@@ -17,6 +17,9 @@ def inspect(
         bool,
         typer.Option("--feeds", help="List what every linear reads, layer by layer, without folding equal layers."),
     ] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print the recipe that a saved or exported folder was made by, as TOML.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's layers, parameters, bytes and history of passes. Runs of equal layers are folded into one line.
@@ -26,7 +29,13 @@ def inspect(
       tinycompress inspect smollm2-135m
       tinycompress inspect small --feeds
       tinycompress inspect model.gguf --json
+      tinycompress inspect small --recipe > small.toml
     """
+    if recipe:
+        from ..provenance import recipe_of
+
+        print(recipe_of(model), end="")
+        return
     from ..evaluation import report
 
     graph = open_model(model)

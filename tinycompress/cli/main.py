@@ -54,7 +54,11 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """Turns the errors that are not bugs into one line and an exit code."""
+    """Turns the errors that are not bugs into one line and an exit code, and keeps what was typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -33,14 +33,14 @@ OPTIONS = {  # fields of the library, as its errors spell them, by the option th
     "LoRA.rank": "--lora",
     "max_new_tokens": "--max-new-tokens",
 }
-SAME_NAME = re.compile(r"\b(?:Training|Recipe)\.([a-z_]+)")  # their fields have the names of their options
+SAME_NAME = re.compile(r"\b(?:Training|Options|Data)\.([a-z_]+)")  # their fields have the names of their options
 FIELDS = re.compile("|".join(rf"\b{re.escape(field)}(?![\w=])" for field in sorted(OPTIONS, key=len, reverse=True)))
 
 
 def in_options(error: Exception) -> str:
     """The text of an error of the library, its fields as options of the command line."""
     text = str(error)
-    if not isinstance(error, InputError):
+    if not isinstance(error, InputError) or hasattr(error, "mistakes"):  # a recipe has the words of the library
         return text
     text = FIELDS.sub(lambda match: OPTIONS[match[0]], text)
     return SAME_NAME.sub(lambda match: "--" + match[1].replace("_", "-"), text)

@@ -40,16 +40,16 @@ def grid_option(help: str, example: str = "w4g64") -> Any:
     return typer.Option(metavar=example, help=help)
 
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A folder (checkpoint or export), a .gguf file, a hub name, or smollm2-135m."),
-]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "-o", "--output", metavar="OUT", help="The folder to write. It appears when all is done, or not at all."
-    ),
-]
+A_MODEL: Any = typer.Argument(
+    metavar="MODEL", help="A folder (checkpoint or export), a .gguf file, a hub name, or smollm2-135m."
+)
+AN_OUTPUT: Any = typer.Option(
+    "-o", "--output", metavar="OUT", help="The folder to write. It appears when all is done, or not at all."
+)
+Model = Annotated[str, A_MODEL]
+OptionalModel = Annotated[str | None, A_MODEL]  # a recipe may name it
+Out = Annotated[Path, AN_OUTPUT]
+OptionalOut = Annotated[Path | None, AN_OUTPUT]  # a dry run writes nothing
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
 Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a .gguf file, a hub name, or smollm2-135m.")]

@@ -97,7 +97,7 @@ class Distill:
     teacher_context: int | None = None
     trainable: tuple[str, ...] = ()
     token_weights: Tensor | Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
-    work: Path | None = field(default=None, repr=False, compare=False)
+    work: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     device: str | None = field(default=None, repr=False, metadata={"key": False})

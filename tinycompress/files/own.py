@@ -24,7 +24,8 @@ MARKS = {  # the file, and the keys that tell it from another program's file of 
     "state.json": ("step", "key"),
 }
 KINDS = (".json", ".safetensors", ".jinja", ".model", ".onnx", ".data", ".ort", ".bin", ".config")
-TEXTS = ("merges.txt", "vocab.txt", "README.md")
+CARD = "README.md"  # the model card: the manifest of an export does not list it
+TEXTS = ("merges.txt", "vocab.txt", CARD)
 BY_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
@@ -103,5 +104,5 @@ def _known(folder: Path, name: str, marks: list[str]) -> bool:
     lists = [read_json(folder / mark).get("files") for mark in marks]
     listed = [names for names in lists if isinstance(names, dict) and names]
     if listed:
-        return any(name in names for names in listed)
+        return name == CARD or any(name in names for names in listed)
     return name.endswith(KINDS) or Path(name).name in TEXTS

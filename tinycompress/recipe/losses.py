@@ -1,23 +1,22 @@
-"""`--loss` and `--hidden` as the objects of the library."""
+"""Losses written as text, such as kl+0.5*ce."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..distillation.divergences import Loss
+from ..distillation.hidden_losses import OF_RELATIONS, HiddenLoss
+from ..distillation.schedule import Ramp
 from ..errors import InputError
 
 
 def parse_losses(text: str, temperature: float = 1.0) -> tuple[Any, ...]:
     """`kl`, `kl+ce`, `0.8*kl+0.2*ce` or `kl+1:0*ce` as losses."""
-    from ..distillation.divergences import Loss
-
     return tuple(Loss(kind, weight, 1.0 if kind == "ce" else temperature) for kind, weight in weighted("--loss", text))
 
 
 def parse_hidden(text: str | None, heads: int | None = None) -> tuple[Any, ...]:
     """`cosine`, `0.5*mse+relation` or none as losses of inner states; `heads` is for relations."""
-    from ..distillation.hidden_losses import OF_RELATIONS, HiddenLoss
-
     parts = weighted("--hidden", text) if text else []
     return tuple(HiddenLoss(kind, weight, heads=heads if kind in OF_RELATIONS else None) for kind, weight in parts)
 
@@ -25,8 +24,6 @@ def parse_hidden(text: str | None, heads: int | None = None) -> tuple[Any, ...]:
 def weighted(option: str, text: str) -> list[tuple[str, Any]]:
     """(kind, weight) of parts joined by +. A weight is a number before a *, or a ramp `start:end` or
     `start:end:shape`."""
-    from ..distillation.schedule import Ramp
-
     out: list[tuple[str, Any]] = []
     for part in text.split("+"):
         before, _, kind = part.rpartition("*")
