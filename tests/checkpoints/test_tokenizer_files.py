@@ -60,7 +60,7 @@ FOLDERS = {
         "blanks",
         {
             "tokenizer_config": GENERIC
-            | {"eos_token": "<|im_end|>", "added_tokens_decoder": {"0": {"content": "<|im_end|>"}}}
+            | {"eos_token": "<|im_end|>", "added_tokens_decoder": {"300": {"content": "<|im_end|>"}}}
         },
     ),
     "added_tokens.json": (
@@ -230,4 +230,11 @@ def test_a_bad_template_is_one_clear_error(template, message, tmp_path):
 )
 def test_bad_files_are_one_clear_error(files, message, tmp_path):
     with pytest.raises(InputError, match=message):
+        Tokenizer.from_folder(make(tmp_path / "a", **files))
+
+
+def test_an_id_that_is_another_tokens_is_refused(tmp_path):
+    """transformers gives such a token another id than the file says, without a word."""
+    files = {"tokenizer_config": GENERIC, "added_tokens": {"[PAD]": 0}}
+    with pytest.raises(InputError, match=r"added_tokens.json: found id 0 for '\[PAD\]'"):
         Tokenizer.from_folder(make(tmp_path / "a", **files))

@@ -85,7 +85,7 @@ def complete(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: P
     specials = [config[name] for name in NAMED if config.get(name) is not None] + (config.get(MORE) or [])
     if backend.padding is not None:
         specials.append(str(backend.padding["pad_token"]))
-    tokens = _added(config, specials, folder)
+    tokens = _added(backend, config, specials, folder)
     known = {token.content for token in tokens} | {t.content for t in backend.get_added_tokens_decoder().values()}
     tokens += [AddedToken(content, special=True) for content in dict.fromkeys(specials) if content not in known]
     backend.add_tokens(tokens)
@@ -116,8 +116,11 @@ def to_write(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[s
     return out
 
 
-def _added(config: Mapping[str, Any], specials: list[str], folder: Path) -> list[tokenizers.AddedToken]:
-    """The tokens of added_tokens_decoder, or else of added_tokens.json, in the order of their ids."""
+def _added(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: list[str], folder: Path
+) -> list[tokenizers.AddedToken]:
+    """The tokens of added_tokens_decoder, or else of added_tokens.json, in the order of their ids; an `InputError` for
+    an id that is another token's in tokenizer.json."""
     from tokenizers import AddedToken
 
     listed = config.get("added_tokens_decoder")
@@ -127,9 +130,13 @@ def _added(config: Mapping[str, Any], specials: list[str], folder: Path) -> list
             raise InputError(where, repr(listed)[:80], "ids to tokens")
         by_id = {_id(i, where): _flags(token, where) for i, token in listed.items()}
     else:
-        path = folder / "added_tokens.json"
-        contents = {_id(i, str(path)): content for content, i in _object(path).items()}
+        where = str(folder / "added_tokens.json")
+        contents = {_id(i, where): content for content, i in _object(Path(where)).items()}
         by_id = {i: {"content": content, "normalized": content not in specials} for i, content in contents.items()}
+    for i, token in by_id.items():
+        taken = backend.id_to_token(i) if i >= 0 else None
+        if taken not in (None, token["content"]):
+            raise InputError(where, f"id {i} for {token['content']!r}", f"its token in tokenizer.json, {taken!r}")
     tokens = [by_id[i] for i in sorted(by_id)]
     for token in tokens:
         token["special"] = bool(token.get("special")) or token["content"] in specials
