@@ -22,18 +22,17 @@ def damped_factor(H: Tensor, group: int, order: str, damping: float, name: str) 
     λ = damping · mean(diag H), ×10 until the factorization succeeds. Dead channels (H_jj = 0) get H_jj = 1: nothing is
     known of them and nothing depends on them.
     """
-    H = H.clone()
-    diagonal = H.diagonal()
+    damped = H.clone()  # of a wide FFN each of these matrices takes hundreds of megabytes
+    diagonal = damped.diagonal()
     perm = column_order(diagonal, group, order)
+    backwards = perm.flip(0)
     diagonal[diagonal <= 0] = 1
-    mean = diagonal.mean()
+    alone = diagonal.clone()
     for attempt in range(DAMPING_TRIES):
-        damped = H.clone()
-        damped.diagonal().add_(damping * 10**attempt * mean)
-        backwards = perm.flip(0)
-        L, info = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
+        diagonal.copy_(alone + damping * 10**attempt * alone.mean())
+        L, info = torch.linalg.cholesky_ex(damped[backwards[:, None], backwards])
         if info == 0:
-            U = lower_inverse(L).flip(0, 1)
+            U = invert_lower(L).flip(0, 1)
             if torch.isfinite(U).all():
                 return damped, U, perm
     raise InputError(
@@ -43,19 +42,17 @@ def damped_factor(H: Tensor, group: int, order: str, damping: float, name: str) 
     )
 
 
-def lower_inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular L [K, K], by halves: a third of the work of solving for the identity."""
+def invert_lower(L: Tensor) -> Tensor:
+    """The inverse of a lower triangular L [K, K], in its place, by halves: a third of the work of solving for the
+    identity."""
     K = len(L)
     if K <= 256:
-        return torch.linalg.solve_triangular(L, torch.eye(K, dtype=L.dtype, device=L.device), upper=False)
+        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(K, dtype=L.dtype, device=L.device), upper=False))
     half = K // 2
-    first = lower_inverse(L[:half, :half])
-    last = lower_inverse(L[half:, half:])
-    out = torch.zeros_like(L)
-    out[:half, :half] = first
-    out[half:, half:] = last
-    out[half:, :half] = (last @ L[half:, :half] @ first).neg_()
-    return out
+    first = invert_lower(L[:half, :half])
+    last = invert_lower(L[half:, half:])
+    L[half:, :half] = (last @ L[half:, :half] @ first).neg_()
+    return L
 
 
 def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
