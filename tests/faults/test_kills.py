@@ -96,7 +96,8 @@ def test_some_calls(tiny: Graph, tmp_path: Path, commands: Commands) -> None:
 def test_a_signal_leaves_nothing(number: str, tiny: Graph, tmp_path: Path) -> None:
     save(tiny, tmp_path / "model")
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        f"signal.signal(signal.{number}, signal.SIG_DFL)\n"  # under nohup it is ignored, and stays so
         "from tinycompress.checkpoints import checkpoint\n"
         "checkpoint.write_shards = lambda shards, folder, total: ((folder / 'half').touch(), time.sleep(60))\n"
         "from tinycompress.cli.main import main\n"
