@@ -19,7 +19,7 @@ from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.files import damage, read_json
 from tinycompress.graph.graph import Graph
 
-EVERY = 7  # kill points of the short part are so many calls apart
+EVERY = 17  # kill points of the short part are so many calls apart
 
 
 def options(model: Path, out: Path) -> dict[str, list[object]]:
