@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from tinycompress.errors import InputError
-from tinycompress.quantization.hessian_factor import column_order, damped_factor
+from tinycompress.quantization import hessian_factor
+from tinycompress.quantization.hessian_factor import (
+    column_order,
+    damped_factor,
+    invert_lower,
+    lower_times,
+    turned_around,
+    upper_times,
+)
 
 
 def test_damping_escalates_and_then_says_which_hessian():
@@ -28,3 +36,16 @@ def test_the_factor_is_that_of_the_inverse(K):
 def test_gar_keeps_groups_together_and_orders_both():
     d = torch.tensor([1.0, 5.0, 2.0, 3.0, 9.0, 4.0])
     assert column_order(d, 2, "gar").tolist() == [4, 5, 1, 0, 3, 2]
+
+
+@pytest.mark.parametrize("K", [1, 5, 600, 1025])
+def test_triangles_are_multiplied_without_their_zeros(K, monkeypatch):
+    """By halves as by the whole matrix, also where a half is odd; a matrix turns around in its place."""
+    matrix = torch.randn(K, K, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
+    x = torch.randn(K, 3, dtype=torch.float64)
+    assert torch.allclose(lower_times(matrix.tril(), x), matrix.tril() @ x, rtol=0, atol=1e-10)
+    assert torch.allclose(upper_times(matrix.triu(), x), matrix.triu() @ x, rtol=0, atol=1e-10)
+    lower = matrix.tril() + 10 * K * torch.eye(K)
+    assert torch.allclose(invert_lower(lower.clone()) @ lower, torch.eye(K, dtype=torch.float64), rtol=0, atol=1e-10)
+    monkeypatch.setattr(hessian_factor, "PART", 7)
+    assert torch.equal(turned_around(matrix.clone()), matrix.flip(0, 1))

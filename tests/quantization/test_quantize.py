@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from tinycompress.checkpoints import checkpoint
 from tinycompress.errors import InputError, OutputError
-from tinycompress.graph.graph import Graph
+from tinycompress.graph.graph import Graph, LazyTensor
 from tinycompress.graph.presets import SMOLLM2_135M
 from tinycompress.graph.quant_tensor import BITS, QuantSpec, QuantTensor, pack, unpack
 from tinycompress.model.linear import QuantLinear
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 from tinycompress.quantization.hqq import HQQ, hqq_quantize
 from tinycompress.quantization.linear_specs import targets
+from tinycompress.quantization.rotate import Rotate
 from tinycompress.quantization.rtn import RTN, rtn_quantize
 
 FLOAT_ZERO = ("w2g64-floatzero", QuantSpec(2, 64, False, float_zero=True))
@@ -185,7 +186,7 @@ def test_bad_specs_say_what_is_accepted(text):
 def test_large_results_are_kept_on_disk(nonuniform, tmp_path, monkeypatch, make):
     """Past the limit the packed weights are mapped files without a name, equal bit for bit, and save."""
     plain = make(QuantSpec(4, 16, symmetric=False))(nonuniform)
-    monkeypatch.setattr("tinycompress.quantization.mapped_memory.IN_MEMORY", 0)
+    monkeypatch.setattr("tinycompress.graph.mapped_memory.IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     made, real = [], torch.from_file
     monkeypatch.setattr("torch.from_file", lambda *args, **how: (made.append(args[0]), real(*args, **how))[1])
@@ -200,7 +201,7 @@ def test_large_results_are_kept_on_disk(nonuniform, tmp_path, monkeypatch, make)
 
 
 def test_a_full_disk_is_named(nonuniform, monkeypatch):
-    monkeypatch.setattr("tinycompress.quantization.mapped_memory.IN_MEMORY", 0)
+    monkeypatch.setattr("tinycompress.graph.mapped_memory.IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", None)
     real = tempfile.NamedTemporaryFile
 
@@ -213,3 +214,15 @@ def test_a_full_disk_is_named(nonuniform, monkeypatch):
     monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
     with pytest.raises(OutputError, match=r"whose disk is full.*TMPDIR"):
         RTN(QuantSpec(4, 16))(nonuniform)
+
+
+def test_a_rotated_large_model_is_kept_on_disk(nonuniform, tmp_path, monkeypatch):
+    """Past the limit dense results are mapped when they are read, equal bit for bit, from a file without a name."""
+    plain = Rotate()(nonuniform)
+    monkeypatch.setattr("tinycompress.graph.mapped_memory.IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    out = Rotate()(nonuniform)
+    assert isinstance(out.weights.entries["lm_head.weight"], LazyTensor) and not list(tmp_path.iterdir())
+    assert all(torch.equal(out.weights[name], weight) for name, weight in plain.weights.items())
+    out.weights["lm_head.weight"].zero_()  # what a reader does to its copy stays with the reader
+    assert torch.equal(out.weights["lm_head.weight"], plain.weights["lm_head.weight"])

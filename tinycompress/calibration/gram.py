@@ -59,6 +59,7 @@ def gram(feed: Feed, inputs: Inputs) -> Tensor:
     Only the lower block triangle is multiplied out: a symmetric product needs little more than half the work.
     """
     total: Tensor | None = None
+    step = 0
     for batch in inputs:
         x = batch.flatten(0, -2)  # (b·T, K)
         if not x.is_floating_point() or x.dtype.itemsize < 4:
@@ -66,7 +67,7 @@ def gram(feed: Feed, inputs: Inputs) -> Tensor:
         K = x.shape[1]
         if total is None:
             total = torch.zeros(K, K, dtype=torch.float64, device=x.device)
-        step = max(128, -(-K // 4))
+            step = max(128, -(-K // 8))
         columns = x.T.contiguous()
         for i in range(0, K, step):
             total[i:, i : i + step] += product(columns[i:], columns[i : i + step], min_rows=1)
@@ -79,4 +80,9 @@ def gram(feed: Feed, inputs: Inputs) -> Tensor:
             f"NaN or infinite values in {bad} channels",
             "finite activations (look at the weights before it)",
         )
-    return torch.tril(total).add_(torch.tril(total, -1).T)
+    for i in range(0, len(total), step):  # in its place: of a wide FFN the matrix takes hundreds of megabytes
+        j = i + step
+        total[i:j, j:] = total[j:, i:j].T
+        square = torch.tril(total[i:j, i:j])
+        total[i:j, i:j] = square + torch.tril(square, -1).T
+    return total

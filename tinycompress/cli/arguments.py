@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..graph.quant_tensor import QuantSpec
 
 
+LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
+
+
 def open_model(name: str) -> Graph:
     """MODEL as a Graph: an exported folder gives back the graph that it was made from."""
     if is_export(name):
@@ -70,8 +73,6 @@ def runnable(name: str, graph: Graph) -> Any:
 
         return StaticModel(name) if (Path(name) / "prefill.onnx").is_file() else OrtModel(name)
     import torch
-
-    from ..recipe.run import LARGEST_DENSE
 
     if 4 * graph.config.n_params > LARGEST_DENSE:
         return graph.module()

@@ -19,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ..calibration.walk import Stream, blocks, check_calibration
 from ..errors import InputError
+from ..graph.config import FINAL_NORM, HEAD
+from ..graph.graph import Graph
 from ..model.generation import check_ids
-from ..model.transformer import Transformer
+from ..model.matmul import product
+from ..model.transformer import Norm, Transformer
 
 Model = Callable[[Tensor], Tensor]
-CHUNK = 2048  # positions whose logits exist at one time
+CHUNK = 2048  # positions whose logits exist at one time, at most
+LOGITS = 1 << 27  # numbers that logits may hold at one time
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,43 @@ def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexit
     return Perplexity(torch.cat(nll).double().cpu(), tokens.shape[1])
 
 
+@torch.inference_mode()
+def streamed_perplexity(graph: Graph, tokens: Tensor, progress: bool = True) -> Perplexity:
+    """What `perplexity` finds of `graph.module()` in float32, but for the last bits of its sums, with one block's
+    weights in memory at a time."""
+    check_calibration(graph, tokens)
+    dense = graph.dense(torch.float32)
+    stream = Stream(dense, tokens, dtype=torch.float32)
+    for block in blocks(dense, stream.device, torch.float32, "perplexity" if progress else None):
+        stream.step(block)
+    norm = Norm(dense.tensor(f"{FINAL_NORM}.weight").to(stream.device), dense.config.norm_eps)
+    head = dense.tensor(dense.config.weight_name(HEAD)).to(stream.device)
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+    positions = logits_together(dense.config.vocab_size)
+    hidden = (h for batch in stream.hidden for h in batch.flatten(0, 1).split(positions))
+    nll = []
+    start = 0
+    for h in hidden:
+        target = targets[start : start + len(h)]
+        nll.append(F.cross_entropy(product(norm(h), head), target, reduction="none"))
+        start += len(h)
+    return Perplexity(torch.cat(nll).view(tokens.shape)[:, :-1].mean(1).double().cpu(), tokens.shape[1])
+
+
+def logits_together(vocab_size: int) -> int:
+    """Positions whose logits exist at one time: `CHUNK`, or fewer for a large vocabulary."""
+    return max(1, min(CHUNK, LOGITS // vocab_size))
+
+
 def window_nll(model: Model, ids: Tensor) -> Tensor:
-    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist only `CHUNK` at a
-    time."""
+    """ids [B, T] to the NLL of tokens 1 … T-1, float32 [B, T-1]; logits of a Transformer exist for some
+    positions at a time."""
     targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # nothing follows a window's last token: it counts as 0
     parts: Iterable[tuple[Tensor, Tensor]]
     if isinstance(model, Transformer):
         hidden = model.hidden(ids.to(model.device)).flatten(0, 1)
-        parts = ((model.lm_head(h), t.to(h.device)) for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
+        n = logits_together(model.config.vocab_size)
+        parts = ((model.lm_head(h), t.to(h.device)) for h, t in zip(hidden.split(n), targets.split(n)))
     else:
         logits = model(ids).flatten(0, 1)
         parts = zip(logits.split(CHUNK), targets.to(logits.device).split(CHUNK))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,14 +24,22 @@ from .graph import Graph, LazyTensor, Weight, Weights
 from .topology import Axis, Feed, axes, feeds, stream_norms, stream_writers
 
 
-def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight]:
-    """The norm's weight multiplied into its readers; ones are left, for dead channels (weight 0) too."""
+def fold_norm(graph: Graph, feed: Feed) -> dict[str, Weight | LazyTensor]:
+    """The norm's weight multiplied into its readers, when they are read; ones are left, for dead channels (weight 0)
+    too."""
     norm = f"{feed.source}.weight"
     w = graph.tensor(norm).double()
-    changed: dict[str, Weight] = {norm: torch.ones_like(graph.tensor(norm))}
+    changed: dict[str, Weight | LazyTensor] = {norm: torch.ones_like(graph.tensor(norm))}
     for name in map(graph.config.weight_name, feed.readers):
-        changed[name] = (graph.tensor(name).double() * w).to(graph.dtype)
+        entry = graph.weights.entries[name]
+        if not isinstance(entry, Tensor | LazyTensor):
+            graph.tensor(name)  # refuses a packed weight now, not when it is read
+        changed[name] = LazyTensor(tuple(entry.shape), graph.dtype, partial(_folded, graph, name, w))
     return changed
+
+
+def _folded(graph: Graph, name: str, scale: Tensor) -> Tensor:
+    return (graph.tensor(name).double() * scale).to(graph.dtype)
 
 
 def fold_norms(graph: Graph) -> Graph:
@@ -51,16 +60,17 @@ def untie(graph: Graph) -> Graph:
     return graph.replace(config=config, weights={"lm_head.weight": graph.linear("lm_head")})
 
 
-def turn(graph: Graph, R: Tensor) -> Graph:
-    """The graph in the coordinates x·R, for an orthogonal R [D, D] in float64; norms must be ones."""
-    changed: dict[str, Weight] = {}
+def turn(graph: Graph, R: Tensor, keep: Callable[[Tensor], Weight | LazyTensor] = lambda weight: weight) -> Graph:
+    """The graph in the coordinates x·R, for an orthogonal R [D, D] in float64; norms must be ones. `keep` says where a
+    new weight is held."""
+    changed: dict[str, Weight | LazyTensor] = {}
     writers = stream_writers(graph.config)
     for name in graph.weights:
         weight = graph.tensor(name)
         if name in writers and weight.dim() == 2:
-            changed[name] = (R.T @ weight.double()).to(weight.dtype)
+            changed[name] = keep((R.T @ weight.double()).to(weight.dtype))
         elif name in writers or weight.dim() == 2:
-            changed[name] = (weight.double() @ R).to(weight.dtype)
+            changed[name] = keep((weight.double() @ R).to(weight.dtype))
     return graph.replace(weights=changed)
 
 

@@ -39,7 +39,7 @@ from ..graph.topology import Feed
 from ..model.transformer import RotaryTables
 from .block_tuning import BlockTuning
 from .grid_search import find_grid, nearest_ints
-from .hessian_factor import ORDERS, damped_factor
+from .hessian_factor import ORDERS, damped_factor, lower_times, upper_times
 from .linear_specs import Spec, Specs, named_specs, targets
 from .refinement import refine as refine_rounding
 
@@ -296,6 +296,7 @@ def propagate_error(U: Tensor, perm: Tensor, lost: Tensor) -> Tensor:
     U [K, K] is the upper factor of the inverse, UᵀU, with its columns in the order `perm` [K]; `lost` is
     α·W(X - X̂)X̂ᵀ, float64 [N, K].
     """
-    moved = torch.empty_like(lost)
-    moved[:, perm] = lost[:, perm] @ U.T @ U
-    return moved.float()
+    solved = lower_times(U.T, upper_times(U, lost.T[perm]))  # (K, N)
+    moved = torch.empty(lost.shape, device=lost.device)
+    moved[:, perm] = solved.T.float()
+    return moved

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..graph.graph import Graph
+from ..graph.mapped_memory import keeper
 from ..graph.quant_tensor import QuantSpec, QuantTensor
-from .mapped_memory import keeper
 
 Quantize = Callable[[Tensor, QuantSpec, str], QuantTensor]  # weight [N, K], its grid, its name for errors
 

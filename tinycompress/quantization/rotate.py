@@ -13,7 +13,7 @@ Hadamard matrices exist for many orders that are not powers of two: H_{mn} = H_m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, HEAD, Config
 from ..graph.edit import fold_norms, turn
-from ..graph.graph import Graph, Weight
+from ..graph.graph import Graph, LazyTensor, Weight
+from ..graph.mapped_memory import dense_keeper
 
 MATRICES = ("hadamard", "random")
 
@@ -68,13 +69,14 @@ class Rotate:
             if not torch.isfinite(graph.tensor(name)).all():
                 remedy = "finite weights: a rotation would spread them over all channels"
                 raise InputError(name, "NaN or infinite weights", remedy)
+        keep = dense_keeper(graph)
         turned = graph if self.device is None else moved(graph, dict.fromkeys(graph.weights, self.device))
         if self.residual:
             R = orthogonal(config.hidden_size, self.kind, self.seed)
-            turned = turn(fold_norms(turned), R.to(turned.weights[f"{FINAL_NORM}.weight"].device))
+            turned = turn(fold_norms(turned), R.to(turned.weights[f"{FINAL_NORM}.weight"].device), keep)
         if self.heads:
             R = orthogonal(config.head_dim, self.kind, self.seed + 1)
-            turned = turned.replace(weights=turned_values(turned, R))
+            turned = turned.replace(weights=turned_values(turned, R, keep))
         if self.device is not None:
             places = {name: weight.device for name, weight in graph.weights.items()}
             places.setdefault(turned.config.weight_name(HEAD), places[EMBEDDING])  # a head that was untied
@@ -87,10 +89,12 @@ def moved(graph: Graph, places: Mapping[str, torch.device | str]) -> Graph:
     return graph.replace(weights={name: weight.to(places[name]) for name, weight in graph.weights.items()})
 
 
-def turned_values(graph: Graph, R: Tensor) -> dict[str, Weight]:
+def turned_values(
+    graph: Graph, R: Tensor, keep: Callable[[Tensor], Weight | LazyTensor] = lambda weight: weight
+) -> dict[str, Weight | LazyTensor]:
     """The parameters with which every head's values are turned by R [d, d], d the head_dim, and turned back where they
     are read: the function stays what it was."""
-    changed: dict[str, Weight] = {}
+    changed: dict[str, Weight | LazyTensor] = {}
     for linear in graph.config.linears():
         if linear.kind == "value":
             for name in (linear.weight, linear.bias):
@@ -98,11 +102,11 @@ def turned_values(graph: Graph, R: Tensor) -> dict[str, Weight]:
                     weight = graph.tensor(name)
                     rows = weight.double().reshape(-1, len(R), *weight.shape[1:])  # (KV heads, d, ...)
                     turned = torch.einsum("de,hd...->he...", R.to(weight.device), rows)
-                    changed[name] = turned.reshape(weight.shape).to(weight.dtype)
+                    changed[name] = keep(turned.reshape(weight.shape).to(weight.dtype))
         elif linear.kind == "output":
             weight = graph.tensor(linear.weight)
             columns = weight.double().reshape(len(weight), -1, len(R))  # (D, heads, d)
-            changed[linear.weight] = (columns @ R.to(weight.device)).reshape(weight.shape).to(weight.dtype)
+            changed[linear.weight] = keep((columns @ R.to(weight.device)).reshape(weight.shape).to(weight.dtype))
     return changed
 
 

@@ -18,14 +18,14 @@ from ..calibration.data import as_tokens
 from ..checkpoints.checkpoint import load
 from ..distillation.distill import Distill
 from ..errors import InputError
-from ..evaluation.perplexity import perplexity
+from ..evaluation.perplexity import streamed_perplexity
 from ..graph.graph import Graph, Pass
 from ..provenance import peak_memory, provenance
 from .recipe import Recipe
 from .sources import Loaded
 from .vocabulary import Data
 
-LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
+LARGEST = 1 << 31  # parameters up to which a perplexity takes minutes
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def quality(
 
     None for models that are too large to be measured in passing.
     """
-    if 4 * before.config.n_params > LARGEST_DENSE:
+    if before.config.n_params > LARGEST:
         return None
     windows = sources.tokens(data)
     digest = hashlib.sha256(f"{before.fingerprint()} {after.fingerprint()} {fingerprint_of(windows)}".encode())
@@ -105,7 +105,7 @@ def quality(
     if known is not None and known.is_file():
         kept: dict[str, Any] = files.read_json(known)
         return kept
-    figures = [perplexity(graph.dense(torch.float32).module(), windows) for graph in (before, after)]
+    figures = [streamed_perplexity(graph, windows) for graph in (before, after)]
     out = _described(data, windows) | {
         "perplexity": {"before": figures[0].value, "after": figures[1].value},
         "protocol": figures[0].protocol,
