@@ -8,7 +8,8 @@
   prune90 …  `compress --prune params=0.9` and 0.8, the same windows
   export     profile ort of w4g128 and of w4g64, the table of the embedding in float and packed (w8); gguf of w4g64
   gate       what each export's manifest says
-  text       the same greedy text over 64 tokens from torch (float32) and onnxruntime-genai
+  text       the same greedy text over 64 tokens from torch (float32) and onnxruntime-genai: with products in float32
+             (accuracy level 0), and as shipped (int8 products)
   quality    perplexity and KL to the model as it was given, --windows windows of 1,024 tokens, in torch
   speed      decode tokens/s behind 32 positions and prefill of 512, two threads, by turns: the exports and llama.cpp on
              the very file and on Q4_0 of the w4g64 integers
@@ -208,11 +209,22 @@ def make(name: str, args: argparse.Namespace) -> dict[str, Any]:
         manifests = {key: folder / "manifest.json" for key, folder in exports(args).items()}
         return {key: json.loads(path.read_text()).get("checks") for key, path in manifests.items() if path.is_file()}
     if name == "text":
-        return {key: step("text", args.work / key.split(",")[0], folder, "64") for key, folder in exports(args).items()}
+        return texts(args)
     if name == "quality":
         models = [name for name in (*GRIDS, *PRUNED) if (args.work / name).is_dir()]
         return {n: step("quality", args.model, args.work / n, args.evaluation, args.windows) for n in models}
     return speeds(args)
+
+
+def texts(args: argparse.Namespace) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for grid in GRIDS:
+        exact = args.work / f"ort-{grid}-exact"
+        if (args.work / grid).is_dir() and not exact.is_dir():
+            step("command", "export", args.work / grid, "-o", exact, "--accuracy-level", "0", "--no-verify")
+        rows[f"{grid}, float32 products"] = step("text", args.work / grid, exact, "64")
+        rows[f"{grid}, as shipped"] = step("text", args.work / grid, exports(args)[f"{grid}, table float"], "64")
+    return rows
 
 
 def make_exports(args: argparse.Namespace) -> dict[str, Any]:
@@ -274,8 +286,12 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['seconds']:,.0f} | {row['peak_mb']:,.0f} | {quality(rows, name)} |")
     for name, row in rows.get("export", {}).items():
         if "failed" not in row:
-            size = f"{row['bytes'] / 1e6:,.0f} MB; {same_text(rows, name)}"
+            size = f"{row['bytes'] / 1e6:,.0f} MB"
             lines.append(f"| export {name} | {row['seconds']:,.0f} | {row['peak_mb']:,.0f} | {size} |")
+    for name, row in rows.get("text", {}).items():
+        if "failed" not in row:
+            same = f"{row['same']} of {row['tokens']} greedy tokens of onnxruntime-genai as torch's"
+            lines.append(f"| text {name} | {row['seconds']:,.0f} | {row['peak_mb']:,.0f} | {same} |")
     lines += [
         "",
         "| engine | prefill, tokens/s | of the file | decode, tokens/s | of the file |",
@@ -294,11 +310,6 @@ def quality(rows: dict[str, Any], name: str) -> str:
     count = len(row["kl"])
     ratio = (sum(row["nll"]) - sum(row["reference_nll"])) / count
     return f"KL {sum(row['kl']) / count:.4f}, NLL {ratio:+.4f}, same top token {sum(row['same_top']) / count:.1%}"
-
-
-def same_text(rows: dict[str, Any], name: str) -> str:
-    row = rows.get("text", {}).get(name, {})
-    return f"{row['same']} of {row['tokens']} greedy tokens as torch" if "same" in row else ""
 
 
 def main() -> None:
