@@ -20,6 +20,7 @@ def layers(ropes=(True,) * 4, windows=(None,) * 4) -> tuple[Layer, ...]:
     return tuple(Layer(4, 2, 96, window, rope) for window, rope in zip(windows, ropes))
 
 
+UNEVEN = (Layer(4, 2, 96), Layer(2, 2, 64), Layer(0, 0, 32), Layer(4, 1, 160))
 FOURTH = layers(ropes=(True, True, True, False))
 CARRIED = {  # the architecture that is written, and the config
     "llama": ("llama", config()),
@@ -36,6 +37,10 @@ CARRIED = {  # the architecture that is written, and the config
     "qwen2, yarn": ("qwen2", config(biases=QKV, rope=Rope(1e4, "yarn", 4.0, 16))),
     "qwen3": ("qwen3", config(qk_norm_eps=1e-5)),
     "qwen3, wide heads, biases": ("qwen3", config(qk_norm_eps=1e-5, head_dim=32, biases=QKV, tie_embeddings=True)),
+    "deci": ("deci", config(UNEVEN)),
+    "deci, tied, every bias": ("deci", config(UNEVEN, tie_embeddings=True, biases=frozenset(LINEARS))),
+    "deci, llama3": ("deci", config(UNEVEN, rope=Rope(5e5, "llama3", 32.0, 8192))),
+    "deci, yarn": ("deci", config(UNEVEN, rope=Rope(1e4, "yarn", 4.0, 16))),
     "smollm3": ("smollm3", config(FOURTH)),
     "smollm3, tied, biases": ("smollm3", config(FOURTH, tie_embeddings=True, biases=QKV)),
 }

@@ -247,8 +247,8 @@ def test_groups_that_no_block_holds_are_refused_or_requantized(tmp_path):
     "make, message",
     [
         (
-            lambda: random_graph(dataclasses.replace(CONFIG, layers=(Layer(4, 2, 96), Layer(4, 2, 64)))),
-            "different widths",
+            lambda: random_graph(dataclasses.replace(CONFIG, layers=(Layer(4, 2, 96), Layer(4, 2, 0)))),
+            "without an FFN",
         ),
         (lambda: random_graph(dataclasses.replace(CONFIG, rope=Rope(1e4, "dynamic", 2.0, 64))), "dynamic"),
     ],

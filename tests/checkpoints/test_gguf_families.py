@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_graph
-from gguf_cases import CARRIED, DIVIDED, FOURTH, WINDOWED, config, layers
+from gguf_cases import CARRIED, DIVIDED, FOURTH, UNEVEN, WINDOWED, config, layers
 from other_libraries import run
 
 from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.checkpoints.gguf_families import ARCHITECTURES
 from tinycompress.errors import InputError
+from tinycompress.graph.config import Layer
 from tinycompress.graph.rope import Rope
 
 IDS = torch.arange(60)[None] * 7 % 96
@@ -91,6 +92,9 @@ def test_windows_of_several_widths_hold_the_context_to_the_narrowest(tmp_path):
         (config(qk_norm_eps=1e-5, rope=Rope(1e4, "llama3", 4.0, 16)), "llama3 in llama.cpp's qwen3.*yarn"),
         (config(FOURTH, rope=Rope(1e4, "yarn", 4.0, 16, beta_fast=8.0)), "beta_fast 8.*smollm3.*beta_fast 32"),
         (config(rope=Rope(1e4, "dynamic", 4.0, 16)), "dynamic.*yarn"),
+        (config((*UNEVEN, Layer(4, 2, 0))), r"layers \[4\] without an FFN.*layout=.deci"),
+        (config(UNEVEN[2:]), r"layer 0 without attention.*layout=.deci"),
+        (config(UNEVEN, qk_norm_eps=1e-5), r"different widths with norms.*layout=.uniform"),
     ],
 )
 def test_what_no_architecture_computes_is_refused_before_writing(bad, message, tmp_path):

@@ -4,9 +4,10 @@
   qwen2     Qwen1.5, Qwen2, Qwen2.5: biases on queries, keys and values
   qwen3     norms of queries and keys
   smollm3   every fourth layer without RoPE: fixed in llama.cpp, and no key of the file
+  deci      layers of different widths (DeciLM, Nemotron-NAS): heads, KV heads and FFN channels are lists
 
-llama and smollm3 turn neighbouring channels (2i, 2i + 1), so their rows of queries and keys are reordered from the
-half-split pairs (i, i + d/2) of Hugging Face; the two Qwens keep those. None of the four has a window in llama.cpp.
+llama, smollm3 and deci turn neighbouring channels (2i, 2i + 1), so their rows of queries and keys are reordered from the
+half-split pairs (i, i + d/2) of Hugging Face; the two Qwens keep those. None of them has a window in llama.cpp.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Architecture:
         qk_norm: whether queries and keys have norms.
         no_rope_every: n where layers n - 1, 2n - 1, … have no RoPE; 0: all have.
         divisors: whether it reads tensors that frequencies are divided by: Llama 3's stretch, and LongRoPE.
+        uneven: whether layers may differ in width, and have no attention.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Architecture:
     qk_norm: bool = False
     no_rope_every: int = 0
     divisors: bool = False
+    uneven: bool = False
 
     def ropes(self, n_layers: int) -> list[bool]:
         """Whether each layer turns its queries and keys."""
@@ -62,6 +65,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("qwen2"),
         Architecture("qwen3", qk_norm=True),
         Architecture("smollm3", neighbours=True, no_rope_every=4),
+        Architecture("deci", frozenset(LINEARS), neighbours=True, divisors=True, uneven=True),
     )
 }
 
@@ -76,10 +80,9 @@ def architecture_in(fields: Mapping[str, Any], where: str) -> Architecture:
 
 def architecture_of(config: Config) -> Architecture:
     """The architecture that computes `config`; an `InputError` for a config that none does."""
-    if not config.uniform:
-        accepted = "layers all as wide: all that llama.cpp runs"
-        raise InputError("format gguf", "layers of different widths", accepted)
     architecture = ARCHITECTURES[_name(config)]
+    if architecture.uneven:
+        _check_uneven(config)
     if architecture.qk_norm and config.qk_norm_eps != config.norm_eps:
         found = f"norms of queries and keys with eps {config.qk_norm_eps:g} beside {config.norm_eps:g}"
         raise InputError("format gguf", found, "one eps for all norms: all that llama.cpp runs")
@@ -93,7 +96,24 @@ def architecture_of(config: Config) -> Architecture:
     return architecture
 
 
+def _check_uneven(config: Config) -> None:
+    """What llama.cpp's deci cannot run: it takes the width of a head from the first layer, and where there is no FFN it
+    goes on to the next layer without what the attention has added."""
+    if bare := [index for index, layer in enumerate(config.layers) if not layer.ffn_dim]:
+        accepted = 'an FFN in every layer, as Prune(layout="deci") leaves it'
+        raise InputError("format gguf", f"layers {bare[:8]} without an FFN beside layers of other widths", accepted)
+    if not config.layers[0].n_heads:
+        accepted = 'attention in the first layer, as Prune(layout="deci") leaves it'
+        raise InputError("format gguf", "layer 0 without attention", accepted)
+    if config.qk_norm_eps is not None or not all(layer.rope for layer in config.layers):
+        found = "layers of different widths with norms of queries and keys, or with layers without RoPE"
+        accepted = 'layers all as wide, as Prune(layout="uniform") leaves them'
+        raise InputError("format gguf", found, accepted)
+
+
 def _name(config: Config) -> str:
+    if not config.uniform:
+        return "deci"
     if config.qk_norm_eps is not None:
         return "qwen3"
     if not all(layer.rope for layer in config.layers):

@@ -218,7 +218,7 @@ def _row_order(heads: int, head_dim: int) -> Tensor | None:
 def _hyperparameters(config: Config) -> dict[str, Any]:
     """The architecture's keys."""
     architecture = architecture_of(config)
-    layer = config.layers[0]
+    heads, kv_heads, ffn = (list(widths) for widths in zip(*(layer.widths for layer in config.layers)))
     windows = [layer.window for layer in config.layers]
     context = min([config.max_position, *(window for window in windows if window)])
     keys: dict[str, Any] = {
@@ -226,9 +226,9 @@ def _hyperparameters(config: Config) -> dict[str, Any]:
         "context_length": context,
         "embedding_length": config.hidden_size,
         "block_count": config.n_layers,
-        "feed_forward_length": layer.ffn_dim,
-        "attention.head_count": layer.n_heads,
-        "attention.head_count_kv": layer.n_kv_heads,
+        "feed_forward_length": ffn if architecture.uneven else ffn[0],
+        "attention.head_count": heads if architecture.uneven else heads[0],
+        "attention.head_count_kv": kv_heads if architecture.uneven else kv_heads[0],
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
