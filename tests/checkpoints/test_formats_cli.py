@@ -87,7 +87,7 @@ def test_plans_read_no_weight_and_say_what_saving_would(nonuniform):
     w4g32 = linears(graph, QuantSpec(4, 32))
     for format in ("gptq", "awq", "compressed-tensors", "gguf"):
         check_plan(format, blank(graph, CONFIG, w4g32))
-        with pytest.raises(InputError, match="different widths|without an FFN"):
+        with pytest.raises(InputError, match=r"different widths|without an FFN"):
             check_plan(format, blank(nonuniform, nonuniform.config, linears(nonuniform, QuantSpec(4, 16))))
     asymmetric = linears(graph, QuantSpec(4, 32, symmetric=False)) | {EMBEDDING: QuantSpec(8, 32)}
     check_plan("gguf", blank(graph, CONFIG, asymmetric))

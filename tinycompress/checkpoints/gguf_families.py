@@ -6,8 +6,8 @@
   smollm3   every fourth layer without RoPE: fixed in llama.cpp, and no key of the file
   deci      layers of different widths (DeciLM, Nemotron-NAS): heads, KV heads and FFN channels are lists
 
-llama, smollm3 and deci turn neighbouring channels (2i, 2i + 1), so their rows of queries and keys are reordered from the
-half-split pairs (i, i + d/2) of Hugging Face; the two Qwens keep those. None of them has a window in llama.cpp.
+llama, smollm3 and deci turn neighbouring channels (2i, 2i + 1), so their rows of queries and keys are reordered from
+the half-split pairs (i, i + d/2) of Hugging Face; the two Qwens keep those. None has a window in llama.cpp.
 """
 
 from __future__ import annotations

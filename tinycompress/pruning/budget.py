@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..graph.config import Config
 from ..graph.topology import axes
 from .allocation import PRUNABLE, Choice, check_budget, choices_of, fixed_price, resize, uniform
+from .layout import LAYOUTS, alike, check_layout, within_layout
 from .target import BudgetTarget
 
 
@@ -43,6 +44,7 @@ class Budget:
             held.
         sublayers: whether whole sublayers may go. Default False.
         uneven_kv: whether layers may end with different numbers of KV heads. Default False.
+        layout: what the result must fit, one of `LAYOUTS`. Default None: each layer has its own widths.
     """
 
     target: str | None = None
@@ -52,6 +54,7 @@ class Budget:
     floors: Mapping[str, float] | None = None
     sublayers: bool = False
     uneven_kv: bool = False
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         if (self.target is None) == (self.keep is None):
@@ -68,6 +71,8 @@ class Budget:
         self._check_axes()
         if not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise InputError("Prune.multiple_of", self.multiple_of, "a positive integer")
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise InputError("Prune.layout", repr(self.layout), " | ".join(LAYOUTS))
 
     def _check_axes(self) -> None:
         kinds = self.kinds
@@ -109,6 +114,7 @@ class Budget:
 
     def limits(self, config: Config, itemsize: int) -> list[Limited]:
         """The choices that share a limit, for every limit; an `InputError` for a limit that cannot be met."""
+        check_layout(config, self.layout, self.kinds)
         if self.target is not None:
             return [self._limit_of_target(self.target, config, itemsize)]
         return [self._limit_of_axis(kind, config, itemsize) for kind in self.kinds]
@@ -116,11 +122,12 @@ class Budget:
     def _limit_of_target(self, text: str, config: Config, itemsize: int) -> Limited:
         target = BudgetTarget.parse(text, "Prune.target")
         choices = choices_of(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
+        choices = within_layout(choices, self.layout)
         fixed = fixed_price(config, choices, target, itemsize)
         least = sum(choice.prices[0] for choice in choices)
         limit = target.limit(config, itemsize) - fixed
         check_budget(choices, limit, text, target.nearest(fixed + least, config, itemsize))
-        return Limited(choices, limit)
+        return Limited(alike(choices, limit) if self.layout == "uniform" else choices, limit)
 
     def _limit_of_axis(self, kind: str, config: Config, itemsize: int) -> Limited:
         """The limit of one entry of `keep`, counted in units of the axis."""
@@ -134,7 +141,8 @@ class Budget:
         if wanted * total < least:
             share = -(-1000 * least // max(total, 1)) / 1000  # rounded up
             raise InputError(f"Prune.keep[{kind!r}]", wanted, f"{share} or more, by the floors and multiples")
-        return Limited(choices, int(wanted * total + 1e-6))
+        limit = int(wanted * total + 1e-6)
+        return Limited(alike(choices, limit) if self.layout == "uniform" else choices, limit)
 
     def _choices_in_units(self, kind: str, config: Config, itemsize: int) -> list[Choice]:
         """The choices on one kind of axis, where a unit costs one."""
@@ -143,7 +151,7 @@ class Budget:
         if not choices:
             kinds = sorted({axis.kind for axis in axes(config).values()})
             raise InputError("Prune.keep", kind, "an axis that the model has: " + ", ".join(kinds))
-        return [dataclasses.replace(choice, prices=choice.sizes) for choice in choices]
+        return [dataclasses.replace(choice, prices=choice.sizes) for choice in within_layout(choices, self.layout)]
 
     def _fixed(self, choice: Choice, wanted: float) -> Choice:
         """The choice with one size only, the count that was asked for."""

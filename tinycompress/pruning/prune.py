@@ -63,6 +63,8 @@ class Prune:
         floors: what every layer keeps of an axis, a share or a count above 1: {"ffn": 0.25}.
         sublayers: whether whole attentions and FFNs may go. False by default.
         uneven_kv: whether KV heads may differ between layers, which some runtimes refuse. False by default.
+        layout: what the result must fit: "uniform" (layers all alike, which any tool opens), "deci" (llama.cpp's GGUF
+            of uneven layers) or "nemotron-nas" (DeciLM's layout, which vLLM reads). None by default: anything.
         probe: how many windows the measuring takes before sizes are chosen, 8 by default.
         damping: the ridge of refits and losses, as a share of the mean of diag(H), between 0 and 1; 0.01 by default.
         propagate: how far the refit to the reference goes, from 0 (what the linear gave before) to 1 (the float
@@ -89,6 +91,7 @@ class Prune:
     floors: Mapping[str, float] | None = None
     sublayers: bool = False
     uneven_kv: bool = False
+    layout: str | None = None
     probe: int = 8
     damping: float = 0.01
     propagate: float = 0.5
@@ -121,7 +124,16 @@ class Prune:
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.target, self.keep, self.axes, self.multiple_of, self.floors, self.sublayers, self.uneven_kv)
+        return Budget(
+            self.target,
+            self.keep,
+            self.axes,
+            self.multiple_of,
+            self.floors,
+            self.sublayers,
+            self.uneven_kv,
+            self.layout,
+        )
 
     def plan(self, config: Config, itemsize: int = 4) -> Config:
         """A config like the one that the pass will arrive at, without data: its budgets are shared out uniformly.
