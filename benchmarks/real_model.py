@@ -8,11 +8,9 @@
   prune90 …  `compress --prune params=0.9` and 0.8, the same windows
   export     profile ort of w4g128 and of w4g64, the table of the embedding in float and packed (w8); gguf of w4g64
   gate       what each export's manifest says
-  text       the same greedy text over 64 tokens from torch (float32) and onnxruntime-genai: with products in float32
-             (accuracy level 0), and as shipped (int8 products)
+  text       greedy text over 64 tokens, torch (float32) and onnxruntime-genai (float32 products; as shipped, int8)
   quality    perplexity and KL to the model as it was given, --windows windows of 1,024 tokens, in torch
-  speed      decode tokens/s behind 32 positions and prefill of 512, two threads, by turns: the exports and llama.cpp on
-             the very file and on Q4_0 of the w4g64 integers
+  speed      decode behind 32 positions and prefill of 512, two threads, by turns; llama.cpp also on Q4_0 of w4g64
 
 Every step is a process of its own; what is in DIR is not made again, a row in the results is not measured again. The
 weights of a GGUF of 4- and 6-bit types lie on llama.cpp's grids already: quality is against the dequantized model.
@@ -43,12 +41,12 @@ PREFILL = 512
 
 
 def worker(kind: str, arguments: list[str]) -> None:
-    """Runs one step and prints its figures as the last line, with seconds and the peak of memory."""
+    """Prints the figures of one step as the last line, with seconds and the peak of memory."""
     start = time.perf_counter()
     found = WORKERS[kind](*arguments) or {}
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak_mb": peak} | found), flush=True)
 
 
@@ -84,8 +82,8 @@ def text_worker(model: str, export: str, tokens: str) -> dict[str, Any]:
 
     graph = tinycompress.load(model)
     ids = graph.tokenizer.encode("def quicksort(values):\n")
-    endless = graph.replace(config=dataclasses.replace(graph.config, eos_token_id=None))
-    ours = endless.module(dtype=torch.float32).generate(torch.tensor(ids), int(tokens)).tolist()
+    graph = graph.replace(config=dataclasses.replace(graph.config, eos_token_id=None))
+    ours = graph.module(dtype=torch.float32).generate(torch.tensor(ids), int(tokens)).tolist()
     runtime = genai.Model(export)
     options = genai.GeneratorParams(runtime)
     options.set_search_options(max_length=len(ids) + int(tokens), min_length=len(ids) + int(tokens), do_sample=False)
@@ -258,11 +256,9 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
             done = subprocess.run(command, input="\n\n", capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 rounds[key].append([float(word) for word in done.stdout.strip().splitlines()[-1].split()])
-    rows: dict[str, Any] = {}
-    for key, values in rounds.items():
-        if values:
-            prefill, decode = zip(*values)
-            rows[key] = {"prefill": list(prefill), "decode": list(decode)}
+    rows: dict[str, Any] = {
+        key: dict(zip(("prefill", "decode"), map(list, zip(*values)))) for key, values in rounds.items() if values
+    }
     base = rows.get("llama.cpp, the file")
     for row in rows.values() if base else ():
         for kind in ("prefill", "decode"):

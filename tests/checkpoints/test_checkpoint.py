@@ -58,7 +58,7 @@ def test_quantized_round_trip(spec, which, request, tmp_path):
 
 def test_transformers_refuses_what_it_cannot_express(nonuniform, tmp_path):
     save(nonuniform, tmp_path / "out")
-    with pytest.raises(ValueError, match="tinycompress"):
+    with pytest.raises(ValueError, match="trust_remote_code"):
         transformers_logits(tmp_path / "out")
     with pytest.raises(InputError, match="layers"):
         nonuniform.to_hf()

@@ -1,7 +1,9 @@
 """A Graph on disk: a Hugging Face folder, opened as a memory map and written one weight at a time.
 
-  config.json            Hugging Face's Llama, where it can express the graph (uniform, unquantized); else model_type
-                         "tinycompress", so that transformers refuses the folder instead of misreading it
+  config.json            Hugging Face's own, where a class of transformers can express the graph (uniform, unquantized);
+                         else model_type "tinycompress", which transformers opens by the code beside it alone
+                         (trust_remote_code=True), and refuses instead of misreading it otherwise
+  modeling_tinycompress.py   that code, where config.json names it
   tinycompress.json      {"format": 1, "config", "history", "quantized", "files": bytes and SHA-256 of the other files,
                          "sha256": of the rest of this one}; where present it is the authority
   model*.safetensors     weights by Hugging Face name; a quantized one as <name>.packed, .scales and .zeros, or in the
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,7 @@ from .folder_reader import DESCRIPTION, FORMAT, read_folder
 from .generation_config import write_generation
 from .gguf_reader import load_gguf
 from .hf import config_to_hf, graph_from_model, missing_biases
+from .hf_code import MODELING, config_with_code
 from .layouts import Layout, layout_of
 from .safetensors_file import cut_shards, write_shards
 
@@ -162,7 +166,9 @@ def _write_descriptions(
     graph: Graph, work: Path, grids: Mapping[str, Grid], layout: Layout | None, readable_by_hf: bool
 ) -> None:
     """The JSON files beside the weights."""
-    files.write_json(work / "config.json", _config_json(graph, layout, readable_by_hf))
+    files.write_json(work / "config.json", _config_json(graph, grids, layout, readable_by_hf))
+    if not readable_by_hf:
+        shutil.copyfile(MODELING, work / MODELING.name)
     if layout is not None and layout.beside:
         files.write_json(work / layout.beside, layout.settings)
     write_generation(graph, work)
@@ -179,14 +185,12 @@ def _write_descriptions(
         files.write_json(work / DESCRIPTION, files.seal(description))
 
 
-def _config_json(graph: Graph, layout: Layout | None, readable_by_hf: bool) -> dict[str, Any]:
+def _config_json(
+    graph: Graph, grids: Mapping[str, Grid], layout: Layout | None, readable_by_hf: bool
+) -> dict[str, Any]:
     dtype = graph.dtype
     if not readable_by_hf:
-        return {
-            "model_type": "tinycompress",
-            "vocab_size": graph.config.vocab_size,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
+        return config_with_code(graph, grids)
     config = config_to_hf(graph.config, dtype)
     if layout is None:
         return config
