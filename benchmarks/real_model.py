@@ -12,8 +12,7 @@
   quality    perplexity and KL to the model as it was given, --windows windows of 1,024 tokens, in torch
   speed      decode behind 32 positions and prefill of 512, two threads, by turns; llama.cpp also on Q4_0 of w4g64
 
-Every step is a process of its own; what is in DIR is not made again, a row in the results is not measured again. The
-weights of a GGUF of 4- and 6-bit types lie on llama.cpp's grids already: quality is against the dequantized model.
+Every step is a process of its own; what is in DIR, or a row in the results, is not made again. The weights of a GGUF
 --llama-python is an interpreter with llama-cpp-python. Results go to results/real_model.json and .md.
 """
 
