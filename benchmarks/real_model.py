@@ -7,13 +7,13 @@
   w4g128 …   `compress --quantize w4g128` (GPTQ as the recipe has it) and w4g64, 32 windows of 1,024 tokens
   prune90 …  `compress --prune params=0.9` and 0.8, the same windows
   export     profile ort of w4g128 and of w4g64, the table of the embedding in float and packed (w8); gguf of w4g64
-  gate       what each export's manifest says
+  gate       what manifests say
   text       greedy text over 64 tokens, torch (float32) and onnxruntime-genai (float32 products; as shipped, int8)
   quality    perplexity and KL to the model as it was given, --windows windows of 1,024 tokens, in torch
   speed      decode behind 32 positions and prefill of 512, two threads, by turns; llama.cpp also on Q4_0 of w4g64
 
-Every step is a process of its own; what is in DIR, or a row in the results, is not made again. The weights of a GGUF
---llama-python is an interpreter with llama-cpp-python. Results go to results/real_model.json and .md.
+Every step is a process of its own; what is in DIR, or a row in the results, is not made again. A GGUF's weights of
+4 and 6 bits lie on llama.cpp's grids: quality is against the dequantized model. Results: results/real_model.json, .md.
 """
 
 from __future__ import annotations
