@@ -12,7 +12,21 @@ from typing import Any
 OUTSIDE = "../outside/secret"  # beside the folder that is opened; followed by an ending of a file's name
 COUNTS = (0, 1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 NAMES = (f"{OUTSIDE}.safetensors", f"{OUTSIDE}.json", "/etc/passwd", "/dev/zero", "/proc/self/mem", "..", ".", "\0")
-TEXTS = ("", " ", "x", "auto", "true", "-1", "1e999", "é漢👩‍🚀", "\ud800", "\x1b[2J\n", "a" * 300, "{{ 1 }}", "__class__")
+TEXTS = (
+    "",
+    " ",
+    "x",
+    "auto",
+    "true",
+    "-1",
+    "1e999",
+    "é漢👩‍🚀",
+    "\ud800",
+    "\x1b[2J\n",
+    "a" * 300,
+    "{{ 1 }}",
+    "__class__",
+)
 NUMBERS = (*COUNTS, -1, -(2**63), 10**30, 0.5, -0.0, 1e-300, 1e308, float("inf"), float("nan"), 10**400)
 ATOMS: tuple[Any, ...] = (None, True, False, *NUMBERS, *NAMES, *TEXTS)
 
@@ -200,5 +214,5 @@ def _change(part: Any, draw: random.Random) -> None:
                 stored.append(new)
             else:
                 setattr(part, field.name, new)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return  # the field takes no such value

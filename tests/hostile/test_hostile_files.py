@@ -24,7 +24,7 @@ from tinycompress.errors import InputError, MissingExtra, OutputError
 ERRORS = (InputError, OutputError, MissingExtra)
 MOST_MEMORY = 32 * 2**20  # bytes beside those of the files: what a file of a few kB may cost
 MOST_SECONDS = 5.0  # of CPU time; a good one takes a hundredth
-LONGEST_MESSAGE = 2000  # characters
+LONGEST_MESSAGE = 3000  # characters
 SHORT = 12  # damaged files of each kind in the short test
 
 
@@ -45,7 +45,8 @@ class Sample:
         paths = [path for path in self.folder.rglob("*") if path.is_file()]
         self.files = {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
         self.size = sum(map(len, self.files.values()))
-        self.read_damaged(-1, {})
+        self.kind.read(self.folder, home / "good")
+        assert self.read_damaged(-1, {}) == "read"
 
     def read_damaged(self, number: int, changed: dict[str, bytes] | None = None) -> str:
         """Reads the folder with the damage of that number, and puts it right again; returns what came of it."""
@@ -112,7 +113,7 @@ def test_damaged_files(kind, tmp_path):
 def test_twenty_thousand_damaged_files(kind, tmp_path):
     counts = read_many(kind, range(KINDS[kind].count), tmp_path)
     print(kind, counts)
-    assert min(counts.values()) > 0
+    assert counts["refused"] > 0
 
 
 def test_there_are_twenty_thousand():

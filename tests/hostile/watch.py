@@ -18,7 +18,7 @@ FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "o
 FORBIDDEN += ("socket.connect", "socket.getaddrinfo", "socket.bind")
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 OF_PYTHON = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib")})
-CODE = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
+CODE = (".py", ".pyc", ".so", "pytorch_model.bin", ".pt", ".pth", ".pkl", ".ckpt")
 HANG = 60  # seconds, after which a reader is told to end
 _watching: list[Watch] = []
 
@@ -52,7 +52,9 @@ class Watch:
     def opened(self, path: str, mode: str | None, flags: int) -> None:
         """Notes a file that may not be opened, or not so."""
         real = os.path.realpath(path)
-        writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) or bool(set(mode or "") & set("wax+"))
+        writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) or bool(
+            set(mode or "") & set("wax+")
+        )
         if _within(real, self.out):
             return
         if _within(real, self.folder):
