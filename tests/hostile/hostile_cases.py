@@ -22,7 +22,7 @@ from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.distillation.teacher_cache import open_cache, write_cache
 from tinycompress.distillation.training_state import latest_state, load_state, save_state
-from tinycompress.files import record, seal
+from tinycompress.files import seal
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor

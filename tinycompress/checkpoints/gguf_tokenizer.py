@@ -11,7 +11,7 @@ GGUF keeps a tokenizer as bare lists. Two families cover Llama models:
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import json
 import re
 import warnings
@@ -225,7 +225,7 @@ def _sentencepiece(tokens: list[str], types: list[int], values: Mapping[str, Any
     )  # only there can a piece be cut: a long one would cost its square
     ranked = []
     for piece, i in pieces.items():
-        cuts = itertools.takewhile(lambda cut: cut < len(piece), lengths)
+        cuts = lengths[: bisect.bisect_left(lengths, len(piece))]
         halves = ((piece[:cut], piece[cut:]) for cut in cuts)
         pairs = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
         ranked += [(-scores[i], a, b) for _, _, a, b in pairs]

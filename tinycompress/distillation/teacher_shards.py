@@ -1,4 +1,4 @@
-"""The index and the shards of a teacher's cache, checked before anything is made of them: a folder may come from others.
+"""The index and the shards of a teacher's cache, checked before anything is made of them: they may come from others.
 
 The hash of a shard only says that it is the one that the index means; whoever wrote one wrote both.
 """
