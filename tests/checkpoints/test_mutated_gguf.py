@@ -32,13 +32,14 @@ ARRAY = 9
 SIZES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # F32 and F16 by their numbers
 NUMBERS = (0, 1, 2, 3, 4, 5, 8, 16, 24, 64, 128, 0.5, 1.0, 2.0, 1e-5, 1e-3, 1e4, 1e6, *COUNTS)
 TEXTS = ("", "none", "linear", "yarn", "longrope", "llama", "qwen2", "qwen3", "smollm3", "mamba")
-SUFFIXES = """
+_SUFFIXES = """
 block_count embedding_length attention.head_count attention.head_count_kv attention.key_length attention.value_length
 attention.layer_norm_rms_epsilon attention.sliding_window attention.sliding_window_pattern context_length
 feed_forward_length rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor
 rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_beta_fast expert_count logit_scale
 attention.scale final_logit_softcapping vocab_size rope.scaling.whatever colour
-""".split()
+"""
+SUFFIXES = _SUFFIXES.split()
 NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",

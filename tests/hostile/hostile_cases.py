@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -11,10 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mutator
 import torch
 from conftest import random_graph
 from gguf_files import split
+from hostile_damage import (
+    Files,
+    in_bytes,
+    in_cache,
+    in_description,
+    in_gguf,
+    in_headers,
+    in_json,
+    in_onnx,
+    in_recipe,
+    in_sentencepiece,
+    in_state,
+    in_templates,
+    in_tokenizer_files,
+)
 from layout_cases import quantized
 from test_sentencepiece import train
 from tokenizer_cases import BACKENDS
@@ -23,32 +36,18 @@ from tinycompress.checkpoints.checkpoint import load, save
 from tinycompress.checkpoints.tokenizer import Tokenizer
 from tinycompress.distillation.teacher_cache import open_cache, write_cache
 from tinycompress.distillation.training_state import latest_state, load_state, save_state
-from tinycompress.files import seal
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
 from tinycompress.model.sampling import draw_of
 from tinycompress.recipe.recipe import read_recipe
 
-Files = Mapping[str, bytes]
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8)[None]
 TEXT = "<s>Once upon  a time, 123 naïve 漢字</s> it's\n"
 SECRET = 777.0  # what the weights outside are made of
 CONFIG = Config(400, 32, 8, (Layer(4, 2, 48),) * 2, max_position=64, bos_token_id=0, eos_token_id=1)
 KEY = "a run's key"
-TEMPLATES = (
-    "{% for i in range(10**12) %}x{% endfor %}",
-    "{{ 'x' * 10**12 }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('touch /tmp/x') }}",
-    "{% include '/etc/passwd' %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "{{ range(10**9)|list }}",
-    "{% import 'os' as os %}",
-    "{{",
-    "{{ messages }}" * 1000,
-)
 
 
 @dataclass(frozen=True)
@@ -159,145 +158,6 @@ def training_state(folder: Path) -> None:
 
 def state_tensors() -> dict[str, torch.Tensor]:
     return {"weight.a": torch.ones(4, 6), "exp_avg.a": torch.zeros(4, 6), "weight.b": torch.ones(3)}
-
-
-# ---- damage
-
-
-def in_json(*names: str) -> Callable[[Files, random.Random], Files]:
-    """Changes one JSON file of those names, or of those endings."""
-
-    def damage(files: Files, draw: random.Random) -> Files:
-        name = draw.choice([name for name in sorted(files) if name.endswith(names)])
-        return {name: mutator.json_text(json.loads(files[name]), draw)}
-
-    return damage
-
-
-def in_bytes(*names: str, head: int | None = None) -> Callable[[Files, random.Random], Files]:
-    def damage(files: Files, draw: random.Random) -> Files:
-        name = draw.choice([name for name in sorted(files) if name.endswith(names)])
-        return {name: mutator.some_bytes(files[name], draw, head)}
-
-    return damage
-
-
-def in_headers(files: Files, draw: random.Random) -> Files:
-    name = draw.choice([name for name in sorted(files) if name.endswith(".safetensors")])
-    return {name: mutator.safetensors(files[name], draw)}
-
-
-def in_description(files: Files, draw: random.Random) -> Files:
-    """tinycompress.json with or without the seal that its contents then have."""
-    name = "tinycompress.json"
-    text = mutator.json_text({**json.loads(files[name])}, draw)
-    return {name: resealed(text, draw)}
-
-
-def resealed(text: bytes, draw: random.Random) -> bytes:
-    """A sealed file as somebody hostile would hand it in: three in four times its seal is right again."""
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return text
-    if not isinstance(data, dict) or draw.random() < 0.25:
-        return text
-    data.pop("sha256", None)
-    try:
-        return json.dumps(seal(data)).encode()
-    except (ValueError, RecursionError):  # a surrogate has no UTF-8
-        return text
-
-
-def in_tokenizer_files(files: Files, draw: random.Random) -> Files:
-    """tokenizer_config.json, and files that older tokenizers have beside it."""
-    out: dict[str, bytes] = {}
-    good = json.loads(files["tokenizer_config.json"]) | {
-        "added_tokens_decoder": {"400": {"content": "<new>", "special": True, "normalized": False}},
-        "additional_special_tokens": ["<more>"],
-        "add_bos_token": True,
-        "add_prefix_space": False,
-        "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
-    }
-    if draw.random() < 0.3:
-        good["tokenizer_class"] = draw.choice(["LlamaTokenizer", "Qwen2TokenizerFast", "Evil", "GPT2Tokenizer"])
-    out["tokenizer_config.json"] = mutator.json_text(good, draw)
-    if draw.random() < 0.3:
-        out["added_tokens.json"] = mutator.json_text({"<a>": 400, "<b>": 401}, draw)
-    if draw.random() < 0.3:
-        out["special_tokens_map.json"] = mutator.json_text({"pad_token": {"content": "<s>", "lstrip": False}}, draw)
-    return out
-
-
-def in_sentencepiece(files: Files, draw: random.Random) -> Files:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(files["tokenizer.model"])
-    return {"tokenizer.model": mutator.message(proto, draw)}
-
-
-def in_templates(files: Files, draw: random.Random) -> Files:
-    """Templates that would run away, break out or read files, in every place that a folder may have them."""
-    config = json.loads(files["tokenizer_config.json"])
-    place = draw.randrange(4)
-    template = draw.choice(TEMPLATES)
-    if place == 0:
-        return {"chat_template.jinja": mutator.some_bytes(template.encode(), draw)}
-    if place == 1:
-        name = draw.choice(("tool_use", "x" * 100, "default", ".hidden"))
-        return {f"additional_chat_templates/{name}.jinja": template.encode()}
-    stored: Any = template
-    if place == 2:
-        name = draw.choice((*mutator.NAMES, *mutator.TEXTS, "default", "rag"))
-        stored = [{"name": name, "template": template}, {"name": "default", "template": template}]
-    if draw.random() < 0.5:
-        stored = mutator.json_value(stored, draw)
-    return {"tokenizer_config.json": json.dumps(config | {"chat_template": stored}).encode()}
-
-
-def in_gguf(files: Files, draw: random.Random) -> Files:
-    name = draw.choice(sorted(name for name in files if name.endswith(".gguf")))
-    head = files[name].rfind(b".weight") + 40
-    return {name: mutator.some_bytes(files[name], draw, head)}
-
-
-def in_onnx(files: Files, draw: random.Random) -> Files:
-    import onnx
-
-    proto = onnx.load_model_from_string(files["model.onnx"])
-    return {"model.onnx": mutator.message(proto, draw)}
-
-
-def in_recipe(files: Files, draw: random.Random) -> Files:
-    return {"small.toml": mutator.toml_text(files[draw.choice(sorted(files))].decode(), draw)}
-
-
-def in_cache(files: Files, draw: random.Random) -> Files:
-    """The index, or a shard whose damage the index does not tell."""
-    index = json.loads(files["index.json"])
-    if draw.random() < 0.5:
-        return {"index.json": mutator.json_text(index, draw)}
-    shard = draw.choice(index["shards"])
-    data = mutator.some_bytes(files[shard["file"]], draw, 60)
-    shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return {shard["file"]: data, "index.json": json.dumps(index).encode()}
-
-
-def in_state(files: Files, draw: random.Random) -> Files:
-    """state.json, or the tensors with their hashes in it."""
-    (state,) = [name for name in files if name.endswith("state.json")]
-    about = json.loads(files[state])
-    if draw.random() < 0.5:
-        return {state: resealed(mutator.json_text(about, draw), draw)}
-    names = [name for name in sorted(files) if name.endswith(".safetensors")]
-    name = draw.choice(names)
-    data = mutator.safetensors(files[name], draw)
-    own = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    about["files"][name.rpartition("/")[2]] = own
-    return {name: data, state: resealed(json.dumps(about).encode(), draw)}
-
-
-# ---- reading
 
 
 def read_model(folder: Path, out: Path) -> None:
