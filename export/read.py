@@ -188,7 +188,9 @@ def _specs(manifest: Mapping[str, Any], folder: Path) -> dict[str, Grid]:
     """The grid of every packed parameter."""
     try:
         return {name: Grid.from_dict(fields) for name, fields in manifest["quantized"].items()}
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"quantized in {folder / MANIFEST}", str(error), "bits, group_size and symmetric by parameter"
         ) from error

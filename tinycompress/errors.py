@@ -9,13 +9,28 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+LONGEST = 600  # characters of a value that a message quotes
+
 
 class InputError(ValueError):
     """`field`: found `found`; accepted: `accepted`."""
 
     def __init__(self, field: object, found: object, accepted: object) -> None:
-        self.field, self.found, self.accepted = str(field), str(found), str(accepted)
+        self.field, self.found = shortened(plain(field)), shortened(plain(found))
+        self.accepted = plain(accepted)
         super().__init__(f"{self.field}: found {self.found}; accepted: {self.accepted}")
+
+
+def plain(value: object) -> str:
+    """A value as text in which every character can be shown: those that a terminal would act on are written as escapes,
+    for parts of a message come from files."""
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str) -> str:
+    """The text without its middle where it is long."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class OutputError(OSError):

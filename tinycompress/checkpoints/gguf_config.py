@@ -16,7 +16,8 @@ from .json_fields import integer, token_id
 NAMES = dict(zip(LINEARS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")))
 TABLE = "token_embd.weight"
 HEAD_TENSOR = "output.weight"
-MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000  # and, beyond a few that may be empty, no more than there are tensors
+FEW_LAYERS = 256
 
 
 def config_from_gguf(
@@ -27,7 +28,7 @@ def config_from_gguf(
     values = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
     if TABLE not in tensors:
         raise InputError(where, f"no tensor {TABLE}", "a whole model")
-    n_layers = integer(values, "block_count", where, high=MOST_LAYERS)
+    n_layers = integer(values, "block_count", where, high=min(MOST_LAYERS, max(FEW_LAYERS, len(tensors))))
     hidden = integer(values, "embedding_length", where)
     heads = _per_layer(values, "attention.head_count", n_layers, where)
     kv_heads = heads

@@ -11,6 +11,7 @@ GGUF keeps a tokenizer as bare lists. Two families cover Llama models:
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 import warnings
@@ -219,9 +220,13 @@ def _sentencepiece(tokens: list[str], types: list[int], values: Mapping[str, Any
 
     scores = _list(values, "scores", float, where, len(tokens))
     pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind not in (UNKNOWN, CONTROL, BYTE)}
+    lengths = sorted(
+        {len(piece) for piece in pieces}
+    )  # only there can a piece be cut: a long one would cost its square
     ranked = []
     for piece, i in pieces.items():
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        cuts = lengths[: bisect.bisect_left(lengths, len(piece))]
+        halves = ((piece[:cut], piece[cut:]) for cut in cuts)
         pairs = sorted((pieces[a], pieces[b], a, b) for a, b in halves if a in pieces and b in pieces)
         ranked += [(-scores[i], a, b) for _, _, a, b in pairs]
     ranked.sort(key=lambda merge: merge[0])  # stable: equal scores keep the vocabulary's order

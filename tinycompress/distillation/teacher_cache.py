@@ -39,22 +39,10 @@ from ..graph.graph import Graph
 from .fused_loss import HiddenTarget, SampledTarget, SparseTarget, TopKTarget
 from .sparse_targets import Form
 from .teacher import OnlineTeacher, StreamedTeacher
+from .teacher_shards import Shard, check_index
 
 FORMAT = 1
 INDEX = "index.json"
-FIELDS = (
-    "kind",
-    "n",
-    "vocab_size",
-    "seed",
-    "windows",
-    "seq_len",
-    "shard_windows",
-    "teacher",
-    "tokens",
-    "tokenizer",
-    "shards",
-)
 LOGITS = 1 << 24  # logits of the teacher that exist at a time
 
 
@@ -136,7 +124,8 @@ def _begin(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
         if different:
             was, now = ({name: source.get(name) for name in different} for source in (found, index))
             raise InputError("cache folder", f"{folder}, begun with {was}", f"{now}, or another folder")
-        complete = list(found.get("shards", []))
+        check_index(found, str(folder / INDEX))
+        complete = list(found["shards"])
         for number, shard in enumerate(complete):
             if _size(files.inside(folder, shard["file"])) != shard["bytes"]:
                 complete = complete[:number]  # this one and those behind it are made again
@@ -232,7 +221,7 @@ class TeacherCache:
     windows: int
     seq_len: int
     index: dict[str, Any] = field(repr=False)
-    opened: dict[int, _Shard] = field(default_factory=dict, init=False, repr=False)
+    opened: dict[int, Shard] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -264,37 +253,8 @@ class TeacherCache:
         shard, within = divmod(number, self.index["shard_windows"])
         if shard not in self.opened:
             count = min(self.index["shard_windows"], self.windows - shard * self.index["shard_windows"])
-            self.opened[shard] = _Shard.open(
-                self.folder, self.index["shards"][shard], count, self.seq_len, self.form.width
-            )
-        return self.form.decode(*self.opened[shard].window(within))
-
-
-@dataclass(frozen=True, eq=False)
-class _Shard:
-    begins: np.ndarray  # int64 [w + 1]
-    counts: np.ndarray  # uint8 [w, T]
-    entries: np.ndarray  # uint8 [e, width]
-
-    @staticmethod
-    def open(folder: Path, line: dict[str, Any], windows: int, T: int, width: int) -> _Shard:
-        path = files.inside(folder, line["file"])
-        data = np.memmap(path, np.uint8, "r")
-        if hashlib.sha256(data.data).hexdigest() != line["sha256"]:
-            raise InputError(
-                str(path),
-                "other bytes than were written (its SHA-256 differs)",
-                "the shard as it was (delete it and write the cache again)",
-            )
-        head, counts = 8 * (windows + 1), windows * T
-        return _Shard(
-            data[:head].view("<i8"),
-            data[head : head + counts].reshape(windows, T),
-            data[head + counts :].reshape(-1, width),
-        )
-
-    def window(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.counts[i], self.entries[self.begins[i] : self.begins[i + 1]]
+            self.opened[shard] = Shard.open(self.folder, self.index["shards"][shard], count, self.seq_len, self.form)
+        return self.opened[shard].window(within)
 
 
 def open_cache(
@@ -307,8 +267,7 @@ def open_cache(
     index = files.read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         raise InputError(str(folder / INDEX), f"format {index.get('format')}", f"format {FORMAT}, of a teacher cache")
-    if missing := [name for name in FIELDS if name not in index]:
-        raise InputError(str(folder / INDEX), f"no {', '.join(missing)}", "the index that write_cache writes")
+    check_index(index, str(folder / INDEX))
     given = {"tokens": tokens, "tokenizer": tokenizer}
     for name, value in given.items():
         if value is not None and digest(value) != index[name]:

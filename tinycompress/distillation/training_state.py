@@ -90,7 +90,7 @@ def load_state(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         with _plain_errors():
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world_size() == 1)
-    except (RuntimeError, ValueError, KeyError) as error:  # tensors that the run does not have, or of other shapes
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:  # not the tensors of the run
         raise InputError(str(folder), f"{type(error).__name__}: {error}", "a state of this run") from error
     return read_json(folder / STATE)
 

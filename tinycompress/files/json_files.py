@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 
+LONGEST_NAME = 255  # bytes of one part of a path: what file systems take
 LONGEST_INTEGER = 300  # digits; floats end at 10 ** 308
 
 
@@ -55,6 +56,16 @@ def _integer(digits: str) -> int:
 def inside(folder: str | Path, name: str) -> Path:
     """`folder / name`, refused if it would leave the folder: file names in configs and indexes are input."""
     base = Path(folder)
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not isinstance(name, str) or not _can_name(name) or Path(name).anchor or ".." in Path(name).parts:
         raise InputError(f"file name in {base}", repr(name), "a name inside the folder")
     return base / name
+
+
+def _can_name(name: str) -> bool:
+    """Whether a system could have a file of that name."""
+    if not Path(name).parts or "\0" in name:
+        return False
+    try:
+        return all(len(part.encode()) <= LONGEST_NAME for part in Path(name).parts)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

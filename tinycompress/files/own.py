@@ -66,11 +66,15 @@ def damage(folder: Path, mark: str) -> str | None:
         return None
     if data.pop("sha256") != _digest(data) or not isinstance(data.get("files"), dict):
         return mark
-    return next(iter(changed_files(folder, data["files"].items())), None)
+    try:
+        return next(iter(changed_files(folder, data["files"].items())), None)
+    except InputError:  # a name that leaves the folder
+        return mark
 
 
 def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(data, indent=None).encode()).hexdigest()
+    text = to_json(data, indent=None)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _as_written(path: Path, known: Any) -> bool:
