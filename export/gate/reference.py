@@ -2,7 +2,8 @@
 
 reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the
 prompt with
-                 the margin of each of its steps, the widths of the cache, and the profile's limits
+                 the margin of each of its steps, the widths of the cache, the profile's limits, the ids that end a text,
+                 and some texts with their ids, without and with the special tokens around them
 reference.f32    logits float32 [W, T, V] of `ids`, little-endian, row by row
 """
 
@@ -29,6 +30,8 @@ NAME = "reference.json"
 # the gate's text: with int8 activations a perplexity over 64 tokens is only known to 1%, its limit
 WINDOWS = 8
 POSITIONS = 512
+# for a runtime's own tokenizer: a beginning of text that is asked for or not, spaces, bytes of several scripts
+TEXTS = ("Once upon a time", " Once", "two  spaces\n\tand a tab", "é 模型 🙂")
 LARGEST = 1 << 30  # bytes of logits that the default text may take: fewer windows where the vocabulary is large
 
 
@@ -62,6 +65,8 @@ def write_reference(
         "cache": [[config.layers[i].n_kv_heads, config.head_dim] for i in attention_layers(config)],
         "context": config.max_position,
         "limits": dict(profile_of(profile).limits),
+        "ends": list(end_tokens(config)),
+        "texts": _texts(graph),
     }
     if sys.byteorder != "little":
         raise InputError("byte order", sys.byteorder, "little, as in reference.f32")
@@ -89,6 +94,14 @@ def reference_text(graph: Graph, windows: int = WINDOWS, positions: int = POSITI
 def fitting(windows: int, positions: int, vocab_size: int) -> int:
     """How many of so many windows may be judged: their logits take at most LARGEST, but one window always may."""
     return max(1, min(windows, LARGEST // (4 * positions * vocab_size)))
+
+
+def _texts(graph: Graph) -> list[dict[str, Any]]:
+    """Texts and their ids, `plain` and with what the tokenizer puts around a text (`special`); none without one."""
+    if graph.tokenizer is None:
+        return []
+    encode = graph.tokenizer.encode
+    return [{"text": text, "plain": encode(text), "special": encode(text, add_special_tokens=True)} for text in TEXTS]
 
 
 def _greedy(model: Any, prompt: Tensor, steps: int) -> tuple[list[int], list[float]]:

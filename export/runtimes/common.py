@@ -40,6 +40,8 @@ class Reference:
         self.cache: list[list[int]] = data["cache"]
         self.greedy = data["greedy"]
         self.margins = data["margins"]
+        self.ends: list[int] = data["ends"]
+        self.texts: list[dict[str, Any]] = data["texts"]
         self.logits = np.memmap(folder / "reference.f32", "<f4", "r", shape=(*self.ids.shape, self.vocab))
 
     def spans(self, window: int = 0) -> list[tuple[int, int]]:

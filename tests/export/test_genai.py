@@ -2,7 +2,10 @@
 default generator takes of memory."""
 
 import dataclasses
+import importlib.util
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from test_export_families import FAMILIES, family
 
 from tinycompress.checkpoints.checkpoint import load
 from tinycompress.errors import InputError
-from tinycompress.export import OrtModel, export, read, verify
+from tinycompress.export import OrtModel, export, prepare, read, verify, write_reference
 from tinycompress.export.configs import LARGEST_CACHE, default_length
+from tinycompress.export.gate.runtime import RUNTIMES
 from tinycompress.graph.config import Config, Layer
 
 og = pytest.importorskip("onnxruntime_genai")
@@ -113,3 +117,42 @@ def test_a_shorter_context(tmp_path):
     assert read(tmp_path / "out").config.max_position == 64
     with pytest.raises(InputError, match="context: found 513"):
         export(graph, tmp_path / "long", context=513)
+
+
+def edited(folder, name: str, **changes) -> None:
+    """A JSON file of an export with other fields; those of genai_config.json's model."""
+    path = folder / name
+    data = json.loads(path.read_text())
+    (data["model"] if name == "genai_config.json" else data).update(changes)
+    path.write_text(json.dumps(data))
+
+
+def test_the_runtime_check_sees_wrong_ids_ends_and_padding(shared, tmp_path, monkeypatch):
+    """Each of them alone, in files that are otherwise right: logits and greedy text are as they were."""
+    monkeypatch.setattr(sys, "path", [str(RUNTIMES), *sys.path])
+    place = RUNTIMES / "onnxruntime-genai" / "check.py"
+    spec = importlib.util.spec_from_file_location("genai_check", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    graph = load(shared / "models" / "stories260K")
+    good = tmp_path / "good"
+    export(graph, good, check=False, accuracy_level=0)
+    ids = ids_of(graph, 40)
+    write_reference(prepare(graph), good, ids=ids, progress=False)
+    reference = module.Reference(good)
+    assert reference.ends == [2] and reference.texts[0]["special"] == [1, *reference.texts[0]["plain"]]
+    assert module.check(good, reference)[1] == []
+    wrong = {
+        "eos_token_id of genai_config.json is": ("genai_config.json", {"eos_token_id": [2, 7]}),
+        "the short row of a padded batch writes": ("genai_config.json", {"pad_token_id": int(ids[0, 3])}),
+        "special ids of 'Once upon a time' are": ("tokenizer.json", {"post_processor": None}),
+    }
+    for message, (name, changes) in wrong.items():
+        folder = tmp_path / name.partition(".")[0] / next(iter(changes))
+        shutil.copytree(good, folder)
+        edited(folder, name, **changes)
+        failures = module.check(folder, reference)[1]
+        assert failures and all(failure.startswith((message, "special ids of")) for failure in failures), failures
+        assert failures[0].startswith(message)
+    reference.ends = [reference.greedy[3]]  # which the files do not name
+    assert "the text goes on behind an end" in module.check(good, reference)[1]
