@@ -27,8 +27,7 @@ from ..model.transformer import Transformer
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
 POSITIONS = 4096  # of one forward, those in its cache included
-SLACK = 8  # batched rows have beginnings whose lengths differ by less: what is over the shortest is read by each row
-SHORTEST = 8  # a beginning of fewer tokens is not worth a cache of its own
+SLACK = 8  # beginnings that are batched differ in length by less; a shorter one is not worth a cache of its own
 HEAD_POSITIONS = 256  # whose logits exist at one time
 
 
@@ -71,19 +70,16 @@ class PairEncoder:
         return self.tokenizer.encode(text, add_special_tokens)
 
     def pair(self, context: str, continuation: str) -> Pair:
-        """Ids of both. A continuation without any is an `InputError`."""
-        if context == "":
-            ids = self.encode(continuation, add_special_tokens=False)
-            if self.prefix is None:
-                raise InputError("context", "empty", "some text: the tokenizer has neither a BOS nor an EOS token")
-            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
+        """Ids of both. Without a context the prefix stands there; an `InputError` where the tokenizer has none."""
         stripped = context.rstrip()
-        if stripped:
-            continuation = context[len(stripped) :] + continuation
-            context = stripped
-        whole = self.encode(context + continuation)
-        before = self.encode(context)
-        return before, whole[len(before) :]
+        continuation = context[len(stripped) :] + continuation
+        before = self.encode(stripped) if context else []
+        if before:
+            return before, self.encode(stripped + continuation)[len(before) :]
+        if self.prefix is None:
+            raise InputError("context", repr(context), "some text: the tokenizer has neither a BOS nor an EOS token")
+        ids = self.encode(continuation, add_special_tokens=False)
+        return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
 
 
 @torch.inference_mode()
@@ -103,10 +99,9 @@ def log_likelihoods(
     tally = _Tally(pairs)
     varies = config.rope.varies_with_length  # then a prefix alone has other keys than in front of a continuation
     with tqdm(total=len(pairs), desc="log-likelihoods", unit="answer", delay=2, disable=not progress) as bar:
-        families = [_Family([row], 0) for row in rows] if varies else _families(rows)
-        batches = [[family] for family in families] if varies else _batches(families)
+        batches = [[_Family([row], 0)] for row in rows] if varies else _batches(_families(rows))
+        scores = _torch_scores if isinstance(model, Transformer) else _stepwise_scores
         for batch in batches:
-            scores = _torch_scores if isinstance(model, Transformer) else _stepwise_scores
             for some, logits in scores(model, batch):
                 tally.add(some, logits)
                 bar.update(sum(len(row.pairs) for row in some))
@@ -160,7 +155,7 @@ def _families(rows: Sequence[_Row]) -> list[_Family]:
             limit = family.shared if n > 1 else len(family.rows[0].ids) - family.rows[0].scored
             common = _common(family.rows[0].ids, row.ids, min(limit, len(row.ids) - row.scored))
             saves = n * common > (n - 1) * family.shared
-            if saves and common >= max(SHORTEST, len(row.ids) // 4):
+            if saves and common >= max(SLACK, len(row.ids) // 4):
                 family.rows.append(row)
                 family.shared = common
                 continue
@@ -176,9 +171,9 @@ def _common(a: Sequence[int], b: Sequence[int], at_most: int) -> int:
 def _batches(families: list[_Family]) -> Iterator[list[_Family]]:
     """Families whose beginnings are about as long, longest first; a family too large for a batch is one by itself."""
     batch: list[_Family] = []
-    for family in sorted(families, key=lambda f: (-(f.shared // SLACK), f.shared > 0, -f.longest)):
+    for family in sorted(families, key=lambda f: (-(f.shared // SLACK), -f.longest)):
         together = [*batch, family]
-        alike = len({(f.shared // SLACK, f.shared > 0) for f in together}) == 1
+        alike = together[0].shared // SLACK == family.shared // SLACK
         size = sum(len(f.rows) for f in together) * max(f.longest for f in together)
         if batch and not (alike and size <= POSITIONS):
             yield batch
