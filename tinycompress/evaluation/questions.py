@@ -21,11 +21,9 @@ from ..errors import InputError
 from ..model.generation import Stepwise
 from ..model.transformer import Transformer
 from .likelihood import PairEncoder, log_likelihoods
-from .statistics import Interval, McNemar, mcnemar, paired_difference, proportion
 
 KEYS = ("query", "choices", "gold")
 ANSWER = "\nAnswer:"
-DRAWS = 20_000_000  # numbers that a bootstrap draws, at most
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ def prompt_of(question: Question, cue: str) -> str:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """How a model answered questions.
+class Scores:
+    """How a model scored the choices of questions.
 
     Fields:
         questions: that were asked.
@@ -136,6 +134,11 @@ class Answers:
         rows = (torch.tensor(row, dtype=torch.float64).log_softmax(0) for row in self.likelihoods)
         return torch.stack([-row[q.gold] for q, row in zip(self.questions, rows)])
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """A value for every question, by metric."""
+        return {"acc": self.acc, "acc_norm": self.acc_norm, "gold_nll": self.gold_nll}
+
 
 def _best(values: Sequence[float]) -> int:
     """The index of the largest; the first of equal ones."""
@@ -148,7 +151,7 @@ def answer(
     questions: Sequence[Question],
     cue: str | None = None,
     progress: bool = True,
-) -> Answers:
+) -> Scores:
     """Scores every choice of every question.
 
     Args:
@@ -163,26 +166,4 @@ def answer(
     texts = [(prompt_of(q, cue), f" {choice}") for q in questions for choice in q.choices]
     scores = iter(log_likelihoods(model, [encoder.pair(*text) for text in texts], progress=progress))
     rows = tuple(tuple(next(scores).value for _ in q.choices) for q in questions)
-    return Answers(tuple(questions), rows, cue)
-
-
-def metrics(answers: Answers) -> dict[str, Interval]:
-    """acc and acc_norm, with Wilson's intervals."""
-    return {"acc": proportion(answers.acc), "acc_norm": proportion(answers.acc_norm)}
-
-
-def compare(model: Answers, reference: Answers) -> dict[str, McNemar | Interval]:
-    """What a model's answers lose against a reference's to the same questions: accuracies by McNemar's test, the
-    likelihood of the right choice (gold_nll, model minus reference in nats) by the bootstrap."""
-    if model.questions != reference.questions:
-        raise InputError("reference", "answers to other questions", "answers to the same ones")
-    return {
-        "acc": mcnemar(model.acc, reference.acc),
-        "acc_norm": mcnemar(model.acc_norm, reference.acc_norm),
-        "gold_nll": paired_difference(model.gold_nll, reference.gold_nll, draws=draws_for(len(model.questions))),
-    }
-
-
-def draws_for(n: int) -> int:
-    """Resamplings of n items whose indices fit in memory."""
-    return max(1000, min(10000, DRAWS // n))
+    return Scores(tuple(questions), rows, cue)

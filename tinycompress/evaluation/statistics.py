@@ -10,6 +10,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+DRAWN = 20_000_000  # indices of one bootstrap over the items of a task, about
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -44,10 +46,10 @@ def bootstrap(
     return Interval(statistic(torch.arange(windows)[None]).item(), low, high)
 
 
-def paired_difference(a: Tensor, b: Tensor, seed: int = 0, draws: int = 10000) -> Interval:
+def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> Interval:
     """Mean of a - b over windows (per-window NLLs of two models on the same windows), in nats a token."""
     difference = a - b
-    return bootstrap(lambda index: difference[index].mean(-1), len(difference), seed, draws)
+    return bootstrap(lambda index: difference[index].mean(-1), len(difference), seed)
 
 
 def closure(baseline: Tensor, method: Tensor, reference: Tensor, seed: int = 0) -> Interval:
@@ -99,3 +101,36 @@ def mcnemar(model: Tensor, reference: Tensor, level: float = 0.95) -> McNemar:
     half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((won + given - (won - given) ** 2) / (n + 2))
     low, high = max(-1.0, won - given - half), min(1.0, won - given + half)
     return McNemar(Interval((gained - lost) / n, low, high), gained, lost, min(1.0, 2 * tail))
+
+
+def estimate(values: Tensor) -> Interval:
+    """A metric over items: the share of bool [n] (Wilson), the mean of float [n], or of float [n, 2] the ratio of the
+    columns' sums (bootstrap over items)."""
+    if values.dtype == torch.bool:
+        return proportion(values)
+    return bootstrap(lambda index: _mean(values, index), len(values), draws=_draws(len(values)))
+
+
+def paired(model: Tensor, reference: Tensor) -> McNemar | Interval:
+    """What a metric of a model is above that of a reference on the same items, values as in `estimate`: McNemar's test
+    for bool, else the bootstrap over items."""
+    if model.dtype == torch.bool:
+        return mcnemar(model, reference)
+
+    def statistic(index: Tensor) -> Tensor:
+        return _mean(model, index) - _mean(reference, index)
+
+    return bootstrap(statistic, len(model), draws=_draws(len(model)))
+
+
+def _mean(values: Tensor, index: Tensor) -> Tensor:
+    chosen = values[index]
+    if values.dim() == 1:
+        return chosen.mean(-1)
+    sums = chosen.sum(-2)
+    return sums[..., 0] / sums[..., 1]
+
+
+def _draws(items: int) -> int:
+    """Resamplings whose indices fit in memory."""
+    return max(1000, min(10000, DRAWN // items))
