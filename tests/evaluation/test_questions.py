@@ -61,7 +61,7 @@ def test_rows_of_another_form_are_refused(change, message, file):
 
 def test_a_row_that_lacks_a_key_or_is_no_json_is_named(file):
     file.write_text(json.dumps(ROWS[0]) + '\n{"query": "a"}\n')
-    with pytest.raises(InputError, match="row 2 of .*query, choices, gold"):
+    with pytest.raises(InputError, match=r"row 2 of .*query, choices, gold"):
         read_questions(file)
     file.write_text(json.dumps(ROWS[0]) + "\n{\n")
     with pytest.raises(InputError, match="row 2"):
