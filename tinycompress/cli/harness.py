@@ -106,8 +106,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts: windows of the model's context that share one token."""
-        windows = []
-        owners = []
+        windows: list[Any] = []
+        owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):

@@ -100,9 +100,9 @@ def log_likelihoods(
     varies = config.rope.varies_with_length  # then a prefix alone has other keys than in front of a continuation
     with tqdm(total=len(pairs), desc="log-likelihoods", unit="answer", delay=2, disable=not progress) as bar:
         batches = [[_Family([row], 0)] for row in rows] if varies else _batches(_families(rows))
-        scores = _torch_scores if isinstance(model, Transformer) else _stepwise_scores
         for batch in batches:
-            for some, logits in scores(model, batch):
+            scored = _torch_scores(model, batch) if isinstance(model, Transformer) else _stepwise_scores(model, batch)
+            for some, logits in scored:
                 tally.add(some, logits)
                 bar.update(sum(len(row.pairs) for row in some))
     return tally.results()
@@ -240,7 +240,7 @@ class _Tally:
                 places += range(start - len(continuation), start)
                 numbers += [number] * len(continuation)
                 tokens += continuation
-        place, number, token = torch.tensor(places), torch.tensor(numbers), torch.tensor(tokens)
+        place, owner, token = torch.tensor(places), torch.tensor(numbers), torch.tensor(tokens)
         first = 0
         for logits in pieces:
             inside = (place >= first) & (place < first + len(logits))
@@ -250,8 +250,8 @@ class _Tally:
             log_sum = values.logsumexp(-1).cpu()
             likeliest = values.argmax(-1).cpu()
             found = values[at.to(values.device), chosen.to(values.device)].cpu() - log_sum[at]
-            self.sums.index_add_(0, number[inside], found.double())
-            self.misses.index_add_(0, number[inside], (likeliest[at] != chosen).long())
+            self.sums.index_add_(0, owner[inside], found.double())
+            self.misses.index_add_(0, owner[inside], (likeliest[at] != chosen).long())
             first += len(logits)
 
     def results(self) -> list[Likelihood]:
