@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **unused: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = log_likelihoods(self.engine, pairs, self.max_length, progress=not disable_tqdm)
