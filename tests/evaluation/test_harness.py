@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import entry_points
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ def test_the_harness_finds_the_class(made):
     from tinycompress.cli.harness import HarnessModel
 
     assert get_model("tinycompress") is HarnessModel
-    declared = {point.value for point in entry_points(group="lm_eval.models") if point.name == "tinycompress"}
-    assert declared == {"tinycompress.cli.harness:HarnessModel"}
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = EntryPoint("tinycompress", project["entry-points"]["lm_eval.models"]["tinycompress"], "lm_eval.models")
+    assert declared.load() is HarnessModel
     model = get_model("tinycompress").create_from_arg_string(f"pretrained={made / 'small'}", {"device": "cuda:0"})
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
