@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -51,6 +52,13 @@ class OrtCache:
         self.max_length = max_length
         shapes = [(batch, config.layers[i].n_kv_heads, max_length, config.head_dim) for i in attention_layers(config)]
         self.layers = [tuple(torch.zeros(shape, dtype=dtype) for _ in "kv") for shape in shapes]
+
+    def rows(self, index: Tensor) -> OrtCache:
+        """A cache of its own that holds the rows `index` [n] of this one, in that order."""
+        chosen = copy(self)
+        chosen.batch = len(index)
+        chosen.layers = [tuple(part[index] for part in pair) for pair in self.layers]
+        return chosen
 
     @property
     def nbytes(self) -> int:

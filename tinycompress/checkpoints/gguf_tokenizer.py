@@ -167,9 +167,7 @@ def stop_fields(config: Config, of_tokenizer: int | None) -> dict[str, int]:
 
 def _id(tokenizer: Tokenizer, name: str, config: Config) -> int | None:
     """The id of a special token: by tokenizer_config.json, else by the model's config (the first of several)."""
-    token = tokenizer.config.get(name)
-    token = token.get("content") if isinstance(token, Mapping) else token
-    if isinstance(token, str) and (token_id := tokenizer.backend.token_to_id(token)) is not None:
+    if (token_id := tokenizer.token_id(name)) is not None:
         return token_id
     value = getattr(config, f"{name}_id", None)
     return value[0] if isinstance(value, tuple) else value

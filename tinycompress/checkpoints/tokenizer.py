@@ -90,6 +90,12 @@ class Tokenizer:
         """One more than the largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def token_id(self, name: str) -> int | None:
+        """The id of the special token that tokenizer_config.json has under `name` ("bos_token"); None without one."""
+        token = self.config.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        return self.backend.token_to_id(token) if isinstance(token, str) else None
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -1,30 +1,66 @@
-"""`tinycompress eval`: perplexity."""
+"""`tinycompress eval`: perplexity, questions with choices, tasks."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated
 
+import typer
+
+from ..errors import InputError
 from .arguments import open_model, read_tokens, runnable
 from .options import AsJson, Model, count_option, text_option, window_option
+
+TEXT_OR_QUESTIONS = "Evaluation text, or JSON lines of questions (query, choices, gold), which are answered"
 
 
 def evaluate(
     model: Model,
-    data: Annotated[str, text_option("Evaluation text")] = "pydoc",
+    data: Annotated[str, text_option(TEXT_OR_QUESTIONS)] = "pydoc",
     windows: Annotated[int, count_option("How many windows of the text are read.")] = 8,
     seq_len: Annotated[int | None, window_option(2048)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Tasks of lm-evaluation-harness (extra: tasks), in place of --data."),
+    ] = None,
+    fewshot: Annotated[
+        int | None, count_option("Solved examples before each question of a task.  [default: the task's own]", 0)
+    ] = None,
+    limit: Annotated[int | None, count_option("Only the first questions of the file, or of each task.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model, answering the same; differences get intervals.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity over the first windows of a text: a checkpoint in torch, an export in its runtime.
+    """Measure a model: perplexity over the first windows of a text, right answers to questions, or tasks. A checkpoint
+    runs in torch, an export in its runtime.
 
     \b
     Examples:
       tinycompress eval smollm2-135m
       tinycompress eval small --data wikitext2 --windows 16 --seq-len 2048
       tinycompress eval small-onnx --data notes.txt --json
+      tinycompress eval small --data questions.jsonl --limit 200 --reference smollm2-135m
+      tinycompress eval small-onnx --tasks arc_easy,piqa --limit 200 --reference smollm2-135m
     """
     from ..evaluation.perplexity import perplexity
+    from ..evaluation.questions import are_questions
+
+    if tasks is not None:
+        from .tasks import evaluate_tasks
+
+        evaluate_tasks(model, tasks, limit, fewshot, reference, as_json)
+        return
+    if fewshot is not None:
+        raise InputError("--fewshot", fewshot, "with --tasks only")
+    if are_questions(data):
+        from .tasks import evaluate_questions
+
+        evaluate_questions(model, data, limit, reference, as_json)
+        return
+    for option, value in (("--limit", limit), ("--reference", reference)):
+        if value is not None:
+            raise InputError(option, value, "with --tasks, or with --data questions.jsonl")
 
     graph = open_model(model)
     tokens = read_tokens(graph, data, windows, seq_len, 2048, "test")

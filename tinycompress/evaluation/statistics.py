@@ -1,20 +1,24 @@
-"""Estimates with bootstrap intervals, and paired differences."""
+"""Estimates with intervals: bootstrapped ones, shares of right answers, and paired differences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
+DRAWN = 20_000_000  # indices of one bootstrap over the items of a task, about
+
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a bootstrap interval.
+    """An estimate with an interval.
 
     Fields:
-        value: the estimate, on all windows.
+        value: the estimate, on all windows or questions.
         low, high: the ends of the interval, in the unit of `value`.
     """
 
@@ -57,3 +61,76 @@ def closure(baseline: Tensor, method: Tensor, reference: Tensor, seed: int = 0) 
         return (base - method[index].mean(-1)) / (base - reference[index].mean(-1))
 
     return bootstrap(statistic, len(baseline), seed)
+
+
+def proportion(right: Tensor, level: float = 0.95) -> Interval:
+    """The share of true entries of right [n] with Wilson's interval."""
+    n = len(right)
+    share = right.double().mean().item()
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two models on the same questions.
+
+    Fields:
+        difference: of their shares of right answers, with Bonett and Price's interval for paired shares (2012).
+        gained: questions that only the model answers right.
+        lost: questions that only the reference answers right.
+        p: of the exact two-sided test that both are as likely.
+    """
+
+    difference: Interval
+    gained: int
+    lost: int
+    p: float
+
+
+def mcnemar(model: Tensor, reference: Tensor, level: float = 0.95) -> McNemar:
+    """Right answers (bool [n]) of a model and of a reference to the same n questions."""
+    n = len(model)
+    gained = int((model & ~reference).sum())
+    lost = int((reference & ~model).sum())
+    discordant = gained + lost
+    tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1)) / 2**discordant
+    won, given = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((won + given - (won - given) ** 2) / (n + 2))
+    low, high = max(-1.0, won - given - half), min(1.0, won - given + half)
+    return McNemar(Interval((gained - lost) / n, low, high), gained, lost, min(1.0, 2 * tail))
+
+
+def estimate(values: Tensor) -> Interval:
+    """A metric over items: the share of bool [n] (Wilson), the mean of float [n], or of float [n, 2] the ratio of the
+    columns' sums (bootstrap over items)."""
+    if values.dtype == torch.bool:
+        return proportion(values)
+    return bootstrap(lambda index: _mean(values, index), len(values), draws=_draws(len(values)))
+
+
+def paired(model: Tensor, reference: Tensor) -> McNemar | Interval:
+    """What a metric of a model is above that of a reference on the same items, values as in `estimate`: McNemar's test
+    for bool, else the bootstrap over items."""
+    if model.dtype == torch.bool:
+        return mcnemar(model, reference)
+
+    def statistic(index: Tensor) -> Tensor:
+        return _mean(model, index) - _mean(reference, index)
+
+    return bootstrap(statistic, len(model), draws=_draws(len(model)))
+
+
+def _mean(values: Tensor, index: Tensor) -> Tensor:
+    chosen = values[index]
+    if values.dim() == 1:
+        return chosen.mean(-1)
+    sums = chosen.sum(-2)
+    return sums[..., 0] / sums[..., 1]
+
+
+def _draws(items: int) -> int:
+    """Resamplings whose indices fit in memory."""
+    return max(1000, min(10000, DRAWN // items))

@@ -12,6 +12,7 @@ Letters: B batch, K KV heads, S positions, T new positions, d head_dim.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, TypeAlias
 
 import torch
@@ -80,6 +81,14 @@ class KVCache:
         self.layers[layer] = (_moved(keys, filled - kept, filled, room), _moved(values, filled - kept, filled, room))
         self.first[layer] = self.length - kept
 
+    def rows(self, index: Tensor) -> KVCache:
+        """A cache of its own that holds the rows `index` [n] of this one, in that order; a row may come more than
+        once."""
+        chosen = copy(self)
+        chosen.first = list(self.first)
+        chosen.layers = [(keys[index], values[index]) for keys, values in self.layers]
+        return chosen
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, filled or not."""
@@ -97,6 +106,12 @@ class Int8Rows:
     @property
     def nbytes(self) -> int:
         return self.rows.nbytes + self.scales.nbytes
+
+    def __getitem__(self, index: Tensor) -> Int8Rows:
+        chosen = copy(self)
+        chosen.rows = self.rows[index]
+        chosen.scales = self.scales[index]
+        return chosen
 
     def write(self, start: int, x: Tensor) -> None:
         """x [B, K, T, d] to positions start … start + T - 1."""
