@@ -82,7 +82,7 @@ def text_worker(model: str, export: str, tokens: str) -> dict[str, Any]:
     graph = tinycompress.load(model)
     ids = graph.tokenizer.encode("def quicksort(values):\n")
     graph = graph.replace(config=dataclasses.replace(graph.config, eos_token_id=None))
-    ours = graph.module(dtype=torch.float32).generate(torch.tensor(ids), int(tokens)).tolist()
+    ours = graph.dense(torch.float32).module().generate(torch.tensor(ids), int(tokens)).tolist()
     runtime = genai.Model(export)
     options = genai.GeneratorParams(runtime)
     options.set_search_options(max_length=len(ids) + int(tokens), min_length=len(ids) + int(tokens), do_sample=False)

@@ -1,9 +1,8 @@
 """What torch says about a graph, in files that any language reads: the yardstick of the checks in export/runtimes.
 
-reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the
-prompt with
-                 the margin of each of its steps, the widths of the cache, the profile's limits, the ids that end a text,
-                 and some texts with their ids, without and with the special tokens around them
+reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of it with
+                 the margin of each step, the widths of the cache, the profile's limits, the ids that end a text, and
+                 some texts with their ids, without and with the special tokens around them
 reference.f32    logits float32 [W, T, V] of `ids`, little-endian, row by row
 """
 

@@ -234,6 +234,6 @@ def test_the_base_is_carried_through_folders(
 def test_a_finished_run_is_measured_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("compress", made / "uniform", "--quantize", "w4g32", *CALIBRATE, "--work", tmp_path / "work", "-o")
     run(*args, tmp_path / "one")
-    monkeypatch.setattr("tinycompress.recipe.run.perplexity", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("tinycompress.recipe.run.streamed_perplexity", lambda *_: pytest.fail("measured again"))
     run(*args, tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
