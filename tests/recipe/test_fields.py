@@ -1,4 +1,4 @@
-"""The words of recipes are written down apart from the classes, so that they can be checked without torch: both agree."""
+"""The words of recipes are written down apart from the classes, to be checked without torch: both agree."""
 
 from __future__ import annotations
 
