@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress import files
 from tinycompress.checkpoints.tokenizer import Tokenizer
@@ -37,6 +36,7 @@ from tinycompress.errors import InputError
 from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
+from tinycompress.progress import tqdm
 
 from ..dynamic.emit import attention_layers, prepare, shortened
 from ..dynamic.session import OrtModel

@@ -108,16 +108,15 @@ def compress(
     samples: Annotated[int, count_option("How many windows of the calibration text are used.")] = 32,
     seq_len: Annotated[str | None, window_option(1024)] = None,
     seed: Annotated[int, typer.Option(help="Draws which windows of the calibration text are used.")] = 0,
-    export: Annotated[
+    profile: Annotated[
         str | None,
         typer.Option(
-            "--profile",
-            "--export",
             metavar="PROFILE",
             help="Write an exported, verified model instead of a checkpoint, for this profile of "
             "tinycompress export, such as ort.",
         ),
     ] = None,
+    export: Annotated[str | None, typer.Option(hidden=True, help="The first name of --profile.")] = None,
     format: Annotated[
         Format,
         typer.Option(
@@ -164,13 +163,13 @@ def compress(
         quantize = grid_of("--quantize", quantize)
         quantize_embedding = grid_of("--quantize-embedding", quantize_embedding)
         quantize_method = word_of("--quantize-method", quantize_method, METHODS)
-        export = profile_of("--profile", export)
+        profile = profile_of("--profile", profile or export)
         refuse_alone("--rope-method", rope_method, "--context", context)
         if invocation.get_parameter_source("quantize_method").name == "COMMANDLINE":  # type: ignore[union-attr]
             refuse_alone("--quantize-method", quantize_method, "--quantize", quantize)
         if rope_method is not None:
             rope_method = word_of("--rope-method", rope_method, ROPE_METHODS)
-        if export and format is not Format.native:
+        if profile and format is not Format.native:
             accepted = "one of the two (an export has a format of its own)"
             raise InputError("--format", f"{format} together with --profile", accepted)
         apart_from = {"MODEL": model, "the calibration text": calibration, "the work folder": work}
@@ -182,7 +181,7 @@ def compress(
         data = {"text": calibration, "samples": samples} | ({"seq_len": length} if length else {}) | {"seed": seed}
         document: dict[str, Any] = {"model": model, "format": str(format), "data": data}
         document |= {} if measure is None else {"measure": measure}
-        document |= {"export": {"profile": export}} if export else {}
+        document |= {"export": {"profile": profile}} if profile else {}
         option_recipe(document | {"pass": options.steps(LLAMA_2_7B)}, changes)  # mistakes, before a model is fetched
         before = open_model(model)
         chosen = option_recipe(document | {"pass": options.steps(before.config)}, changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -88,6 +88,16 @@ def misuse(error: Any) -> object:
     if kind == "BadParameter" and name:
         return f"{name}: {error.message}"
     return f"{error.format_message()} ({path} --help)"
+
+
+def empty_option(args: Sequence[str]) -> str:
+    """The option that an empty value was typed for, or nothing: `-o ""` would be the current folder."""
+    for before, word in zip(["", *args], args):
+        if before.startswith("-") and not word.strip():
+            return before
+        if word.startswith("--") and word.endswith("="):
+            return word[:-1]
+    return ""
 
 
 def _name(parameter: Any) -> str:

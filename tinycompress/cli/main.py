@@ -20,7 +20,7 @@ from .distill import distill
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
-from .guidance import misuse, unknown_command
+from .guidance import empty_option, misuse, unknown_command
 from .inspect import inspect
 from .option_names import in_options
 from .terminal import Version, with_common
@@ -61,6 +61,8 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.obj = list(args)
+        if option := empty_option(args):
+            _fail(InputError(option, "an empty value", "a value, or leave the option out"), 2)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .arguments import check_export, open_model
+from .arguments import check_export, check_positions, open_model
 from .terminal import print_json
 from .writing import gate_lines, write_export
 
@@ -48,18 +48,8 @@ Measure = Annotated[
     ),
 ]
 READ = ("model", "teacher", "of", "cache", "text", "held_out", "calibration")  # keys of a recipe that name places
-ALONGSIDE = (
-    "model",
-    "student",
-    "output",
-    "work",
-    "log",
-    "overwrite",
-    "dry_run",
-    "recipe",
-    "settings",
-    "invocation",
-) + (*("as_json", "quiet", "verbose", "debug", "version"),)
+ALONGSIDE = ("model", "student", "output", "work", "log", "overwrite", "dry_run", "recipe", "settings", "invocation")
+EVERYWHERE = ("as_json", "quiet", "verbose", "debug", "version")
 
 
 def typed(invocation: typer.Context) -> str:
@@ -75,7 +65,7 @@ def file_recipe(invocation: typer.Context, file: Path, settings: Sequence[str], 
 
     for name in invocation.params:
         source = invocation.get_parameter_source(name)
-        if name not in ALONGSIDE and source is not None and source.name == "COMMANDLINE":
+        if name not in (*ALONGSIDE, *EVERYWHERE) and source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
             raise InputError(option, f"given together with --recipe {file}", "--set PASS.KEY=VALUE, to change a value")
     document, source_of = read_document(file)
@@ -106,6 +96,7 @@ def check(recipe: Recipe, graph: Graph) -> list[Foretold]:
 
     steps = recipe.foretell(graph)
     last = steps[-1].graph if steps else Foretold("", graph).graph
+    check_positions(last.config, "--context")
     specs = {name: spec for step in steps for name, spec in step.specs.items()}
     if recipe.export is not None or recipe.format == "gguf":
         from ..checkpoints.vocabulary import check_vocabulary

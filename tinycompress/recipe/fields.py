@@ -145,6 +145,8 @@ PASSES: dict[str, Mapping[str, Kinds]] = {
         "floors": (Mapped((float,)),),
         "sublayers": (bool,),
         "uneven_kv": (bool,),
+        "layout": (str,),
+        "stored": (Mapped((str,)),),
         "probe": (int,),
         "damping": (float,),
         "propagate": (float,),
