@@ -109,7 +109,7 @@ def _unexpected(error: Exception) -> object:
     """What to say of an error that nobody foresaw: a full disk by its name, else that it is a mistake of ours."""
     text = " ".join(str(error).split())
     if "No space left on device" in text or "os error 28" in text:
-        return OutputError(f"no space left on device ({text})")
+        return OutputError("no space left on device")
     if isinstance(error, MemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {text} (a mistake of tinycompress; with --debug it says where)"
