@@ -64,7 +64,8 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
         for name, kind in COMMON.items()
     ]
-    run.__signature__ = signature.replace(parameters=[*own, *common], return_annotation=None)  # type: ignore[attr-defined]
+    whole = signature.replace(parameters=[*own, *common], return_annotation=None)
+    run.__signature__ = whole  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
     return run
 
