@@ -24,7 +24,14 @@ ROOMS = {
     "pipeline": "Passes in order with a work folder, provenance and model cards, errors and files.",
     "export": "A graph to a folder that a runtime opens, read back and verified. Imported as `tinycompress.export`.",
 }
-TOP = ("pipeline", "provenance", "errors", "files", "knapsack")  # modules of the package that belong to no room
+TOP = (
+    "pipeline",
+    "provenance",
+    "errors",
+    "files",
+    "knapsack",
+    "progress",
+)  # modules of the package that belong to no room
 
 
 def modules(room: str) -> list[str]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tinycompress.checkpoints.families import QKV
 from tinycompress.errors import InputError
@@ -31,6 +30,7 @@ from tinycompress.graph.config import Config, Layer, shapes
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec
 from tinycompress.graph.rope import Rope
+from tinycompress.progress import tqdm
 from tinycompress.quantization.rtn import RTN
 
 UNIFORM = (Layer(4, 2, 256),) * 3

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.checkpoints.vocabulary import check_vocabulary
 from tinycompress.errors import InputError, need
 from tinycompress.files import Claim, Target, check_space, claim, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
+from tinycompress.progress import tqdm
 
 from .card import write_card
 from .configs import paths, write_configs

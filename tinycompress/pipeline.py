@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoints.folder_reader import DESCRIPTION
 from .errors import InputError
 from .files import damage, locked, sweep
 from .graph.graph import Graph, Pass
+from .progress import tqdm
 
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 

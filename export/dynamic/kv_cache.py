@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.calibration.walk import check_calibration
 from tinycompress.errors import InputError
 from tinycompress.graph.config import Config, layer_names
 from tinycompress.graph.graph import Graph
+from tinycompress.progress import tqdm
 
 from ..profiles import Profile
 from .attention import fused

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.calibration.data import tokens as read_tokens
 from tinycompress.errors import InputError
 from tinycompress.files import write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import end_tokens
+from tinycompress.progress import tqdm
 
 from ..dynamic.emit import attention_layers
 from ..profiles import profile_of

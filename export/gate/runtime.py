@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.errors import InputError
 from tinycompress.graph.graph import Graph
+from tinycompress.progress import tqdm
 
 from ..quiet import quiet_environment
 from .reference import POSITIONS, WINDOWS, reference_text, write_reference

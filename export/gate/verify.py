@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress import files
 from tinycompress.checkpoints.tokenizer import Tokenizer
@@ -37,6 +36,7 @@ from tinycompress.errors import InputError
 from tinycompress.graph.config import Config
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import check_ids
+from tinycompress.progress import tqdm
 
 from ..dynamic.emit import attention_layers, prepare, shortened
 from ..dynamic.session import OrtModel
@@ -200,8 +200,10 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         verdict = "ok" if c["passed"] else "FAILED"
         figure = f"{_show(c['figure']):>9}  limit {_show(c['limit']):>7}"
         out.append(f"{verdict:6} {c['check']:15} {figure}  {c['about']}")
-    out += [f"not run {words}" for words in report.get("not_run", ())]
-    out.append("passed" if report["passed"] else "failed")
+    not_run = report.get("not_run", ())
+    out += [f"not run {words}" for words in not_run]
+    passed = f"passed, apart from {len(not_run)} not run" if not_run else "passed"
+    out.append(passed if report["passed"] else "failed")
     return out
 
 

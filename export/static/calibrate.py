@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.calibration.walk import check_calibration
 from tinycompress.errors import InputError, need
 from tinycompress.graph.config import EMBEDDING, layer_names
 from tinycompress.graph.graph import Graph
+from tinycompress.progress import tqdm
 
 from ..profiles import Profile
 from ..quiet import onnxruntime

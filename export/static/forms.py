@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.errors import InputError
 from tinycompress.graph.config import EMBEDDING, Config
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import Grid, QuantSpec, QuantTensor
 from tinycompress.graph.topology import feeds
+from tinycompress.progress import tqdm
 from tinycompress.quantization.grid_search import find_grid, round_to_grid
 
 from ..dynamic.attention import window_of

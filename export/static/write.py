@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinycompress.errors import InputError, need
 from tinycompress.files import Claim, check_space, new_folder, record, write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantTensor
+from tinycompress.progress import tqdm
 from tinycompress.quantization.lpbq import is_lpbq
 from tinycompress.quantization.rotate import Rotate
 

@@ -117,7 +117,7 @@ def test_a_work_folder_is_taken_up(made: Path, tmp_path: Path) -> None:
         (["--prune", "params=0.1"], ["params=0.1", "or more", "--prune params=0.1,ffn,heads"]),
         (["--prune", "params=0.5,ffn,depth"], ["['depth']", "ffn | heads"]),
         (["--prune", "ffn=0.001"], ["--prune", "0.001"]),
-        (["--quantize", "int4"], ["'int4'", "w4g64"]),
+        (["--quantize", "nf4"], ["'nf4'", "w4g64"]),
         (["--quantize", "w4g48"], ["group_size", "48", "64 inputs"]),
         (["--quantize", "w5g32"], ["bits", "5"]),
         (["--quantize", "w4g32", "--quantize-method", "magic"], ["--quantize-method", "'magic'", "gptq | rtn"]),

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # each row may import from the rows above it, and its own room
 ORDER = (
-    ("errors", "files", "knapsack"),
+    ("errors", "files", "knapsack", "progress"),
     ("graph",),
     ("model",),
     ("checkpoints",),

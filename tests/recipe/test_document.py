@@ -8,12 +8,10 @@ from random import Random
 
 import pytest
 
-import tinycompress
 from tinycompress.errors import InputError
 from tinycompress.recipe import Recipe, read_recipe
 from tinycompress.recipe.document import lines_of, override, parse_document, to_toml
 from tinycompress.recipe.mistakes import RecipeError
-from tinycompress.recipe.vocabulary import ONLY_IN_PYTHON, PASSES, words
 
 GPTQ = '[[pass]]\nname = "GPTQ"\nspec = "w4g64"\n'
 
@@ -151,18 +149,6 @@ def test_settings_reach_what_they_name() -> None:
 def test_a_mistaken_setting_is_named(setting: str, found: str) -> None:
     (message,) = told(GPTQ + GPTQ, setting)
     assert message.startswith(f"--set {setting}: found ") and found in message
-
-
-def test_every_pass_and_every_field_is_a_word() -> None:
-    from tinycompress.recipe.values import Reader
-
-    exported = [name for name in tinycompress.__all__ if hasattr(getattr(tinycompress, name), "__dataclass_fields__")]
-    passes = {name for name in exported if "__call__" in vars(getattr(tinycompress, name))} - {"Inputs"}
-    assert passes == set(PASSES)
-    for kind in PASSES.values():
-        for name, hint in words(kind).items():
-            assert name not in ONLY_IN_PYTHON
-            assert Reader.describe(hint) or name == "quantizer"
 
 
 def test_no_mutation_ends_in_anything_but_an_error_of_the_library() -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, layer_of, layer_prefix
@@ -24,6 +23,7 @@ from ..graph.topology import Feed, feeds
 from ..model.generation import check_ids
 from ..model.matmul import product
 from ..model.transformer import Block, Embedding, Norm, RotaryTables
+from ..progress import tqdm
 
 BATCH_TOKENS = 4096  # long enough for the matrix products, short enough for activations to be reused from memory
 

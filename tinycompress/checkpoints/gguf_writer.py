@@ -85,7 +85,8 @@ def write_gguf(graph: Graph, path: Target, *, requantize: str | None = None, ove
 
 def _write(writer: gguf.GGUFWriter, items: list[_Item], fields: Mapping[str, Any]) -> None:
     import gguf
-    from tqdm import tqdm
+
+    from ..progress import tqdm
 
     common = Counter(item.kind for item in items if len(item.shape) == 2).most_common(1)[0][0]
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if common == "F32" else gguf.LlamaFileType[f"MOSTLY_{common}"])

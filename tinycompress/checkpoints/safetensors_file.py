@@ -102,7 +102,7 @@ def _stored(suffix: str, weight: QuantTensor) -> Tensor:
 
 
 def write_shards(shards: list[list[Part]], folder: Path, total: int) -> None:
-    from tqdm import tqdm
+    from ..progress import tqdm
 
     weight_map: dict[str, str] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=2, leave=False) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..graph.config import Config
     from ..graph.graph import Graph
     from ..graph.quant_tensor import QuantSpec
 
 
+MOST_POSITIONS = (1 << 31) - 1  # runtimes count positions in 32 bits
 LARGEST_DENSE = 1 << 33  # bytes of float32 weights that any machine is taken to have room for
 
 
@@ -26,7 +29,27 @@ def open_model(name: str) -> Graph:
         return read(name)
     from ..checkpoints.checkpoint import load
 
-    return load(name)
+    graph = load(name)
+    check_positions(graph.config, f"max_position_embeddings of {name}")
+    return graph
+
+
+def check_positions(config: Config, field: str) -> None:
+    """An `InputError` for more positions than this machine could hold the angles of: a cosine and a sine, in float32,
+    for every position and every channel of a head."""
+    each = 2 * 4 * config.head_dim
+    most = min(memory_here() // each, MOST_POSITIONS)
+    if config.max_position > most:
+        accepted = f"at most {most:,}, for which this machine has memory"
+        raise InputError(field, f"{config.max_position:,}", accepted)
+
+
+def memory_here() -> int:
+    """Bytes of memory of this machine; where the system does not say, more than any has."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62
 
 
 def check_export(graph: Graph, specs: Mapping[str, QuantSpec], name: str) -> None:
@@ -43,7 +66,7 @@ def check_export(graph: Graph, specs: Mapping[str, QuantSpec], name: str) -> Non
     from ..recipe.options import linear_inputs
 
     if name not in PROFILES:
-        raise InputError("--export", repr(name), " | ".join(PROFILES))
+        raise InputError("--profile", repr(name), " | ".join(PROFILES))
     profile = PROFILES[name]
     config = graph.config
     grids = {n: (specs[f"{n}.weight"], width) for n, width in linear_inputs(config).items() if f"{n}.weight" in specs}

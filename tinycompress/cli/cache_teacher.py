@@ -9,6 +9,7 @@ import typer
 
 from .arguments import open_model, training_windows
 from .options import Teacher, TrainingText, count_option, window_option
+from .spellings import positions_of
 
 
 def cache_teacher(
@@ -19,7 +20,7 @@ def cache_teacher(
     ],
     data: TrainingText = "pydoc",
     windows: Annotated[int, count_option("At most so many windows of the text are read.")] = 2048,
-    seq_len: Annotated[int | None, window_option(512)] = None,
+    seq_len: Annotated[str | None, window_option(512)] = None,
     kind: Annotated[
         str,
         typer.Option(help="What is kept of each distribution: sample (unbiased random draws), or topk (the largest)."),
@@ -38,13 +39,14 @@ def cache_teacher(
       tinycompress cache-teacher smollm2-135m --data wikitext2 -o cache
       tinycompress cache-teacher meta-llama/Llama-2-7b-hf --data big.jsonl --seq-len 2048 --streamed -o cache
     """
+    length = positions_of("--seq-len", seq_len)
     import torch
 
     from ..distillation.teacher_cache import write_cache
     from ..evaluation import report
 
     graph = open_model(teacher)
-    tokens = training_windows(graph, data, seq_len, windows)
+    tokens = training_windows(graph, data, length, windows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = write_cache(graph, tokens, output, kind, draws=draws, k=k, seed=seed, streamed=streamed, device=device)
     share = cache.nbytes / tokens.numel()

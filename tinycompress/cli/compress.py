@@ -12,6 +12,7 @@ from ..errors import InputError
 from .arguments import open_model
 from .dry_run import print_plan
 from .options import (
+    AsJson,
     OptionalModel,
     OptionalOut,
     Overwrite,
@@ -35,6 +36,10 @@ from .recipes import (
     typed,
     write,
 )
+from .spellings import budget_of, grid_of, positions_of, profile_of, refuse_alone, word_of
+
+METHODS = ("gptq", "rtn", "hqq", "awq", "autoround", "smoothquant", "mixed")
+ROPE_METHODS = ("auto", "ntk", "yarn", "ntk-by-parts", "linear", "dynamic", "llama3", "longrope")
 
 
 class Format(StrEnum):
@@ -60,7 +65,8 @@ def compress(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Stretch the context to this many positions, such as 8192.")
+        str | None,
+        typer.Option(metavar="POSITIONS", help="Stretch the context to this many positions, such as 8192 or 8k."),
     ] = None,
     rope_method: Annotated[
         str | None,
@@ -100,17 +106,23 @@ def compress(
     ] = False,
     calibration: Annotated[str, text_option("Calibration text")] = "pydoc",
     samples: Annotated[int, count_option("How many windows of the calibration text are used.")] = 32,
-    seq_len: Annotated[int | None, window_option(1024)] = None,
+    seq_len: Annotated[str | None, window_option(1024)] = None,
     seed: Annotated[int, typer.Option(help="Draws which windows of the calibration text are used.")] = 0,
-    export: Annotated[
+    profile: Annotated[
         str | None,
-        typer.Option(metavar="PROFILE", help="Write an exported, verified model instead of a checkpoint, such as ort."),
+        typer.Option(
+            metavar="PROFILE",
+            help="Write an exported, verified model instead of a checkpoint, for this profile of "
+            "tinycompress export, such as ort.",
+        ),
     ] = None,
+    export: Annotated[str | None, typer.Option(hidden=True, help="The first name of --profile.")] = None,
     format: Annotated[
         Format,
         typer.Option(
+            case_sensitive=False,
             help="How the checkpoint is written: native; dense (quantized weights are dequantized); gptq, awq or "
-            "compressed-tensors (as those tools write it); gguf (one file)."
+            "compressed-tensors (as those tools write it); gguf (one file).",
         ),
     ] = Format.native,
     overwrite: Overwrite = False,
@@ -121,6 +133,7 @@ def compress(
     settings: Settings = None,
     measure: Measure = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prune, stretch the context, quantize, in this order, then save. Without a flag: a copy in Hugging Face form.
 
@@ -129,16 +142,12 @@ def compress(
       tinycompress compress smollm2-135m --prune params=0.8 --quantize w4g64 -o small
       tinycompress compress smollm2-135m --quantize w4g64 --rotate --quantize-embedding w8g64 -o small
       tinycompress compress smollm2-135m --context 16384 --rope-method yarn -o long
-      tinycompress compress smollm2-135m --quantize w3g64 --tune --export ort -o small-onnx
+      tinycompress compress smollm2-135m --quantize w3g64 --tune --profile ort -o small-onnx
       tinycompress compress small --format dense -o small-dense
       tinycompress compress smollm2-135m --quantize w4g32 --quantize-embedding w8g32 --format gguf -o small.gguf
       tinycompress compress --recipe small.toml --set GPTQ.damping=0.05 -o small
       tinycompress compress smollm2-135m --quantize w4g64 --dry-run
     """
-    from ..graph import LLAMA_2_7B
-    from ..model.cpu_memory import keep_memory
-    from ..recipe.options import Options
-
     changes = list(settings or ())
     if recipe is not None:
         chosen = file_recipe(invocation, recipe, changes, model)
@@ -148,21 +157,38 @@ def compress(
     else:
         if model is None:
             raise InputError("MODEL", "none", "a model, or --recipe FILE")
-        if export and format is not Format.native:
+        prune = budget_of("--prune", prune)
+        positions = positions_of("--context", context)
+        length = positions_of("--seq-len", seq_len)
+        quantize = grid_of("--quantize", quantize)
+        quantize_embedding = grid_of("--quantize-embedding", quantize_embedding)
+        quantize_method = word_of("--quantize-method", quantize_method, METHODS)
+        profile = profile_of("--profile", profile or export)
+        refuse_alone("--rope-method", rope_method, "--context", context)
+        if invocation.get_parameter_source("quantize_method").name == "COMMANDLINE":  # type: ignore[union-attr]
+            refuse_alone("--quantize-method", quantize_method, "--quantize", quantize)
+        if rope_method is not None:
+            rope_method = word_of("--rope-method", rope_method, ROPE_METHODS)
+        if profile and format is not Format.native:
             accepted = "one of the two (an export has a format of its own)"
-            raise InputError("--format", f"{format} together with --export", accepted)
+            raise InputError("--format", f"{format} together with --profile", accepted)
         apart_from = {"MODEL": model, "the calibration text": calibration, "the work folder": work}
         claimed = claim_output(output, overwrite, format, dry_run, apart_from)
-        options = Options(prune, context, rope_method, quantize, quantize_method, quantize_embedding, rotate, tune)
-        data = {"text": calibration, "samples": samples} | ({"seq_len": seq_len} if seq_len else {}) | {"seed": seed}
+        from ..graph import LLAMA_2_7B
+        from ..recipe.options import Options
+
+        options = Options(prune, positions, rope_method, quantize, quantize_method, quantize_embedding, rotate, tune)
+        data = {"text": calibration, "samples": samples} | ({"seq_len": length} if length else {}) | {"seed": seed}
         document: dict[str, Any] = {"model": model, "format": str(format), "data": data}
         document |= {} if measure is None else {"measure": measure}
-        document |= {"export": {"profile": export}} if export else {}
+        document |= {"export": {"profile": profile}} if profile else {}
         option_recipe(document | {"pass": options.steps(LLAMA_2_7B)}, changes)  # mistakes, before a model is fetched
         before = open_model(model)
         chosen = option_recipe(document | {"pass": options.steps(before.config)}, changes)
     foretold = check(chosen, before)
     if claimed is None:
         return print_plan(chosen, before, foretold, output, work)
+    from ..model.cpu_memory import keep_memory
+
     with keep_memory():
-        write(run(chosen, before, work, typed(invocation)), chosen, claimed)
+        write(run(chosen, before, work, typed(invocation)), chosen, claimed, as_json)

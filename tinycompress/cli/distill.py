@@ -13,7 +13,16 @@ import typer
 from ..errors import InputError
 from .arguments import open_model
 from .dry_run import print_plan
-from .options import OptionalOut, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
+from .options import (
+    AsJson,
+    OptionalOut,
+    Overwrite,
+    TrainingText,
+    count_option,
+    folder_option,
+    grid_option,
+    window_option,
+)
 from .recipes import (
     DryRun,
     Measure,
@@ -28,6 +37,7 @@ from .recipes import (
     typed,
     write,
 )
+from .spellings import COUNTS, grid_of, number_of, positions_of, share_of
 
 if TYPE_CHECKING:
     from ..files import Target
@@ -63,9 +73,10 @@ def distill(
     ] = None,
     steps: Annotated[int | None, count_option("How many updates of the weights.  [default: 1000]")] = None,
     budget: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="How many tokens to train on, instead of --steps.")
+        str | None,
+        typer.Option("--tokens", metavar="COUNT", help="How many tokens to train on, such as 10M, instead of --steps."),
     ] = None,
-    seq_len: Annotated[int | None, window_option(512)] = None,
+    seq_len: Annotated[str | None, window_option(512)] = None,
     batch: Annotated[int, count_option("Windows per update, over all processes.")] = 8,
     micro_batch: Annotated[
         int | None,
@@ -77,8 +88,8 @@ def distill(
     ] = None,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     warmup: Annotated[
-        float, typer.Option(help="Updates over which the rate rises: a number, or a share of all below 1.")
-    ] = 0.03,
+        str, typer.Option(help="Updates over which the rate rises: a number, or a share of all such as 0.03 or 3%.")
+    ] = "0.03",
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     loss: Annotated[
         str,
@@ -162,6 +173,7 @@ def distill(
     settings: Settings = None,
     measure: Measure = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train STUDENT to give every next token the probability that TEACHER gives it.
 
@@ -175,12 +187,6 @@ def distill(
       tinycompress distill tinyllama --cache cache --data big.jsonl --steps 5000 -o healed
       torchrun --nproc-per-node 8 -m tinycompress distill tinyllama --teacher llama-2-7b --data big.jsonl -o healed
     """
-    from ..distillation.distributed import process_group, rank
-    from ..distillation.stopping import stop_on_sigterm
-    from ..model.cpu_memory import keep_memory
-    from ..recipe.losses import parse_hidden, parse_losses
-    from ..recipe.run import keeping_state
-
     changes = list(settings or ())
     apart_from: dict[str, Target | None] = {"the work folder": work, "the folder of the log": log, "the recipe": recipe}
     if recipe is not None:
@@ -194,18 +200,23 @@ def distill(
         apart_from |= {"STUDENT": student, "TEACHER": teacher, "the cache": cache, "the text": data}
         apart_from |= {f"the text {name}": name for name in held_out or []}
         claimed = claim_output(output, overwrite, "native", dry_run, apart_from)
+        own_length = positions_of("--seq-len", seq_len)
+        fake_quant = grid_of("--fake-quant", fake_quant)
+        tokens = number_of("--tokens", budget, COUNTS)
+        from ..recipe.losses import parse_hidden, parse_losses
+
         if teacher is None and cache is None and {part.kind for part in parse_losses(loss)} != {"ce"}:
             accepted = "one of the two (or both: a cache that must be this teacher's)"
             raise InputError("--teacher and --cache", "neither", accepted)
         known = read_cache(cache)
-        length = seq_len or (known.seq_len if known else None)
-        steps = 1000 if steps is None and budget is None else steps
-        about = steps or math.ceil((budget or 0) / (batch * (length or 512)))
+        length = own_length or (known.seq_len if known else None)
+        steps = 1000 if steps is None and tokens is None else steps
+        about = steps or math.ceil((tokens or 0) / (batch * (length or 512)))
         plain = {
             "steps": steps,
-            "tokens": budget,
+            "tokens": tokens,
             "lr": lr,
-            "warmup": warmup,
+            "warmup": share_of("--warmup", warmup),
             "weight_decay": weight_decay,
             "batch": batch,
             "micro_batch": micro_batch,
@@ -235,6 +246,11 @@ def distill(
         text = {"text": data, "samples": samples, "seq_len": length, "in_order": True}
         document = {"model": student, "data": given(text), "pass": [given(step)]}
         chosen = option_recipe(document | ({} if measure is None else {"measure": measure}), changes)
+    from ..distillation.distributed import process_group, rank
+    from ..distillation.stopping import stop_on_sigterm
+    from ..model.cpu_memory import keep_memory
+    from ..recipe.run import keeping_state
+
     with process_group() as device, keep_memory(), stop_on_sigterm() as stop:
         before = open_model(str(chosen.model))
         foretold = check(chosen, before)
@@ -245,8 +261,10 @@ def distill(
         adapt = keeping_state(state, log or state, stop)
         made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device)
         if rank() == 0:
-            write(made, chosen, claimed)
-            print_log(log or state, patience is not None)
+            held_out_values = result_of(log or state, patience is not None)
+            write(made, chosen, claimed, as_json, held_out=held_out_values)
+            for name, (first, last) in {} if as_json else held_out_values.items():
+                print(f"perplexity on {name}: {first:.3f} → {last:.3f}")
 
 
 def given(table: dict[str, Any]) -> dict[str, Any]:
@@ -271,12 +289,12 @@ def read_cache(folder: Path | None) -> Any:
     return open_cache(folder)
 
 
-def print_log(log: Path | None, best: bool) -> None:
-    """Perplexities before and after: of the best measurement if that is the result, else of the last."""
+def result_of(log: Path | None, best: bool) -> dict[str, tuple[float, float]]:
+    """Perplexities (before, after) by the name of the text: of the best measurement if that is the result, else of the
+    last; none without a log."""
     if log is None:
-        return
+        return {}
     lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
     measured = [line["perplexity"] for line in lines if "perplexity" in line]
     result = min(measured, key=lambda values: sum(map(math.log, values.values()))) if best else measured[-1]
-    for name in measured[0]:
-        print(f"perplexity on {name}: {measured[0][name]:.3f} → {result[name]:.3f}")
+    return {name: (measured[0][name], result[name]) for name in measured[0]}

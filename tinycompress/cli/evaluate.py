@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -10,6 +9,8 @@ import typer
 from ..errors import InputError
 from .arguments import open_model, read_tokens, runnable
 from .options import AsJson, Model, count_option, text_option, window_option
+from .spellings import positions_of
+from .terminal import print_json
 
 TEXT_OR_QUESTIONS = "Evaluation text, or JSON lines of questions (query, choices, gold), which are answered"
 
@@ -18,7 +19,7 @@ def evaluate(
     model: Model,
     data: Annotated[str, text_option(TEXT_OR_QUESTIONS)] = "pydoc",
     windows: Annotated[int, count_option("How many windows of the text are read.")] = 8,
-    seq_len: Annotated[int | None, window_option(2048)] = None,
+    seq_len: Annotated[str | None, window_option(2048)] = None,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAME,…", help="Tasks of lm-evaluation-harness (extra: tasks), in place of --data."),
@@ -43,6 +44,7 @@ def evaluate(
       tinycompress eval small --data questions.jsonl --limit 200 --reference smollm2-135m
       tinycompress eval small-onnx --tasks arc_easy,piqa --limit 200 --reference smollm2-135m
     """
+    length = positions_of("--seq-len", seq_len)
     from ..evaluation.perplexity import perplexity
     from ..evaluation.questions import are_questions
 
@@ -63,10 +65,10 @@ def evaluate(
             raise InputError(option, value, "with --tasks, or with --data questions.jsonl")
 
     graph = open_model(model)
-    tokens = read_tokens(graph, data, windows, seq_len, 2048, "test")
+    tokens = read_tokens(graph, data, windows, length, 2048, "test")
     result = perplexity(runnable(model, graph), tokens)
     if as_json:
         figures = {"perplexity": result.value, "tokens": result.tokens, "protocol": result.protocol}
-        print(json.dumps({"model": model, "data": data} | figures, indent=2))
+        print_json({"model": model, "data": data} | figures)
     else:
         print(f"perplexity {result.value:.4f} on {data} ({result.tokens:,} tokens: {result.protocol})")

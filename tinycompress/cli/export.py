@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from .arguments import open_model
-from .options import Model, Out, Overwrite, count_option, text_option
-from .writing import write_export
+from .options import AsJson, Model, Out, Overwrite, text_option
+from .spellings import positions_of, profile_of
+from .terminal import print_json
+from .writing import gate_lines, write_export
 
 
 def export(
@@ -17,8 +19,9 @@ def export(
     profile: Annotated[
         str,
         typer.Option(
+            "--profile",
             help="What to write for: ort (ONNX Runtime, onnxruntime-genai, Optimum), web (transformers.js), std "
-            "(standard ONNX operators only), openvino-npu, qnn (Qualcomm NPUs), static (RKNN and other NPUs)."
+            "(standard ONNX operators only), openvino-npu, qnn (Qualcomm NPUs), static (RKNN and other NPUs).",
         ),
     ] = "ort",
     dtype: Annotated[
@@ -49,10 +52,11 @@ def export(
         bool, typer.Option("--verify/--no-verify", help="Compare the export with torch before it appears, or do not.")
     ] = True,
     context: Annotated[
-        int | None,
-        count_option(
-            "How many positions the export is good for.  [default: the model's; profiles qnn and static: at most 2048]",
-            at_least=2,
+        str | None,
+        typer.Option(
+            metavar="POSITIONS",
+            help="How many positions the export is good for, such as 4096 or 4k.  [default: the model's; profiles qnn "
+            "and static: at most 2048]",
         ),
     ] = None,
     calibration: Annotated[
@@ -72,6 +76,7 @@ def export(
         str | None,
         typer.Option(metavar="ARCH", help="Profile qnn: also compile for this HTP architecture: 73, 75, 79 or 81."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model for a runtime. It must pass the parity gate against torch, or OUT does not appear.
 
@@ -83,8 +88,8 @@ def export(
       tinycompress export small --profile openvino-npu --verify -o small-npu
       tinycompress export smollm2-135m --profile qnn --context 1024 --calibration wikitext2 -o small-qnn
     """
-    from tinycompress.export import summary
-
+    positions = positions_of("--context", context)
+    profile = profile_of("--profile", profile) or profile
     from ..evaluation import report
     from ..files import claim
     from ..provenance import read_provenance
@@ -100,7 +105,7 @@ def export(
         kv=kv,
         mobile=mobile,
         check=check,
-        context=context,
+        context=positions,
         calibration=calibration,
         ranges=ranges,
         attention_bits=attention_bits,
@@ -108,7 +113,9 @@ def export(
         epcontext=epcontext,
     )
     manifest = write_export(graph, claimed, choices, read_provenance(model))
-    if manifest["checks"]:
-        print("\n".join(summary(manifest["checks"])))
-    size = report.human(report.folder_bytes(output))
-    print(f"{output}: {size}, for onnxruntime >= {manifest['minimum_onnxruntime']}")
+    written = report.folder_bytes(claimed.path)
+    if as_json:
+        about = {"output": str(claimed.path), "bytes": written, "profile": choices.profile}
+        return print_json(about | {"checks": manifest["checks"]})
+    print("\n".join(gate_lines(manifest)))
+    print(f"{output}: {report.human(written)}, for onnxruntime >= {manifest['minimum_onnxruntime']}")

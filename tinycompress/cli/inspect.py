@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from .arguments import open_model
 from .options import AsJson, Model
+from .terminal import print_json
 
 
 def inspect(
@@ -40,6 +40,6 @@ def inspect(
 
     graph = open_model(model)
     if as_json:
-        print(json.dumps({"model": model} | report.summary(graph), indent=2))
+        print_json({"model": model} | report.summary(graph))
     else:
         report.print_graph(graph, model, all_feeds)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InputError, MissingExtra
+from ..errors import InputError, MissingExtra, OutputError
 from .cache_teacher import cache_teacher
 from .compress import compress
 from .distill import distill
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
+from .guidance import empty_option, misuse, unknown_command
 from .inspect import inspect
 from .option_names import in_options
+from .terminal import Version, with_common
 from .verify import verify
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -54,11 +57,24 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """Turns the errors that are not bugs into one line and an exit code, and keeps what was typed."""
+    """Turns errors into one line and an exit code, and keeps what was typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.obj = list(args)
-        return super().parse_args(ctx, args)
+        if option := empty_option(args):
+            _fail(InputError(option, "an empty value", "a value, or leave the option out"), 2)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not hasattr(error, "format_message") or _is_help(error):
+                raise
+            _fail(misuse(error), 2)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            raise unknown_command(word, self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -70,14 +86,33 @@ class Commands(TyperGroup):
             _fail(in_options(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
+        except BrokenPipeError:  # whoever read the output has enough
+            raise
         except OSError as error:  # OutputError: a full disk, a folder that may not be written
             _fail(error, 1)
-        except RuntimeError as error:
-            from tinycompress.export import GateError
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                if _is_help(error):
+                    raise
+                _fail(misuse(error), 2)
+            if isinstance(error, RuntimeError) and type(error).__name__ == "GateError":
+                _fail(error, 1)
+            _fail(_unexpected(error), 1)
 
-            if not isinstance(error, GateError):
-                raise
-            _fail(error, 1)
+
+def _is_help(error: Exception) -> bool:
+    """Whether an error of the parser is a page of help."""
+    return type(error).__name__ == "NoArgsIsHelpError"
+
+
+def _unexpected(error: Exception) -> object:
+    """What to say of an error that nobody foresaw: a full disk by its name, else that it is a mistake of ours."""
+    text = " ".join(str(error).split())
+    if "No space left on device" in text or "os error 28" in text:
+        return OutputError("no space left on device")
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {text} (a mistake of tinycompress; with --debug it says where)"
 
 
 def _fail(error: object, code: int) -> None:
@@ -86,30 +121,33 @@ def _fail(error: object, code: int) -> None:
 
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(version: Version = False) -> None:
     """Prune, quantize, distil, stretch, export and verify Llama-family models on one shared graph."""
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"tinycompress {installed('tinycompress')}")
-        raise typer.Exit()
 
 
-app.command()(inspect)
-app.command()(compress)
-app.command("eval")(evaluate)
-app.command()(generate)
-app.command()(export)
-app.command()(verify)
-app.command()(distill)
-app.command("cache-teacher")(cache_teacher)
+COMMANDS = {
+    "inspect": inspect,
+    "compress": compress,
+    "eval": evaluate,
+    "generate": generate,
+    "export": export,
+    "verify": verify,
+    "distill": distill,
+    "cache-teacher": cache_teacher,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(with_common(command))
 
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    app()
+    app(prog_name="tinycompress" if sys.argv[0].endswith(".py") else None)  # and not "python -m tinycompress"

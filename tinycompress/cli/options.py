@@ -21,7 +21,7 @@ def text_option(use: str, default: str = "") -> Any:
 def window_option(default: int) -> Any:
     """An option for the tokens of a window."""
     return typer.Option(
-        min=2, help=f"Tokens per window.  [default: {default}, or the model's context if that is shorter]"
+        metavar="TOKENS", help=f"Tokens per window.  [default: {default}, or the model's context if that is shorter]"
     )
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from .arguments import check_export, open_model
-from .writing import write_export
+from .arguments import check_export, check_positions, open_model
+from .terminal import print_json
+from .writing import gate_lines, write_export
 
 if TYPE_CHECKING:
     from ..files import Claim, Target
@@ -48,6 +49,7 @@ Measure = Annotated[
 ]
 READ = ("model", "teacher", "of", "cache", "text", "held_out", "calibration")  # keys of a recipe that name places
 ALONGSIDE = ("model", "student", "output", "work", "log", "overwrite", "dry_run", "recipe", "settings", "invocation")
+EVERYWHERE = ("as_json", "quiet", "verbose", "debug", "version")
 
 
 def typed(invocation: typer.Context) -> str:
@@ -58,18 +60,22 @@ def typed(invocation: typer.Context) -> str:
 def file_recipe(invocation: typer.Context, file: Path, settings: Sequence[str], model: str | None) -> Recipe:
     """The recipe of --recipe; MODEL stands for the model that it names. Options of the passes are refused
     beside it."""
+    from ..recipe.checking import check_names
     from ..recipe.document import override, read_document
-    from ..recipe.recipe import Recipe
 
     for name in invocation.params:
         source = invocation.get_parameter_source(name)
-        if name not in ALONGSIDE and source is not None and source.name == "COMMANDLINE":
+        if name not in (*ALONGSIDE, *EVERYWHERE) and source is not None and source.name == "COMMANDLINE":
             option = "--" + name.replace("_", "-")
             raise InputError(option, f"given together with --recipe {file}", "--set PASS.KEY=VALUE, to change a value")
     document, source_of = read_document(file)
     if model is not None:
         document["model"] = model
-    recipe = Recipe.of(*override(document, settings, source_of))
+    changed = override(document, settings, source_of)
+    check_names(*changed)  # before torch is imported
+    from ..recipe.recipe import Recipe
+
+    recipe = Recipe.of(*changed)
     if recipe.model is None:
         raise InputError(f"model in {file}", "none", 'a line such as model = "smollm2-135m", or MODEL in the command')
     return recipe
@@ -90,6 +96,7 @@ def check(recipe: Recipe, graph: Graph) -> list[Foretold]:
 
     steps = recipe.foretell(graph)
     last = steps[-1].graph if steps else Foretold("", graph).graph
+    check_positions(last.config, "--context")
     specs = {name: spec for step in steps for name, spec in step.specs.items()}
     if recipe.export is not None or recipe.format == "gguf":
         from ..checkpoints.vocabulary import check_vocabulary
@@ -106,14 +113,17 @@ def claim_output(
     output: Path | None, overwrite: bool, format: str, dry_run: bool, apart_from: Mapping[str, Target | None]
 ) -> Claim | None:
     """The claim on the output, apart from what is read and kept (see `files.claim`); None for a dry run."""
-    from ..checkpoints.gguf_writer import claim_gguf
     from ..files import claim
 
     if dry_run:
         return None
     if output is None:
         raise InputError("--output", "none", "-o OUT, or --dry-run, which writes nothing")
-    return (claim_gguf if format == "gguf" else claim)(output, overwrite, apart_from)
+    if format != "gguf":
+        return claim(output, overwrite, apart_from)
+    from ..checkpoints.gguf_writer import claim_gguf
+
+    return claim_gguf(output, overwrite, apart_from)
 
 
 def places_in(recipe: Recipe) -> dict[str, str]:
@@ -157,21 +167,45 @@ def _with_remedy(error: InputError, recipe: Recipe) -> InputError:
     return InputError(error.field, error.found, accepted)
 
 
-def write(made: Made, recipe: Recipe, output: Claim) -> None:
-    """Saves or exports what was made, with how it was made, and prints it against what was there before."""
+def write(made: Made, recipe: Recipe, output: Claim, as_json: bool = False, **more: Any) -> None:
+    """Saves or exports what was made, with how it was made, and prints it against what was there before.
+
+    more: what else the JSON says.
+    """
     from ..checkpoints.checkpoint import save
     from ..evaluation import report
     from ..provenance import beside
 
+    manifest = None
     if recipe.export is not None:
-        write_export(made.graph, output, recipe.export, made.provenance)
+        manifest = write_export(made.graph, output, recipe.export, made.provenance)
     else:
         dense = recipe.format == "dense"
         layout = "native" if dense else recipe.format
         texts = beside(made.provenance, made.graph)
         save(made.graph, output, dense=dense, format=layout, beside=texts)
-    report.print_comparison(made.before, made.graph, report.folder_bytes(output.path))
+    written = report.folder_bytes(output.path)
     measured = made.provenance["measured"]
+    if as_json:
+        result = {
+            "output": str(output.path),
+            "bytes": written,
+            "before": _figures(made.before),
+            "after": _figures(made.graph),
+            "history": list(made.graph.history),
+            "measured": measured,
+            "checks": manifest and manifest["checks"],
+        }
+        return print_json(result | more)
+    report.print_comparison(made.before, made.graph, written)
+    if manifest is not None:
+        print("\n".join(gate_lines(manifest)))
     if measured:
         values = measured["perplexity"]
         print(f"perplexity on {measured['text']}: {values['before']:.3f} → {values['after']:.3f}")
+
+
+def _figures(graph: Graph) -> dict[str, int]:
+    config = graph.config
+    sizes = {"parameters": config.n_params, "non_embedding_parameters": config.n_body_params}
+    return sizes | {"bytes": graph.nbytes, "context": config.max_position}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .options import AsJson
+from .terminal import print_json
 
 
 def verify(
@@ -37,7 +37,10 @@ def verify(
     if runtime:
         return _verify_in(folder, runtime, as_json)
     result = check(folder)
-    print(json.dumps(result, indent=2) if as_json else "\n".join(summary(result)))
+    if as_json:
+        print_json(result)
+    else:
+        print("\n".join(summary(result)))
     if not result["passed"]:
         raise GateError(result)
 
@@ -49,7 +52,7 @@ def _verify_in(folder: Path, name: str, as_json: bool) -> None:
 
     result = run_check(name, folder, read(folder), read_manifest(folder)["profile"])
     if as_json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
     else:
         print(f"{name} {result.get('versions', {})}")
         for key, value in result["figures"].items():

@@ -35,3 +35,12 @@ def write_export(graph: Graph, output: Claim, choices: Export, provenance: Mappi
         mobile=choices.mobile,
         provenance=provenance,
     )
+
+
+def gate_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """What the gate of an export measured, in lines; that it did not run, where it did not."""
+    from tinycompress.export import summary
+
+    if manifest["checks"]:
+        return summary(manifest["checks"])
+    return ["not checked: no gate was run (tinycompress verify OUT runs it)"]

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.data import as_tokens
 from ..errors import InputError
@@ -34,6 +33,7 @@ from ..graph.config import Config
 from ..graph.graph import Graph
 from ..graph.rope import Rope
 from ..model.generation import check_ids
+from ..progress import tqdm
 
 Factors = tuple[float, ...]
 SHORT = ("original", "same")

@@ -17,7 +17,6 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.data import as_tokens
 from ..errors import InputError
@@ -25,6 +24,7 @@ from ..evaluation.perplexity import perplexity
 from ..graph.config import Config
 from ..graph.graph import Graph
 from ..graph.rope import Rope
+from ..progress import tqdm
 
 METHODS = ("linear", "ntk", "ntk-by-parts", "dynamic", "yarn", "llama3")
 # one table serves every length; linear lost to these wherever it was measured (docs/context.md)

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import files
 from ..calibration.walk import BATCH_TOKENS
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import InputError
 from ..graph.graph import Graph
+from ..progress import tqdm
 from .fused_loss import HiddenTarget, SampledTarget, SparseTarget, TopKTarget
 from .sparse_targets import Form
 from .teacher import OnlineTeacher, StreamedTeacher

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import OutputError
 from ..files import to_json, write_text
+from ..progress import tqdm
 
 
 class TrainLog:

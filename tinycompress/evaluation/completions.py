@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..model.generation import Stepwise, decode_room, end_tokens, seeded
 from ..model.sampling import Draw, Sampling, draw_of
 from ..model.transformer import Transformer
+from ..progress import tqdm
 
 SPREAD = 64  # prompts of a batch differ in length by less
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import InputError
 from ..graph.config import Config
 from ..model.generation import Stepwise, check_ids, end_tokens
 from ..model.transformer import Transformer
+from ..progress import tqdm
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
 POSITIONS = 4096  # of one forward, those in its cache included

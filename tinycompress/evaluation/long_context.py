@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph.config import Config
 from ..model.generation import check_ids
 from ..model.transformer import Transformer
+from ..progress import tqdm
 from .perplexity import CHUNK, perplexity
 from .statistics import Interval, bootstrap
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoints.tokenizer import Tokenizer
 from ..errors import InputError, need
 from ..model.transformer import Transformer
+from ..progress import tqdm
 from .long_context import check_length
 
 

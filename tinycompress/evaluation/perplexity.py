@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.walk import Stream, blocks, check_calibration
 from ..errors import InputError
@@ -26,6 +25,7 @@ from ..graph.graph import Graph
 from ..model.generation import check_ids
 from ..model.matmul import product
 from ..model.transformer import Norm, Transformer
+from ..progress import tqdm
 
 Model = Callable[[Tensor], Tensor]
 CHUNK = 2048  # positions whose logits exist at one time, at most

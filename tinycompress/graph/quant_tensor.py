@@ -300,3 +300,16 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         # type: ignore[operator]
         out = torch.stack([(word >> (bits * j)) & mask for j in range(8)], -1).flatten(-2).to(torch.uint8)
     return out[..., :n]
+
+
+def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
+    """What a QuantTensor [N, K] takes: integers, float32 scales and, where there are any, zero points."""
+    N, K = shape
+    g = grid.group("a packed weight", K)
+    integers = -(-g // 8) * grid.bits
+    scale = 4
+    if grid.symmetric:
+        zero = 0
+    else:
+        zero = 4 if grid.float_zero else 1
+    return N * (K // g) * (integers + scale + zero)

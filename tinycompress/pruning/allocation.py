@@ -24,7 +24,7 @@ from ..graph.config import Config, Layer
 from ..graph.edit import resized
 from ..graph.topology import Axis, axes, axis_name
 from ..knapsack import knapsack
-from .target import BudgetTarget
+from .target import BudgetTarget, Itemsize
 
 ALLOCATIONS = ("uniform", "global", "optimal")
 PRUNABLE = ("ffn", "heads", "kv_heads")  # the kinds of axes that single layers are cut along
@@ -67,7 +67,7 @@ def choices_of(
     multiple_of: int,
     floors: Mapping[str, float] | None = None,
     remove: bool = False,
-    itemsize: int = 4,
+    itemsize: Itemsize = 4,
 ) -> list[Choice]:
     """Every choice on the axes of these kinds.
 
@@ -102,12 +102,12 @@ def _sizes(config: Config, layer: Layer, axis: Axis, multiple_of: int, floor: fl
     return tuple(sizes)
 
 
-def fixed_price(config: Config, choices: Sequence[Choice], target: BudgetTarget, itemsize: int = 4) -> int:
+def fixed_price(config: Config, choices: Sequence[Choice], target: BudgetTarget, itemsize: Itemsize = 4) -> int:
     """What the sublayers cost that no choice can change."""
     return target.price(resize(config, {choice.axis: 0 for choice in choices}), itemsize)
 
 
-def _price(config: Config, layer: Layer, kind: str, size: int, target: BudgetTarget, itemsize: int) -> int:
+def _price(config: Config, layer: Layer, kind: str, size: int, target: BudgetTarget, itemsize: Itemsize) -> int:
     """The price of the sublayer alone: the other one of the layer is left out."""
     alone = Layer(0, 0, layer.ffn_dim) if kind == "ffn" else Layer(layer.n_heads, layer.n_kv_heads, 0)
     return target.price(dataclasses.replace(config, layers=(resized(alone, kind, size),)), itemsize)

@@ -15,7 +15,7 @@ from ..graph.config import Config
 from ..graph.topology import axes
 from .allocation import PRUNABLE, Choice, check_budget, choices_of, fixed_price, resize, uniform
 from .layout import LAYOUTS, alike, check_layout, within_layout
-from .target import BudgetTarget
+from .target import BudgetTarget, Itemsize
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class Budget:
         norm_eps = config.norm_eps * config.hidden_size / hidden  # the mean of a norm runs over fewer channels
         return dataclasses.replace(config, hidden_size=hidden, norm_eps=norm_eps)
 
-    def limits(self, config: Config, itemsize: int) -> list[Limited]:
+    def limits(self, config: Config, itemsize: Itemsize) -> list[Limited]:
         """The choices that share a limit, for every limit; an `InputError` for a limit that cannot be met."""
         check_layout(config, self.layout, self.kinds)
         if self.target is not None:
             return [self._limit_of_target(self.target, config, itemsize)]
         return [self._limit_of_axis(kind, config, itemsize) for kind in self.kinds]
 
-    def _limit_of_target(self, text: str, config: Config, itemsize: int) -> Limited:
+    def _limit_of_target(self, text: str, config: Config, itemsize: Itemsize) -> Limited:
         target = BudgetTarget.parse(text, "Prune.target")
         choices = choices_of(config, self.axes, target, self.multiple_of, self.floors, self.sublayers, itemsize)
         choices = within_layout(choices, self.layout)
@@ -129,7 +129,7 @@ class Budget:
         check_budget(choices, limit, text, target.nearest(fixed + least, config, itemsize))
         return Limited(alike(choices, limit) if self.layout == "uniform" else choices, limit)
 
-    def _limit_of_axis(self, kind: str, config: Config, itemsize: int) -> Limited:
+    def _limit_of_axis(self, kind: str, config: Config, itemsize: Itemsize) -> Limited:
         """The limit of one entry of `keep`, counted in units of the axis."""
         choices = self._choices_in_units(kind, config, itemsize)
         wanted = (self.keep or {})[kind]
@@ -144,7 +144,7 @@ class Budget:
         limit = int(wanted * total + 1e-6)
         return Limited(alike(choices, limit) if self.layout == "uniform" else choices, limit)
 
-    def _choices_in_units(self, kind: str, config: Config, itemsize: int) -> list[Choice]:
+    def _choices_in_units(self, kind: str, config: Config, itemsize: Itemsize) -> list[Choice]:
         """The choices on one kind of axis, where a unit costs one."""
         everything = BudgetTarget("params", 1.0)
         choices = choices_of(config, (kind,), everything, self.multiple_of, self.floors, self.sublayers, itemsize)
@@ -162,7 +162,7 @@ class Budget:
             raise InputError(f"Prune.keep[{choice.kind!r}]", wanted, accepted)
         return dataclasses.replace(choice, sizes=(size,), prices=(size,))
 
-    def plan(self, config: Config, itemsize: int) -> Config:
+    def plan(self, config: Config, itemsize: Itemsize) -> Config:
         """A config that meets the budget: limits are shared out uniformly."""
         config = self.reshaped(config)
         sizes: dict[str, int] = {}

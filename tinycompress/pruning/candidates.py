@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.data import as_tokens
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity
 from ..graph.graph import Graph, Pass
+from ..progress import tqdm
 
 
 @dataclass(frozen=True, eq=False)

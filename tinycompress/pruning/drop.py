@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.data import as_tokens
 from ..calibration.walk import check_calibration, working_dtype
@@ -29,6 +28,7 @@ from ..graph.edit import cut, resized
 from ..graph.graph import Graph
 from ..graph.topology import axis_name
 from ..model.transformer import Block, RotaryTables, Transformer
+from ..progress import tqdm
 
 KINDS_OF_UNITS = {  # what the field `parts` accepts
     "layers": ("layers",),

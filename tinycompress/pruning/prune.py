@@ -35,6 +35,7 @@ from .cutting import REFITS, ChosenSizes, Refit, cut_by_statistics, cut_in_a_wal
 from .importance import CRITERIA, Criterion, block_influence, hidden_importance
 from .refit import by_turns, keep_best, plain_curve, refit_curve
 from .sensitivity import Sensitivity, sensitivities
+from .target import Itemsize, Storage
 
 Result = TypeVar("Result")
 
@@ -65,6 +66,9 @@ class Prune:
         uneven_kv: whether KV heads may differ between layers, which some runtimes refuse. False by default.
         layout: what the result must fit: "uniform" (layers all alike, which any tool opens), "deci" (llama.cpp's GGUF
             of uneven layers) or "nemotron-nas" (DeciLM's layout, which vLLM reads). None by default: anything.
+        stored: how a target in bytes counts, where the model will be quantized behind the cut: {"linears": "w4g64",
+            "tables": "w8g64"} are the grids to come, and {"head": "own"} a tied head that a rotation unties. None by
+            default: all in the graph's dtype.
         probe: how many windows the measuring takes before sizes are chosen, 8 by default.
         damping: the ridge of refits and losses, as a share of the mean of diag(H), between 0 and 1; 0.01 by default.
         propagate: how far the refit to the reference goes, from 0 (what the linear gave before) to 1 (the float
@@ -92,6 +96,7 @@ class Prune:
     sublayers: bool = False
     uneven_kv: bool = False
     layout: str | None = None
+    stored: Mapping[str, str] | None = None
     probe: int = 8
     damping: float = 0.01
     propagate: float = 0.5
@@ -104,6 +109,8 @@ class Prune:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", as_tokens(self.tokens))
         _ = self.budget  # it checks itself
+        if self.stored is not None:
+            Storage.of(self.stored, 4, "Prune.stored")
         if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
             accepted = " | ".join(CRITERIA) + " | a function of Statistics"
             raise InputError("Prune.criterion", repr(self.criterion), accepted)
@@ -135,10 +142,15 @@ class Prune:
             self.layout,
         )
 
-    def plan(self, config: Config, itemsize: int = 4) -> Config:
+    def storage(self, graph: Graph) -> Itemsize:
+        """What a target in bytes counts in."""
+        itemsize = graph.dtype.itemsize
+        return itemsize if self.stored is None else Storage.of(self.stored, itemsize, "Prune.stored")
+
+    def plan(self, config: Config, itemsize: Itemsize = 4) -> Config:
         """A config like the one that the pass will arrive at, without data: its budgets are shared out uniformly.
 
-        `itemsize`: bytes of one weight in the graph's dtype, which a target in bytes counts in.
+        `itemsize`: what a target in bytes counts in: the bytes of one weight, or how weights will be stored.
         """
         return self.budget.plan(config, itemsize)
 
@@ -162,7 +174,7 @@ class Prune:
         for name, entry in graph.weights.entries.items():
             if not isinstance(entry, Tensor | LazyTensor):
                 raise InputError(name, f"a weight quantized to {entry.grid}", "a dense one (quantize last)")
-        self.budget.limits(self.budget.reshaped(graph.config), graph.dtype.itemsize)
+        self.budget.limits(self.budget.reshaped(graph.config), self.storage(graph))
 
     def reshape(self, graph: Graph) -> Graph:
         """The graph without the layers of least block influence, then without the hidden channels of least importance
@@ -232,7 +244,7 @@ class Prune:
     def choose(self, graph: Graph, measured: Mapping[str, Statistics] | None = None) -> ChosenSizes:
         """The sizes within the budget; where the allocation needs data, from `probe` windows or from what was
         `measured` before."""
-        limits = self.budget.limits(graph.config, graph.dtype.itemsize)
+        limits = self.budget.limits(graph.config, self.storage(graph))
         candidates = {choice.axis: choice.sizes for limited in limits for choice in limited.choices}
         needs_data = self.allocation != "uniform" and any(len(sizes) > 1 for sizes in candidates.values())
         sensitivity = None
@@ -299,5 +311,5 @@ class Prune:
         return self.gradients or self.criterion == "taylor" or self.criterion is CRITERIA["taylor"]
 
     def _choices(self, graph: Graph) -> list[Choice]:
-        limits = self.budget.limits(graph.config, graph.dtype.itemsize)
+        limits = self.budget.limits(graph.config, self.storage(graph))
         return [choice for limited in limits for choice in limited.choices]

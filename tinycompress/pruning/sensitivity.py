@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ..calibration.walk import check_calibration, working_dtype
 from ..graph.config import layer_of
 from ..graph.graph import Graph
 from ..graph.topology import feeds
 from ..model.transformer import Block, Transformer
+from ..progress import tqdm
 
 GRADIENT_WINDOW = 512  # positions a backward pass keeps the activations of
 

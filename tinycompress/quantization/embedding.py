@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph.config import EMBEDDING, HEAD
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantSpec, QuantTensor, stacked
+from ..progress import tqdm
 from .grid_search import round_to_nearest
 from .linear_specs import Spec
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..graph.graph import Graph
 from ..graph.mapped_memory import keeper
 from ..graph.quant_tensor import QuantSpec, QuantTensor
+from ..progress import tqdm
 
 Quantize = Callable[[Tensor, QuantSpec, str], QuantTensor]  # weight [N, K], its grid, its name for errors
 

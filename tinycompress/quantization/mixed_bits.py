@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..calibration.data import as_tokens
 from ..calibration.gram import gram
@@ -35,11 +34,12 @@ from ..calibration.walk import Inputs, Stream, blocks, check_calibration
 from ..errors import InputError
 from ..graph.config import FINAL_NORM, HEAD
 from ..graph.graph import Graph, Pass
-from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
+from ..graph.quant_tensor import QuantSpec, QuantTensor, packed_bytes
 from ..graph.topology import Feed, feeds
 from ..knapsack import knapsack
 from ..model.linear import linear
 from ..model.transformer import Block, Norm, RotaryTables
+from ..progress import tqdm
 from .grid_search import round_to_nearest
 from .linear_specs import LinearSpecs, Spec, targets
 
@@ -147,19 +147,6 @@ def linear_shapes(graph: Graph, specs: Sequence[QuantSpec]) -> dict[str, tuple[i
     inputs."""
     names = {name for spec in specs for name in targets(graph, spec)}
     return {linear.name: linear.shape for linear in graph.config.linears() if linear.name in names}
-
-
-def packed_bytes(shape: tuple[int, int], grid: Grid) -> int:
-    """What a QuantTensor [N, K] takes: integers, float32 scales and, where there are any, zero points."""
-    N, K = shape
-    g = grid.group("a packed weight", K)
-    integers = -(-g // 8) * grid.bits
-    scale = 4
-    if grid.symmetric:
-        zero = 0
-    else:
-        zero = 4 if grid.float_zero else 1
-    return N * (K // g) * (integers + scale + zero)
 
 
 @torch.no_grad()

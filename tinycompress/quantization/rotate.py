@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, HEAD, Config
 from ..graph.edit import fold_norms, turn
 from ..graph.graph import Graph, LazyTensor, Weight
 from ..graph.mapped_memory import dense_keeper
+from ..progress import tqdm
 
 MATRICES = ("hadamard", "random")
 

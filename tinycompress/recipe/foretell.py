@@ -10,13 +10,13 @@ from ..distillation.distill import Distill
 from ..errors import InputError
 from ..graph.config import Config
 from ..graph.graph import Graph, Pass
-from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor
+from ..graph.quant_tensor import Grid, QuantSpec, QuantTensor, packed_bytes
 from ..pruning.prune import Prune
 from ..quantization.autoround import AutoRound
 from ..quantization.awq import AWQ
 from ..quantization.embedding import QuantizeEmbedding
 from ..quantization.linear_specs import targets
-from ..quantization.mixed_bits import MixedBits, linear_shapes, packed_bytes
+from ..quantization.mixed_bits import MixedBits, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def behind(step: Pass, graph: Graph) -> Foretold:
     """The graph behind a pass; an `InputError` for a pass that cannot work on `graph`."""
     if isinstance(step, Prune):
         step.check(graph)
-        config = step.plan(graph.config, graph.dtype.itemsize)
+        config = step.plan(graph.config, step.storage(graph))
     else:
         config = planned(step, graph.config)
     shapes = blank(graph, config, {})
@@ -67,6 +67,7 @@ def packed_by(step: Pass, graph: Graph) -> dict[str, QuantSpec]:
             raise InputError("AutoRound", "a graph without packed weights", "a pass such as RTN before it")
         return {}
     if isinstance(step, Distill):
+        _check_rank(step, graph.config)
         spec = step.fake_quant
     elif isinstance(step, AWQ) and not step.quantize:
         spec = None
@@ -76,6 +77,13 @@ def packed_by(step: Pass, graph: Graph) -> dict[str, QuantSpec]:
         return {}
     specs = targets(graph, spec, getattr(step, "head", False))
     return {graph.config.weight_name(name): own for name, own in specs.items()}
+
+
+def _check_rank(step: Distill, config: Config) -> None:
+    """An `InputError` for low-rank updates of a rank that no linear of the layers has."""
+    widest = max((min(linear.shape) for linear in config.linears() if linear.layer is not None), default=1)
+    if step.lora is not None and step.lora.rank > widest:
+        raise InputError("LoRA.rank", step.lora.rank, f"at most {widest}, the highest rank that a linear here has")
 
 
 def _mixed(step: MixedBits, graph: Graph) -> dict[str, QuantSpec]:

@@ -82,7 +82,7 @@ class Options:
         out: list[Step] = []
         if self.prune:
             group = QuantSpec.parse(self.quantize).group_size if self.quantize else None
-            out.append(prune_step(self.prune, group or WIDTHS))
+            out.append(prune_step(self.prune, group or WIDTHS) | self._stored(config))
         if self.context is not None:
             out.append(self._stretch(config, self.context))
         if self._rotates(config):
@@ -98,6 +98,14 @@ class Options:
     def recipe(self, config: Config) -> Recipe:
         """The recipe for a model; it names none."""
         return Recipe.of({"pass": self.steps(config)})
+
+    def _stored(self, config: Config) -> dict[str, Any]:
+        """How a budget in bytes counts: as the weights will lie on disk."""
+        grids = {"linears": self.quantize, "tables": self.quantize_embedding}
+        stored = {key: grid for key, grid in grids.items() if grid is not None}
+        if not stored or not (self.prune or "").lower().startswith("bytes="):
+            return {}
+        return {"stored": stored | ({"head": "own"} if self._rotates(config) and config.tie_embeddings else {})}
 
     def _rotates(self, config: Config) -> bool:
         if self.rotate is not None:

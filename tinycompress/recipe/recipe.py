@@ -33,14 +33,14 @@ from torch import Tensor
 from ..checkpoints.checkpoint import load
 from ..errors import InputError
 from ..graph.graph import Graph, Pass
+from .checking import read_tables, steps_of
 from .document import Source, override, read_document, to_toml
+from .fields import PASSES
 from .foretell import Foretold, behind
-from .mistakes import Mistake, nearest, shown
+from .mistakes import Mistake
 from .sources import Loaded, StandIns
 from .values import Reader
-from .vocabulary import FORMATS, MEASURED, PASSES, TABLES, Data, Export, words
-
-KEYS = ("model", "format", "data", "pass", "measure", "export")
+from .vocabulary import MEASURED, Data, Export
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,7 @@ class Recipe:
         """The recipe in a document; a `RecipeError` with all its mistakes. Nothing is loaded."""
         source = source or Source()
         reader = Reader(StandIns(), Data())
-        tables = _top(document, reader)
-        reader.data = tables.get("data") or Data()
-        for i, step in enumerate(_steps(document)):
-            reader.step(step, ("pass", i))
-        source.refuse([*source.mistakes, *reader.mistakes])
+        tables = read_tables(document, source, reader)
         measure = document.get("measure", _calibrates(document))
         measured = tables.get("measure", MEASURED if measure else None)
         name = document.get("model")
@@ -124,7 +120,7 @@ class Recipe:
         return self._made(Reader(StandIns(graph.config.max_position), self.data))
 
     def _made(self, reader: Reader) -> list[Pass]:
-        made = [reader.step(step, ("pass", i)) for i, step in enumerate(_steps(self.document))]
+        made = [reader.step(step, ("pass", i)) for i, step in enumerate(steps_of(self.document))]
         self.source.refuse(reader.mistakes)
         return [step for step in made if step is not None]
 
@@ -138,37 +134,4 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
 def _calibrates(document: Mapping[str, Any]) -> bool:
     """Whether a pass reads text."""
-    return any("tokens" in words(PASSES[step["name"]]) for step in _steps(document))
-
-
-def _steps(document: Mapping[str, Any]) -> list[Any]:
-    steps = document.get("pass", [])
-    return steps if isinstance(steps, list) else []
-
-
-def _top(document: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
-    """Checks what stands beside the passes, and reads the tables among it."""
-    tables: dict[str, Any] = {}
-    for key, value in document.items():
-        place = (key,)
-        if key not in KEYS:
-            reader.wrong(place, f"{key!r}, which a recipe does not have", nearest(key, KEYS))
-        elif key == "measure" and isinstance(value, bool):
-            continue
-        elif key in TABLES and isinstance(value, Mapping):
-            before = len(reader.mistakes)
-            fields = reader.fields(value, place, f"[{key}]", words(TABLES[key]))
-            base = dataclasses.asdict(MEASURED) if key == "measure" else {}
-            if len(reader.mistakes) == before:
-                tables[key] = reader.made(TABLES[key], base | fields, value, place)
-        elif key in TABLES:
-            reader.wrong(place, shown(value), f"a table: [{key}]")
-        elif key == "pass" and not isinstance(value, list):
-            reader.wrong(place, "[pass], one table", "[[pass]], in two pairs of brackets")
-        elif key == "model" and not isinstance(value, str):
-            reader.wrong(place, shown(value), "the name of a model in quotes")
-        elif key == "format" and value not in FORMATS:
-            reader.wrong(place, shown(value), nearest(str(value), FORMATS))
-    if "export" in document and document.get("format", "native") != "native":
-        reader.wrong(("format",), f"{document['format']} together with [export]", "one of the two")
-    return tables
+    return any("tokens" in PASSES[step["name"]] for step in steps_of(document))

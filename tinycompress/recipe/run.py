@@ -17,6 +17,7 @@ from .. import files, pipeline
 from ..calibration.data import as_tokens
 from ..checkpoints.checkpoint import load
 from ..distillation.distill import Distill
+from ..distillation.distributed import rank
 from ..errors import InputError
 from ..evaluation.perplexity import streamed_perplexity
 from ..graph.graph import Graph, Pass
@@ -76,7 +77,9 @@ def run_recipe(
     if adapt:
         passes = [adapt(step) for step in passes]
     after = pipeline.run(graph, passes, work)
-    measured = None if recipe.measure is None else quality(graph, after, recipe.measure, sources, work)
+    measured = None
+    if recipe.measure is not None and rank() == 0:  # of several processes one measures
+        measured = quality(graph, after, recipe.measure, sources, work)
     facts = provenance(
         recipe=recipe.toml(),
         model=recipe.model,

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from torch import Tensor
-
-from ..distillation.teacher_cache import TeacherCache
 from ..errors import InputError
-from ..graph.graph import Graph, Pass
-from ..graph.quant_tensor import Grid, QuantSpec
-from .losses import parse_hidden, parse_losses
+from .fields import FIELDS, GRID, MODEL, ONLY_IN_PYTHON, PASSES, REQUIRED, Fixed, Kind, Kinds, Listed, Mapped, Table
 from .mistakes import Mistake, Place, nearest, shown
-from .vocabulary import ONLY_IN_PYTHON, PASSES, STRETCHES, Data, required, words
+from .vocabulary import STRETCHES, TABLES, Data
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..distillation.teacher_cache import TeacherCache
+    from ..graph.graph import Graph, Pass
+    from ..graph.quant_tensor import QuantSpec
 
 ACCEPTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+WITHOUT_TORCH = {kind.__name__: kind for kind in TABLES.values()}  # classes that any import can afford
 
 
 class Sources(Protocol):
@@ -52,8 +52,7 @@ class Quantizer:
     fields: Mapping[str, Any] = field(repr=False)
 
     def __call__(self, specs: Mapping[str, QuantSpec]) -> Pass:
-        made: Pass = PASSES[self.name](spec=specs, **self.fields)
-        return made
+        return cast("Pass", class_of(self.name)(spec=specs, **self.fields))
 
 
 @dataclass
@@ -61,12 +60,13 @@ class Reader:
     """Reads tables of a document; mistakes are collected in `mistakes`.
 
     Fields:
-        sources: what stands behind names.
+        sources: what stands behind names. None: only names and kinds of values are read, which takes no torch; passes
+            and their parts are not made, and their own checks wait.
         data: the windows of passes that name none.
         mistakes: those found so far.
     """
 
-    sources: Sources
+    sources: Sources | None
     data: Data
     mistakes: list[Mistake] = field(default_factory=list)
 
@@ -80,30 +80,32 @@ class Reader:
         if found is None:
             return None
         name, rest = found
-        kind = PASSES[name]
-        fields = self.fields(rest, place, name, words(kind))
-        if "tokens" in words(kind) and "tokens" not in fields:
-            fields["tokens"] = self.sources.tokens(self.data)
+        known = PASSES[name]
+        fields = self.fields(rest, place, name, known)
+        if "tokens" in known and "tokens" not in fields:
+            fields["tokens"] = self.sources and self.sources.tokens(self.data)
         if name == "Distill":
             self.finish_training(fields, rest, place)
         if name in STRETCHES and not self.says_length(rest):
             example = "tokens = { samples = 1, seq_len = 16384 }, windows as long as the new context"
             self.wrong(place, f"{name} without tokens of a length", example)
-        for key in required(kind):
+        needed = REQUIRED.get(name, ())
+        for key in needed:
             if key not in fields and key not in without:
-                self.wrong(place, f"{name} without {key}", f"{key} = … ({self.describe(words(kind)[key])})")
+                self.wrong(place, f"{name} without {key}", f"{key} = … ({describe(known[key])})")
+        if self.sources is None:
+            return None
         if len(self.mistakes) > before:
             wrong = {mistake.place[len(place)] for mistake in self.mistakes[before:] if len(mistake.place) > len(place)}
             sound = {key: value for key, value in fields.items() if key not in wrong}
             if "tokens" in wrong:
                 sound["tokens"] = self.sources.tokens(self.data)
-            if not without and all(key in sound for key in required(kind)):
-                self.more_mistakes(kind, sound, rest, place)
+            if not without and all(key in sound for key in needed):
+                self.more_mistakes(name, sound, rest, place)
             return None
         if without:
             return Quantizer(name, fields)  # type: ignore[return-value]
-        made = self.made(kind, fields, rest, place)
-        return None if made is None else typing.cast(Pass, made)
+        return cast("Pass | None", self.made(name, fields, rest, place))
 
     def named(self, table: object, place: Place) -> tuple[str, dict[str, Any]] | None:
         """The name of a pass, and the other keys of its table."""
@@ -129,10 +131,10 @@ class Reader:
         fields.setdefault("teacher", None)
         names = fields.pop("held_out", None)
         tokens = fields.get("tokens")
-        if names and isinstance(tokens, Tensor):
+        if names and tokens is not None and self.sources is not None:
             fields["held_out"] = self.sources.texts(names, tokens.shape[1])
 
-    def fields(self, table: Mapping[str, Any], place: Place, owner: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, table: Mapping[str, Any], place: Place, owner: str, known: Mapping[str, Kinds]) -> dict[str, Any]:
         """The values of a table whose keys are those of `known`."""
         out: dict[str, Any] = {}
         for key, value in table.items():
@@ -148,24 +150,29 @@ class Reader:
                     out[meant] = self.field(owner, meant, value, known[meant], inner)
         return out
 
-    def field(self, owner: str, key: str, value: Any, hint: Any, place: Place) -> Any:
+    def field(self, owner: str, key: str, value: Any, kinds: Kinds, place: Place) -> Any:
         """One value. What has the same name in every pass means the same in every pass."""
         if owner in PASSES and key == "tokens":
             return self.windows(value, place)
         if key in ("reference", "teacher"):
             return self.model(key, value, place)
-        if key == "held_out":
-            return self.converted(value, tuple[str, ...], place)
         if key == "quantizer":
             table = {"name": value} if isinstance(value, str) else value
             return self.step(table, place, without=("spec",))
         if key in ("losses", "hidden") and isinstance(value, str):
-            try:
-                return parse_losses(value) if key == "losses" else parse_hidden(value)
-            except InputError as error:
-                self.mistakes.append(Mistake(place, f"{error.field} {error.found}", error.accepted, error))
-                return None
-        return self.converted(value, hint, place)
+            return self.losses(key, value, place)
+        return self.converted(value, kinds, place)
+
+    def losses(self, key: str, text: str, place: Place) -> Any:
+        """Losses written as text."""
+        if self.sources is None:
+            return None
+        from .losses import parse_hidden, parse_losses
+
+        try:
+            return parse_losses(text) if key == "losses" else parse_hidden(text)
+        except InputError as error:
+            return self.refused(error, place)
 
     def windows(self, value: Any, place: Place) -> Tensor | None:
         table = {"text": value} if isinstance(value, str) else value
@@ -173,21 +180,23 @@ class Reader:
         if not isinstance(table, Mapping):
             self.wrong(place, shown(value), "a text, or a table such as { samples = 8, seq_len = 512 }")
             return None
-        fields = self.fields(table, place, "tokens", words(Data))
+        fields = self.fields(table, place, "tokens", FIELDS["Data"])
         if len(self.mistakes) > before:
             return None
-        data = self.made(Data, dataclasses.asdict(self.data) | fields, table, place)
-        return None if data is None else self.sources.tokens(data)
+        data = self.made("Data", dataclasses.asdict(self.data) | fields, table, place)
+        return None if data is None or self.sources is None else self.sources.tokens(data)
 
     def model(self, key: str, value: Any, place: Place) -> Any:
         """A graph, or for a teacher a cache of one."""
         if key == "teacher" and isinstance(value, Mapping):
-            table = self.fields(value, place, "teacher", {"cache": str, "of": str})
+            table = self.fields(value, place, "teacher", {"cache": (str,), "of": (str,)})
             if "cache" in table:
-                return self.sources.teacher(table["cache"], table.get("of"))
+                return self.sources and self.sources.teacher(table["cache"], table.get("of"))
             self.wrong(place, shown(value), '{ cache = "FOLDER" }')
         elif not isinstance(value, str):
-            self.wrong(place, shown(value), '"model" (the one that the recipe starts from), or the name of another')
+            self.wrong(place, shown(value), MODEL.accepted)
+        elif self.sources is None:
+            return None
         elif key == "teacher":
             return self.sources.teacher(value, None)
         else:
@@ -196,116 +205,112 @@ class Reader:
 
     # by type
 
-    def converted(self, value: Any, hint: Any, place: Place) -> Any:
-        """A plain value as the type of a field wants it."""
-        arms = _arms(hint)
-        fitting = [arm for arm in arms if _fits(value, arm)]
+    def converted(self, value: Any, kinds: Kinds, place: Place) -> Any:
+        """A plain value as one of the kinds wants it."""
+        fitting = [kind for kind in kinds if _fits(value, kind)]
         if not fitting:
-            self.wrong(place, shown(value), self.describe(hint))
+            self.wrong(place, shown(value), describe(kinds))
             return None
-        arm = fitting[0]
-        if isinstance(arm, type) and issubclass(arm, Grid):
+        kind = fitting[0]
+        if isinstance(kind, Kind):
             return self.grid(value, place)
-        if dataclasses.is_dataclass(arm) and isinstance(arm, type):
+        if isinstance(kind, Table):
             before = len(self.mistakes)
-            fields = self.fields(value, place, arm.__name__, words(arm))
-            return None if len(self.mistakes) > before else self.made(arm, fields, value, place)
-        if isinstance(value, list):
-            inner = typing.get_args(arm)
-            kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis or len(inner) == 1 else inner
-            if len(kinds) != len(value):
-                self.wrong(place, f"{len(value)} values", f"{len(kinds)}")
+            fields = self.fields(value, place, kind.name, FIELDS[kind.name])
+            return None if len(self.mistakes) > before else self.made(kind.name, fields, value, place)
+        if isinstance(kind, Listed):
+            return tuple(self.converted(item, kind.item, (*place, i)) for i, item in enumerate(value))
+        if isinstance(kind, Fixed):
+            if len(kind.items) != len(value):
+                self.wrong(place, f"{len(value)} values", f"{len(kind.items)}")
                 return None
-            return tuple(self.converted(item, kind, (*place, i)) for i, (item, kind) in enumerate(zip(value, kinds)))
-        if isinstance(value, Mapping):
-            kind = typing.get_args(arm)[1]
-            out = {key: self.converted(item, kind, (*place, key)) for key, item in value.items()}
-            return out | {key: item for key, item in value.items() if kind is float and isinstance(item, int)}  # counts
-        return float(value) if arm is float else value
+            pairs = enumerate(zip(value, kind.items))
+            return tuple(self.converted(item, inner, (*place, i)) for i, (item, inner) in pairs)
+        if isinstance(kind, Mapped):
+            out = {key: self.converted(item, kind.item, (*place, key)) for key, item in value.items()}
+            counts = {key: item for key, item in value.items() if kind.item == (float,) and isinstance(item, int)}
+            return out | counts
+        return float(value) if kind is float else value
 
     def grid(self, value: str | Mapping[str, Any], place: Place) -> QuantSpec | None:
         """ "w4g64", or { grid = "w4g64", search = "mse" }: what text alone does not say."""
         table = {"grid": value} if isinstance(value, str) else value
         before = len(self.mistakes)
-        fields = self.fields(table, place, "a grid", {"grid": str, "search": str})
-        if len(self.mistakes) > before:
+        fields = self.fields(table, place, "a grid", {"grid": (str,), "search": (str,)})
+        if len(self.mistakes) > before or self.sources is None:
             return None
+        from ..graph.quant_tensor import QuantSpec
+
         try:
             spec = QuantSpec.parse(fields.pop("grid"))
             return dataclasses.replace(spec, **fields)
         except InputError as error:
-            self.mistakes.append(Mistake(place, f"{error.field} {error.found}", error.accepted, error))
-            return None
+            return self.refused(error, place)
 
-    def made(self, kind: type[Any], fields: Mapping[str, Any], table: Mapping[str, Any], place: Place) -> Any:
-        """An instance, or None with its errors as mistakes at the keys that they speak of."""
+    def refused(self, error: InputError, place: Place) -> None:
+        """An error of the library as a mistake at a place."""
+        self.mistakes.append(Mistake(place, f"{error.field} {error.found}", error.accepted, error))
+
+    def made(self, name: str, fields: Mapping[str, Any], table: Mapping[str, Any], place: Place) -> Any:
+        """An instance of a class, or None with its errors as mistakes at the keys that they speak of."""
+        if self.sources is None and name not in WITHOUT_TORCH:
+            return None
         try:
-            return kind(**fields)
+            return class_of(name)(**fields)
         except InputError as error:
             key = _key_of(error, table)
-            at = place if key is None else (*place, key)
-            self.mistakes.append(Mistake(at, f"{error.field} {error.found}", error.accepted, error))
-            if key in fields and key not in required(kind):
-                self.more_mistakes(kind, {name: value for name, value in fields.items() if name != key}, table, place)
+            self.refused(error, place if key is None else (*place, key))
+            if key in fields and key not in REQUIRED.get(name, ()):
+                self.more_mistakes(
+                    name, {field: value for field, value in fields.items() if field != key}, table, place
+                )
             return None
 
-    def more_mistakes(self, kind: type[Any], fields: Mapping[str, Any], table: Mapping[str, Any], place: Place) -> None:
+    def more_mistakes(self, name: str, fields: Mapping[str, Any], table: Mapping[str, Any], place: Place) -> None:
         """What is wrong with the other values of a table that has a mistake: only errors that speak of one of them,
         for others may come from what is left out."""
         inner = Reader(self.sources, self.data)
-        inner.made(kind, fields, table, place)
+        inner.made(name, fields, table, place)
         at = {(*place, key) for key in fields}
         self.mistakes += [mistake for mistake in inner.mistakes if mistake.place in at]
 
-    @staticmethod
-    def describe(hint: Any) -> str:
-        """What a field takes, in the words of a recipe."""
-        return " or ".join(dict.fromkeys(_described(arm) for arm in _arms(hint)))
+
+def class_of(name: str) -> Any:
+    """The class of a table by its name."""
+    if name in WITHOUT_TORCH:
+        return WITHOUT_TORCH[name]
+    from .classes import CLASSES
+
+    return CLASSES[name]
 
 
-def _arms(hint: Any) -> list[Any]:
-    """The types that a field may have; functions and objects of Python are none of a recipe."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    arms = typing.get_args(hint) if union else (hint,)
-    return [arm for arm in arms if arm is not type(None) and not _is_callable(arm)]
+def describe(kinds: Kinds) -> str:
+    """What a field takes, in the words of a recipe."""
+    return " or ".join(dict.fromkeys(_described(kind) for kind in kinds))
 
 
-def _is_callable(arm: Any) -> bool:
-    return typing.get_origin(arm) is collections.abc.Callable
+def _described(kind: Any) -> str:
+    if kind in ACCEPTED:
+        return ACCEPTED[kind]
+    if isinstance(kind, Kind):
+        return kind.accepted
+    if isinstance(kind, Table):
+        return f"a table of {' | '.join(FIELDS[kind.name])}"
+    return "a table" if isinstance(kind, Mapped) else "a list"
 
 
-def _fits(value: Any, arm: Any) -> bool:
-    if arm is bool:
-        return isinstance(value, bool)
-    if arm is int:
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if arm is float:
+    if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if arm is str:
-        return isinstance(value, str)
-    if isinstance(arm, type) and issubclass(arm, Grid):
+    if kind == GRID:
         return isinstance(value, str) or (isinstance(value, Mapping) and "grid" in value)
-    if dataclasses.is_dataclass(arm):
+    if isinstance(kind, Table | Mapped):
         return isinstance(value, Mapping)
-    origin = typing.get_origin(arm)
-    if origin is not None and issubclass(origin, Mapping):
-        return isinstance(value, Mapping)
-    return origin is not None and issubclass(origin, Iterable) and isinstance(value, list | tuple)
-
-
-def _described(arm: Any) -> str:
-    if arm in ACCEPTED:
-        return ACCEPTED[arm]
-    if arm in (Graph, TeacherCache):
-        return '"model", or the name of another'
-    if isinstance(arm, type) and dataclasses.is_dataclass(arm):
-        return 'a grid such as "w4g64"' if issubclass(arm, Grid) else f"a table of {' | '.join(words(arm))}"
-    origin = typing.get_origin(arm)
-    if origin is not None and issubclass(origin, Mapping):
-        return "a table"
-    if origin is None:
-        return getattr(arm, "__name__", str(arm))
-    return "a list"
+    return isinstance(kind, Listed | Fixed) and isinstance(value, list | tuple)
 
 
 def _key_of(error: InputError, table: Mapping[str, Any]) -> str | None:

@@ -1,38 +1,12 @@
-"""The words of recipes: the passes by their names, their fields and types, and the tables beside the passes."""
+"""The tables of a recipe beside its passes."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Any
 
-from ..context.longrope import LongRope
-from ..context.scale_rope import ChooseRope, ScaleRope
-from ..distillation.distill import Distill
-from ..distillation.teacher_cache import TeacherCache
 from ..errors import InputError
-from ..pruning.drop import Drop
-from ..pruning.prune import Prune
-from ..pruning.prune_ffn import PruneFFN
-from ..pruning.slice import Slice
-from ..quantization.autoround import AutoRound
-from ..quantization.awq import AWQ
-from ..quantization.embedding import QuantizeEmbedding
-from ..quantization.gptq import GPTQ
-from ..quantization.hqq import HQQ
-from ..quantization.mixed_bits import MixedBits
-from ..quantization.rotate import Rotate
-from ..quantization.rtn import RTN
-from ..quantization.smoothquant import SmoothQuant
 
-ALL = (
-    *(AWQ, GPTQ, HQQ, RTN, AutoRound, ChooseRope, Distill, Drop, LongRope, MixedBits, Prune, PruneFFN),
-    *(QuantizeEmbedding, Rotate, ScaleRope, Slice, SmoothQuant),
-)
-PASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in ALL}
-# fields that hold functions, or say where a run keeps its files and not what it makes
-ONLY_IN_PYTHON = ("work", "log", "stop", "journal", "token_weights", "rounding", "progress")
 STRETCHES = ("ChooseRope", "LongRope")  # passes whose windows are as long as the new context
 MOST = 10**9  # windows, and tokens of one
 FORMATS = ("native", "dense", "gptq", "awq", "compressed-tensors", "gguf")
@@ -106,17 +80,3 @@ class Export:
 
 TABLES: dict[str, type[Any]] = {"data": Data, "measure": Data, "export": Export}
 MEASURED = Data(samples=4, seq_len=None, split="test", in_order=True)  # what quality is measured on by default
-
-
-def words(kind: type[Any]) -> dict[str, Any]:
-    """The keys that a table for a dataclass may have, and the type of each."""
-    hints = typing.get_type_hints(kind, localns={"TeacherCache": TeacherCache})
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    return {name: hints[name] for name in names if kind.__name__ not in PASSES or name not in ONLY_IN_PYTHON}
-
-
-def required(kind: type[Any]) -> list[str]:
-    """Keys that have no default."""
-    missing = dataclasses.MISSING
-    fields = [f for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
-    return [f.name for f in fields if f.name not in ("tokens", "teacher")]
