@@ -132,7 +132,15 @@ def initializers(folder: str | Path) -> dict[str, Tensor]:
     of four bits come as the bytes they are stored in, uint8 [⌈n / 2⌉]."""
     proto = load_proto(folder)
     where = model_path(folder).parent
-    return {tensor.name: _tensor(tensor, where) for tensor in proto.graph.initializer} | host_file(folder)
+    stored: dict[str, Tensor] = {}
+    for tensor in proto.graph.initializer:
+        try:
+            stored[tensor.name] = _tensor(tensor, where)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # a type or a shape that its bytes are not of
+            raise InputError(f"initializer {tensor.name!r}", str(error), "one as it was exported") from error
+    return stored | host_file(folder)
 
 
 def load_proto(folder: str | Path) -> Any:

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ IDS = torch.arange(20)[None] * 7 % 64
 FORMATS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING = 8
 ARRAY = 9
+BF16 = 30
 SIZES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}  # F32 and F16 by their numbers
 NUMBERS = (0, 1, 2, 3, 4, 5, 8, 16, 24, 64, 128, 0.5, 1.0, 2.0, 1e-5, 1e-3, 1e4, 1e6, *COUNTS)
 TEXTS = ("", "none", "linear", "yarn", "longrope", "llama", "qwen2", "qwen3", "smollm3", "mamba")
@@ -195,8 +197,15 @@ def naive(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     tensors = {}
     for tensor, dims, kind, offset in header.tensors:
         if kind in SIZES:
-            values = np.frombuffer(header.rest, SIZES[kind], int(np.prod(dims)), offset)
-            tensors[tensor] = values.reshape(dims[::-1]).astype(np.float32)
+            values = np.frombuffer(header.rest, SIZES[kind], int(np.prod(dims)), offset).astype(np.float32)
+        elif kind == BF16:
+            halves = np.frombuffer(header.rest, "<u2", int(np.prod(dims)), offset)
+            values = (halves.astype(np.uint32) << 16).view(np.float32)
+        else:
+            per_block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            stored = np.frombuffer(header.rest, np.uint8, int(np.prod(dims)) // per_block * size, offset)
+            values = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType(kind))
+        tensors[tensor] = values.reshape(dims[::-1])
     return keys | {"architecture": name}, tensors
 
 
@@ -266,11 +275,12 @@ def check(case: str, count: int, folder: Path) -> dict[str, int]:
         save(graph, path, format="gguf")
     good = path.read_bytes()
     base = load(path)
+    architecture = naive(good)[0]["architecture"]
     counts = {"read": 0, "with the same logits": 0, "refused": 0}
     with torch.no_grad():
         expected = base.module()(IDS)
     for number in range(count):
-        data = changed(good, naive(good)[0]["architecture"], random.Random(f"{case} {number}"))
+        data = changed(good, architecture, random.Random(f"{case} {number}"))
         path.unlink()
         path.write_bytes(data)
         with watching(folder) as watch:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_layers_are_no_more_than_tensors(tmp_path):
     with watching(tmp_path) as watch, pytest.raises(InputError, match=r"block_count.*10000"):
         load(path)
     assert watch.peak < 32 * 2**20
+
+
+def test_a_tensor_without_axes(tmp_path):
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
+    name = b"token_embd.weight"
+    info = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 0, 0, 0)
+    path = tmp_path / "m.gguf"
+    path.write_bytes((header + info).ljust(128, bytes(1)))
+    with pytest.raises(InputError, match=r"m\.gguf.*0 axes"):
+        load(path)
 
 
 @pytest.mark.parametrize("entry", [0, 1, -1])

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import write_text
+from .tokenizer_config import check_text
 
 DEFAULT = "default"
 FILE = "chat_template.jinja"
@@ -30,16 +31,16 @@ def read_templates(folder: Path, stored: Any) -> str | dict[str, str] | None:
         return simplest({name: _text(path) for name, path in files.items()})
     where = f"chat_template in {folder / 'tokenizer_config.json'}"
     if stored is None or isinstance(stored, str):
-        return stored
+        return stored if stored is None else check_text(stored, where)
     if isinstance(stored, list):
         if not all(isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in stored):
             raise InputError(where, repr(stored)[:80], "a string, or objects with `name` and `template`")
         stored = {entry["name"]: entry["template"] for entry in stored if isinstance(entry["name"], str)}
     if not isinstance(stored, dict) or not all(isinstance(template, str) for template in stored.values()):
         raise InputError(where, repr(stored)[:80], "a string, or templates by name")
-    if bad := [name for name in stored if not re.fullmatch(r"[\w-][\w.-]*", name)]:
+    if bad := [name for name in stored if not re.fullmatch(r"[\w-][\w.-]{0,99}", name, re.ASCII)]:
         raise InputError(where, f"a template named {bad[0]!r}", "names that can name a file")
-    return simplest(stored)
+    return simplest({name: check_text(template, where) for name, template in stored.items()})
 
 
 def simplest(templates: Mapping[str, str]) -> str | dict[str, str]:

@@ -153,7 +153,7 @@ def _reader() -> type[gguf.GGUFReader]:
 
         def _get_tensor_info_field(self, orig_offs: int) -> Any:
             field = super()._get_tensor_info_field(orig_offs)
-            if len(field.parts[3]) > MOST_AXES:
+            if not 1 <= len(field.parts[3]) <= MOST_AXES:
                 raise ValueError(f"a tensor of {len(field.parts[3])} axes")
             return field
 

@@ -159,7 +159,16 @@ def _content(value: Any, name: str, where: str) -> str:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str):
         raise InputError(f"{name} in {where}", repr(value)[:80], "a string, or an object with `content`")
-    return content
+    return check_text(content, f"{name} in {where}")
+
+
+def check_text(text: str, where: str) -> str:
+    """The text; an `InputError` for one with half of a surrogate pair, which JSON can say and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(where, repr(text)[:80], "text that UTF-8 can hold") from None
+    return text
 
 
 def _id(value: Any, where: str) -> int:

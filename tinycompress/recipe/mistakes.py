@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
+MOST = 50  # mistakes that a message lists
 Place = tuple[str | int, ...]  # keys and indices from the top of a document: ("pass", 1, "training", "lr")
 
 
@@ -40,7 +41,8 @@ class RecipeError(InputError):
         super().__init__(where, found, accepted)
         if len(self.mistakes) > 1:
             lines = [f"  {where}: found {found}; accepted: {accepted}" for where, found, accepted in self.mistakes]
-            self.args = ("\n".join([f"{name}: {len(lines)} mistakes", *lines]),)
+            more = [f"  and {len(lines) - MOST} more"] if len(lines) > MOST else []
+            self.args = ("\n".join([f"{name}: {len(lines)} mistakes", *lines[:MOST], *more]),)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
