@@ -53,7 +53,7 @@ def run(graph: Graph, passes: Sequence[Pass], work: str | Path | None = None, pr
     return graph
 
 
-def _run_with_folder(graph: Graph, passes: Sequence[Pass], work: Path, bar: tqdm[Any]) -> Graph:
+def _run_with_folder(graph: Graph, passes: Sequence[Pass], work: Path, bar: tqdm) -> Graph:
     with locked(work):
         sweep(work)
         key = _root(graph)

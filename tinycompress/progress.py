@@ -32,6 +32,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 class tqdm(terminal_bar):  # type: ignore[type-arg]
     """tqdm's bar, with its arguments; where standard error is no terminal, its lines."""
 
+    disable: bool
+
     def __init__(self, *args: Any, **options: Any) -> None:
         stream = options.get("file") or sys.stderr
         self.in_log = not stream.isatty()

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,7 +134,7 @@ def root(version: Version = False) -> None:
     """Prune, quantize, distil, stretch, export and verify Llama-family models on one shared graph."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "compress": compress,
     "eval": evaluate,

@@ -245,7 +245,8 @@ class Reader:
             spec = QuantSpec.parse(fields.pop("grid"))
             return dataclasses.replace(spec, **fields)
         except InputError as error:
-            return self.refused(error, place)
+            self.refused(error, place)
+            return None
 
     def refused(self, error: InputError, place: Place) -> None:
         """An error of the library as a mistake at a place."""
