@@ -2,8 +2,8 @@
 
 reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the
 prompt with
-                 the margin of each of its steps, the widths of the cache, the profile's limits, the ids that end a text,
-                 and some texts with their ids, without and with the special tokens around them
+                 the margin of each of its steps, the widths of the cache, the profile's limits, the ids that end
+                 a text, and some texts with their ids, without and with the special tokens around them
 reference.f32    logits float32 [W, T, V] of `ids`, little-endian, row by row
 """
 
