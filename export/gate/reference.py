@@ -1,8 +1,9 @@
 """What torch says about a graph, in files that any language reads: the yardstick of the checks in export/runtimes.
 
-reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of it with
-                 the margin of each step, the widths of the cache, the profile's limits, the ids that end a text, and
-                 some texts with their ids, without and with the special tokens around them
+reference.json   ids [W, T], `prompt` (how many of the first window are prefilled), the greedy continuation of the
+prompt with
+                 the margin of each of its steps, the widths of the cache, the profile's limits, the ids that end
+                 a text, and some texts with their ids, without and with the special tokens around them
 reference.f32    logits float32 [W, T, V] of `ids`, little-endian, row by row
 """
 
@@ -14,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tinycompress.calibration.data import tokens as read_tokens
 from tinycompress.errors import InputError
 from tinycompress.files import write_json
 from tinycompress.graph.graph import Graph
 from tinycompress.model.generation import end_tokens
-from tinycompress.progress import tqdm
 
 from ..dynamic.emit import attention_layers
 from ..profiles import profile_of

@@ -1,4 +1,4 @@
-"""Saved checkpoints opened by the formats' own libraries, each in a venv of its own (tests/runtimes/README.md)."""
+"""Saved checkpoints opened by the formats' own libraries, each in a venv of its own: see the README.md of runtimes/."""
 
 import json
 
@@ -13,6 +13,7 @@ from tinycompress.export import export
 from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.edit import cut
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
+from tinycompress.quantization import gptq as column_loop
 from tinycompress.quantization.embedding import QuantizeEmbedding
 from tinycompress.quantization.rtn import RTN
 
@@ -44,11 +45,24 @@ def case_name(value) -> str:
     ids=case_name,
 )
 def test_logits_are_ours(format, grid, shared, tmp_path):
+    agrees(RTN(QuantSpec.parse(grid))(random_graph(CONFIG)), format, shared, tmp_path)
+
+
+@pytest.mark.parametrize("grid", ["w4g32", "w4g32-asym"])
+@pytest.mark.parametrize("format", [GPTQ, AWQ], ids=case_name)
+def test_logits_behind_the_column_loop_are_ours(format, grid, shared, tmp_path):
+    """Columns rounded in the order of their size, in groups that stay where they are: nothing in the file says so."""
+    tokens = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    agrees(column_loop.GPTQ(tokens, grid, progress=False)(random_graph(CONFIG)), format, shared, tmp_path)
+
+
+def agrees(graph, format, shared, tmp_path) -> None:
+    """Saves a graph, has the format's own library compute its logits, and compares."""
     name, kind, limit, *own = format
     venv, script = ("autoawq", "autoawq_logits.py") if own else ("transformers", "transformers_logits.py")
     folder_of(venv)
     tokenizer = load(shared / "models" / "stories260K").tokenizer  # GPTQModel opens no folder without one
-    save(RTN(QuantSpec.parse(grid))(random_graph(CONFIG)).replace(tokenizer=tokenizer), tmp_path / "m", format=name)
+    save(graph.replace(tokenizer=tokenizer), tmp_path / "m", format=name)
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
     printed = run(venv, script, tmp_path / "m", tmp_path / "ids.json", tmp_path / "out", cwd=tmp_path)
     assert kind in printed
@@ -58,7 +72,7 @@ def test_logits_are_ours(format, grid, shared, tmp_path):
 
 
 THIRD = {
-    "gptqmodel": ("transformers", "../../benchmarks/peers/run_gptqmodel.py", "transformers_logits.py", 1e-4),
+    "gptqmodel": ("transformers", "../../../benchmarks/peers/run_gptqmodel.py", "transformers_logits.py", 1e-4),
     "autoawq": ("autoawq", "autoawq_quantize.py", "autoawq_logits.py", 2e-2),
 }
 
