@@ -62,7 +62,7 @@ def test_the_embedding_alone(model, tmp_path):
         (("--quantize", "w4g16", "--format", "gguf"), "groups of 16"),
         (("--quantize", "w4g32", "--quantize-embedding", "w8g32", "--format", "gptq"), "quantized embedding"),
         (("--format", "gptq"), "without quantized weights"),
-        (("--quantize", "w4g32", "--format", "gptq", "--export", "ort"), "--export"),
+        (("--quantize", "w4g32", "--format", "gptq", "--export", "ort"), "--profile"),
         (("--quantize-embedding", "w8g48"), "48, which does not divide"),
         (("--quantize", "w4g32", "--format", "marlin"), "marlin"),
     ],
