@@ -31,7 +31,9 @@ SECONDS = 10  # of computation for one call
 WAIT = 120  # seconds for one call, the start of its process on a busy machine included
 MEMORY = 1 << 30  # bytes
 CHARACTERS = 1 << 22  # of one conversation
-REMEDY = "a model with one: chat_template.jinja, or chat_template in tokenizer_config.json (GGUF: tokenizer.chat_template)"
+REMEDY = (
+    "a model with one: chat_template.jinja, or chat_template in tokenizer_config.json (GGUF: tokenizer.chat_template)"
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _ask(request: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     except subprocess.TimeoutExpired:
         raise ended from None
-    if done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)) or "MemoryError" in done.stderr:
+    if (
+        done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0))
+        or "MemoryError" in done.stderr
+    ):
         raise ended
     if done.returncode:
         raise RuntimeError(f"the process of chat templates failed: {done.stderr[-2000:]}")

@@ -56,9 +56,7 @@ def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separator
 
 
 def environment() -> Any:
-    made: Any = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Answers, loopcontrols]
-    )
+    made: Any = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Answers, loopcontrols])
     made.filters["tojson"] = tojson
     made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return made
