@@ -92,18 +92,18 @@ def answers(template: str, messages) -> str:
     ((ids, counted),) = encode_conversations(ChatTemplate.of(tokenizer), [messages], ["a test"], answers=True)
     text, inside = "", False
     for token, counts in zip(ids, counted):
-        text += "|" if counts != inside else ""
+        text += "¦" if counts != inside else ""
         text += tokenizer.backend.id_to_token(token)
         inside = counts
-    return text + ("|" if inside else "")
+    return text + ("¦" if inside else "")
 
 
 def test_answers_are_told_from_the_rest():
     """Also where an answer says what the template says around it."""
-    assert "assistantĊ|assistant:Ġyes?<|im_end|>|ĊĊ<|im_start|>userĊassistant<|im_end|>" in answers(CHATML, LONG)
-    assert answers(CHATML, LONG).endswith("<|im_start|>assistantĊ|a<|im_end|>|ĊĊ")
-    assert answers(BRACKETS, LONG).endswith("[INST]ĠassistantĠ[/INST]Ġ|aĠ</s>|")
-    assert "|" not in answers(CHATML, SHORT)
+    assert "assistantĊ¦assistant:Ġyes?<|im_end|>¦ĊĊ<|im_start|>userĊassistant<|im_end|>" in answers(CHATML, LONG)
+    assert answers(CHATML, LONG).endswith("<|im_start|>assistantĊ¦a<|im_end|>¦ĊĊ")
+    assert answers(BRACKETS, LONG).endswith("[INST]ĠassistantĠ[/INST]Ġ¦aĠ</s>¦")
+    assert "¦" not in answers(CHATML, SHORT)
 
 
 def test_the_templates_own_tags_are_those_of_transformers(theirs):

@@ -112,6 +112,11 @@ class ChatTemplate:
         return [Rendered(r.get("text", ""), tuple(map(tuple, r.get("spans", ()))), r.get("error")) for r in replies]
 
 
+def opening(system: str | None) -> list[Message]:
+    """How a conversation begins: with the system message, if there is one."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
 def check_messages(messages: Any) -> None:
     """An `InputError` for what is no conversation."""
     accepted = 'a list of messages such as {"role": "user", "content": "Hello"}'
