@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -148,10 +149,8 @@ def lines(interactive: bool) -> Iterator[str]:
     if not interactive:
         yield from sys.stdin
         return
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (arrows and earlier lines, where the system has it)
-    except ImportError:
-        pass
     while True:
         try:
             print("> ", end="", file=sys.stderr, flush=True)

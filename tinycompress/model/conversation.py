@@ -45,7 +45,7 @@ class Conversation:
         """
         prompt = torch.as_tensor(ids).reshape(1, -1)
         T = prompt.shape[1]
-        if T >= self.positions:
+        if self.positions <= T:
             raise InputError(
                 "conversation", f"{T} tokens", f"fewer than the {self.positions} positions there is room for"
             )
