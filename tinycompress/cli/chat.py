@@ -129,10 +129,11 @@ class Talk:
             tokens.append(token)
             print(text(token), end="", flush=True)
 
+        options: Sampling = {**self.options, "on_token": show}
         stopped = False
         try:
             ids: Any = self.template.ids(asked, add_generation_prompt=True)
-            self.engine.generate(ids, self.max_new_tokens, **{**self.options, "on_token": show})  # type: ignore[typeddict-item]
+            self.engine.generate(ids, self.max_new_tokens, **options)
         except InputError as error:
             print(f"{error}; {HELP}", file=sys.stderr)
             return
