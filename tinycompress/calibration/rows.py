@@ -69,7 +69,8 @@ def _listed(text: str, path: Path) -> Iterator[Row]:
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     for row in rows:
-        begin = BETWEEN.match(text, at).end()  # type: ignore[union-attr] (it matches nothing, too)
+        between = BETWEEN.match(text, at)
+        begin = between.end() if between else at
         line += text.count("\n", at, begin)
         yield f"line {line} of {path}", row
         _, end = decoder.raw_decode(text, begin)

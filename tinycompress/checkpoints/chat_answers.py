@@ -56,7 +56,7 @@ def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 
 def _with_marks(messages: Messages) -> list[Message]:
-    out = []
+    out: list[Message] = []
     for number, message in enumerate(messages):
         mark = {"content": MARK.format(number)} if message["role"] == "assistant" else {}
         out.append({**message, **mark})
