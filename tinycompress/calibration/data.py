@@ -7,23 +7,27 @@
                   alternately into two halves: "train" to calibrate on, and "test" to evaluate on, which shares no
                   paragraph with the other
 
-Text is tokenized once, without special tokens, and cut into windows that do not overlap.
+Text is tokenized once, without special tokens, and cut into windows that do not overlap. Rows that are conversations
+(their shapes are in rows.py) are written by the model's own chat template, one behind the other.
 """
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.tokenizer import encoder_of
+from ..checkpoints.chat_answers import encode_conversations
+from ..checkpoints.chat_rendering import REMEDY, ChatTemplate
+from ..checkpoints.tokenizer import Tokenizer, encoder_of
 from ..errors import InputError
 from ..model.generation import seeded
+from .rows import Content, Row, contents, read_json_rows
 
 SPLITS = ("train", "validation", "test")
 FILE_TYPES = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -31,6 +35,21 @@ ACCEPTED = (
     f"pydoc | wikitext2 | a {', '.join(FILE_TYPES)} file | a hub data set such as Salesforce/wikitext:wikitext-2-raw-v1"
 )
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
+TOGETHER = 256  # conversations that are rendered at a time
+
+
+class TokenStream(NamedTuple):
+    """A source as token ids, before it is cut into windows.
+
+    Fields:
+        ids: of the whole source.
+        chat: whether its rows are conversations.
+        answers: for each id, whether the assistant wrote it; empty for text, and where it was not asked for.
+    """
+
+    ids: list[int]
+    chat: bool
+    answers: list[bool]
 
 
 def tokens(
@@ -49,20 +68,78 @@ def tokens(
 
     Too little text is an `InputError`. Ids fit the tokenizer; whether they fit a model is checked where they are used.
     """
-    encode = encoder_of(tokenizer)
+    encoder_of(tokenizer)  # refused before anything is read
     for name, value in (("number of windows", n), ("window length", seq_len)):
         if value < 1:
             raise InputError(name, value, "a positive integer")
-    # a hub data set can be endless: a tenth of what is read is plenty to draw from, at some four characters a token
-    ids = encode(text(source, split, max_chars=40 * n * seq_len))
-    fits = len(ids) // seq_len
+    return cut(token_stream(source, tokenizer, split, enough(n, seq_len)).ids, source, n, seq_len, seed)
+
+
+def enough(n: int, seq_len: int) -> int:
+    """Characters of a hub data set, which can be endless, to draw n windows from: ten times what they hold, at some
+    four characters a token."""
+    return 40 * n * seq_len
+
+
+def cut(values: list[Any], source: str | Path, n: int, seq_len: int, seed: int | None = None) -> Tensor:
+    """The first n windows [n, seq_len] of a list with a value for each token of a source, or with a `seed` n windows
+    drawn from all of them. Too few are an `InputError`."""
+    fits = len(values) // seq_len
     if n > fits:
         needed = f"at least {n} × {seq_len} = {n * seq_len}, or at most {fits} windows of {seq_len}"
-        raise InputError(f"tokens in {source}", len(ids), needed)
-    windows = torch.tensor(ids[: fits * seq_len]).view(fits, seq_len)
+        raise InputError(f"tokens in {source}", len(values), needed)
+    windows = torch.tensor(values[: fits * seq_len]).view(fits, seq_len)
     if seed is None:
         return windows[:n].clone()
     return windows[torch.randperm(fits, generator=seeded(seed))[:n]]
+
+
+def token_stream(
+    source: str | Path,
+    tokenizer: Any,
+    split: str = "train",
+    max_chars: int | None = None,
+    answers: bool = False,
+    first: int | None = None,
+) -> TokenStream:
+    """All token ids of a source: a text's in one piece, conversations' one behind the other.
+
+    Args:
+        source, tokenizer, split: as in `tokens`. Conversations need a tokenizer with a chat template.
+        max_chars: as in `text`.
+        answers: whether to tell which ids the assistant wrote.
+        first: characters after which a text is cut off, and no further conversation is begun. None: none.
+    """
+    encode = encoder_of(tokenizer)
+    parts = _parts(source, split, max_chars)
+    if not parts or isinstance(parts[0][1], str):
+        return TokenStream(encode("\n\n".join(str(content) for _, content in parts)[:first]), False, [])
+    template = _template(tokenizer, source)
+    ids: list[int] = []
+    counted: list[bool] = []
+    rest = iter(parts)
+    size = 0
+    while (some := list(islice(rest, TOGETHER))) and (first is None or size < first):
+        places = [place for place, _ in some]
+        conversations: list[Any] = [content for _, content in some]
+        for one, which in encode_conversations(template, conversations, places, answers):
+            ids += one
+            counted += which
+        size += sum(_size(content) for _, content in some)
+    return TokenStream(ids, True, counted)
+
+
+def _template(tokenizer: Any, source: str | Path) -> ChatTemplate:
+    try:
+        return ChatTemplate.of(Tokenizer.of(tokenizer))
+    except InputError:
+        found = "none in this tokenizer, for the conversations in it"
+        raise InputError(f"chat template for {source}", found, f"{REMEDY}; or rows with plain text") from None
+
+
+def _size(content: Content) -> int:
+    """Characters of a text or conversation."""
+    return len(content) if isinstance(content, str) else sum(len(message["content"]) for message in content)
 
 
 def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
@@ -90,14 +167,24 @@ def as_tokens(tokens: Tensor | Iterable[Any]) -> Tensor:
 def text(source: str | Path, split: str = "train", max_chars: int | None = None) -> str:
     """The text of a source, newlines as "\\n". `split` is ignored for a file, which has only one; `max_chars` stops
     reading a hub data set once it has that many."""
+    parts = _parts(source, split, max_chars)
+    if any(not isinstance(content, str) for _, content in parts):
+        raise InputError(
+            f"text source {source}", "conversations", "text; windows of conversations are what `tokens` makes"
+        )
+    return "\n\n".join(str(content) for _, content in parts)
+
+
+def _parts(source: str | Path, split: str, max_chars: int | None) -> list[tuple[str, Content]]:
+    """What a source consists of, each part with its place: texts, or conversations."""
     if split not in SPLITS:
         raise InputError("split", repr(split), " | ".join(SPLITS))
     name = str(source)
     path = Path(source).expanduser()
     if path.is_file():
-        return _file(path)
+        return list(_file(path))
     if name == "pydoc":
-        return _pydoc(split)
+        return [(name, _pydoc(split))]
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in FILE_TYPES or path.exists():
         raise InputError("text source", f"{name}, {'a folder' if path.exists() else 'no such file'}", ACCEPTED)
     if name == "wikitext2":
@@ -115,24 +202,27 @@ def _pydoc(split: str) -> str:
     return "\n\n".join(paragraph for paragraph in test.split("\n\n") if paragraph not in seen)
 
 
-def _file(path: Path) -> str:
-    from datasets import load_dataset
-
+def _file(path: Path) -> Iterator[tuple[str, Content]]:
     kind = FILE_TYPES.get(path.suffix)
     if kind is None:
         raise InputError("text source", f"{path}, of an unknown type", ACCEPTED)
+    if kind == "json":
+        yield from contents(read_json_rows(path))
+        return
+    from datasets import load_dataset
+
     whole = {"sample_by": "document"} if kind == "text" else {}  # the text as it is, not line by line
     # streaming: nothing is copied into a cache. The name is escaped, for it is taken as a pattern.
     try:
         rows = load_dataset(kind, data_files=glob.escape(str(path.absolute())), split="train", streaming=True, **whole)
-        return "\n\n".join(_texts(rows, str(path)))
+        yield from contents(_placed(rows, str(path)))
     except (ValueError, OSError, TypeError, StopIteration) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(str(path), f"{type(error).__name__}: {error}", f"a readable {kind} file, UTF-8") from error
 
 
-def _hub(name: str, split: str, max_chars: int | None) -> str:
+def _hub(name: str, split: str, max_chars: int | None) -> list[tuple[str, Content]]:
     from datasets import load_dataset
 
     repository, _, config = name.partition(":")
@@ -140,33 +230,18 @@ def _hub(name: str, split: str, max_chars: int | None) -> str:
         rows = load_dataset(repository, config or None, split=split, streaming=True)
         parts = []
         size = 0
-        for row in _texts(rows, name):
-            parts.append(row)
-            size += len(row)
+        for part in contents(_placed(rows, name)):
+            parts.append(part)
+            size += _size(part[1])
             if max_chars and size >= max_chars:
                 break
-        return "\n\n".join(parts)
+        return parts
     except (ValueError, OSError, RuntimeError) as error:  # the library's own errors are subclasses of these
         if isinstance(error, InputError):
             raise
         raise InputError("text source", f"{name!r}: no such local file, and the hub said: {error}", ACCEPTED) from error
 
 
-def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[str]:
-    """The text column: "text", or else the only one with strings."""
-    rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
-        return
-    columns = [key for key, value in first.items() if isinstance(value, str)]
-    if "text" in columns:
-        columns = ["text"]
-    if len(columns) != 1:
-        given = ", ".join(f"{key} ({type(value).__name__})" for key, value in first.items())
-        raise InputError(f"columns of {where}", given, 'a string column "text", or one string column only')
-    (column,) = columns
-    for number, row in enumerate(chain([first], rows), 1):
-        value = row.get(column) or ""
-        if not isinstance(value, str):
-            raise InputError(f"{column} in row {number} of {where}", f"a {type(value).__name__}", "a string")
-        yield value.replace("\r\n", "\n").replace("\r", "\n")
+def _placed(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        yield f"row {number} of {where}", row

@@ -1,4 +1,4 @@
-"""`tinycompress generate`: a text goes on."""
+"""`tinycompress generate`: a text goes on, or a question is answered."""
 
 from __future__ import annotations
 
@@ -10,38 +10,23 @@ import typer
 
 from ..errors import InputError
 from .arguments import need_tokenizer, open_model, runnable
-from .options import Model, count_option
+from .options import Model
+from .sampling_options import MaxNewTokens, RepetitionPenalty, Seed, System, Temperature, TopK, TopP, say_draw, speed
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, count_option("Stop after so many tokens.")] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="0 takes the likeliest token each time; higher draws more freely.  "
-            "[default: as the model's generation_config.json says, else 0]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(min=0, help="Draw among the K likeliest tokens; 0 is all.  [default: the file's, or all]"),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Draw among the likeliest tokens that make up this probability.  [default: the file's, or 1]",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="Above 1, makes tokens that were there before less likely.  [default: the file's, or 1]"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.  [default: different each time]")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="PROMPT is what a user says, through the model's chat template.")
+    ] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
 ) -> None:
     """Go on from a prompt: the text to standard output as it comes, the speed to standard error.
 
@@ -51,20 +36,29 @@ def generate(
     \b
     Examples:
       tinycompress generate smollm2-135m "The capital of France is"
+      tinycompress generate smollm2-135m "What is the capital of France?" --chat
       tinycompress generate small "Once upon a time" --temperature 0
       tinycompress generate small-onnx "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
     """
     import torch
 
+    from ..checkpoints.chat_rendering import ChatTemplate, opening
+    from ..model.sampling import Sampling
+
+    if system is not None and not chat:
+        raise InputError("--system", "without --chat", "both: a text that goes on is told nothing")
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("PROMPT", ascii(prompt[:40]), "text in UTF-8") from None
-    from ..model.sampling import Sampling, draw_of, words
-
     graph = open_model(model)
     tokenizer = need_tokenizer(graph)
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=True)], dtype=torch.long)
+    if chat:
+        messages = [*opening(system), {"role": "user", "content": prompt}]
+        found = ChatTemplate.of(tokenizer).ids(messages, add_generation_prompt=True)
+    else:
+        found = tokenizer.encode(prompt, add_special_tokens=True)
+    ids = torch.tensor([found], dtype=torch.long)
     room = graph.config.max_position - ids.shape[1]
     if room < 1:
         accepted = f"fewer than the model's context, {graph.config.max_position}"
@@ -85,12 +79,7 @@ def generate(
         "seed": seed,
         "on_token": show,
     }
-    draw = draw_of(graph.generation, options)
-    if draw != draw_of(None, options):
-        print(f"as generation_config.json says: {words(draw)} (--temperature 0 is greedy)", file=sys.stderr)
+    say_draw(graph.generation, options)
     engine.generate(ids, min(max_new_tokens, room), **options)
     print()
-    made = len(times) - 1
-    decoding = times[-1] - times[min(1, made)]  # the first token's time is the prompt's
-    speed = f", {(made - 1) / decoding:.1f} tokens/s after the first" if made > 1 and decoding > 0 else ""
-    print(f"{made} tokens{speed}", file=sys.stderr)
+    print(speed(times), file=sys.stderr)

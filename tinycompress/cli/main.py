@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 from ..errors import InputError, MissingExtra, OutputError
 from .cache_teacher import cache_teacher
+from .chat import chat
+from .compare import compare
 from .compress import compress
 from .distill import distill
 from .evaluate import evaluate
@@ -139,6 +141,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
+    "compare": compare,
     "export": export,
     "verify": verify,
     "distill": distill,

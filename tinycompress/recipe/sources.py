@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration.data import text, tokens
+from ..calibration.data import TokenStream, cut, enough, token_stream
 from ..checkpoints.checkpoint import load
-from ..checkpoints.tokenizer import encoder_of
 from ..distillation.teacher_cache import TeacherCache, open_cache
 from ..errors import InputError
 from ..graph.config import Config, Layer
@@ -43,6 +43,9 @@ class StandIns:
     def tokens(self, data: Data) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.long).expand(data.samples, length_of(data, self.context))
 
+    def answers(self, windows: Tensor) -> Tensor | None:
+        return None
+
     def graph(self, name: str) -> Graph:
         return Graph.random(Config(vocab_size=8, hidden_size=8, head_dim=8, layers=(Layer(1, 1, 8),), max_position=8))
 
@@ -64,6 +67,7 @@ class Loaded:
         device: where windows lie, such as "cuda". Default None: the CPU.
         instead: windows that stand for those of every text. Default None.
         read: windows that were read, by what they are.
+        chats: those of them that are conversations.
     """
 
     given: Graph
@@ -72,6 +76,7 @@ class Loaded:
     device: torch.device | str | None = None
     instead: Tensor | None = None
     read: dict[Data, Tensor] = field(default_factory=dict)
+    chats: set[Data] = field(default_factory=set)
 
     def tokens(self, data: Data) -> Tensor:
         if self.instead is not None:
@@ -80,22 +85,37 @@ class Loaded:
             if data.seq_len and data.seq_len > self.longest:
                 raise InputError("Data.seq_len", data.seq_len, f"at most the model's context, {self.longest}")
             length = length_of(data, self.given.config.max_position)
-            found = self._in_order(data, length) if data.in_order else self._drawn(data, length)
-            self.read[data] = found.to(self.device)
+            stream = self._stream(data, length)
+            self.read[data] = self._windows(data, stream.ids, length).to(self.device)
+            if stream.chat:
+                self.chats.add(data)
         return self.read[data]
 
-    def _drawn(self, data: Data, length: int) -> Tensor:
-        return tokens(data.text, self._tokenizer(), data.samples, length, seed=data.seed, split=data.split)
+    def answers(self, windows: Tensor) -> Tensor | None:
+        """For windows [N, T] of conversations that `tokens` gave: 1.0 for each token that the assistant wrote, which a
+        model that answers learns from, and 0.0 for the others. None for windows of a text."""
+        data = next((data for data, known in self.read.items() if known is windows), None)
+        if data is None or data not in self.chats:
+            return None
+        length = windows.shape[1]
+        stream = self._stream(data, length, answers=True)
+        return self._windows(data, stream.answers, length).float().to(self.device)
 
-    def _in_order(self, data: Data, length: int) -> Tensor:
-        """The first windows of a text: as many as it has, and at most `samples`."""
-        characters = 40 * data.samples * length  # some four make a token
-        encode = encoder_of(self._tokenizer())
-        ids = encode(text(data.text, data.split, max_chars=characters)[:characters])[: data.samples * length]
-        if len(ids) < length:
-            raise InputError(f"tokens in {data.text}", len(ids), f"at least one window of {length}")
-        n = len(ids) // length
-        return torch.tensor(ids[: n * length]).view(n, length)
+    def _stream(self, data: Data, length: int, answers: bool = False) -> TokenStream:
+        characters = enough(data.samples, length)
+        first = characters if data.in_order else None
+        return token_stream(data.text, self._tokenizer(), data.split, characters, answers, first)
+
+    @staticmethod
+    def _windows(data: Data, values: list[Any], length: int) -> Tensor:
+        """Windows of a source with a value for each token: drawn, or the first ones, as many as there are and at most
+        `samples`."""
+        if not data.in_order:
+            return cut(values, data.text, data.samples, length, data.seed)
+        n = min(data.samples, len(values) // length)
+        if not n:
+            raise InputError(f"tokens in {data.text}", len(values), f"at least one window of {length}")
+        return cut(values, data.text, n, length)
 
     def _tokenizer(self) -> object:
         if self.given.tokenizer is None:

@@ -29,6 +29,9 @@ class Sources(Protocol):
     def tokens(self, data: Data) -> Tensor:
         """Windows [samples, seq_len] of a text."""
 
+    def answers(self, windows: Tensor) -> Tensor | None:
+        """How much each token of such windows counts in training; None where all count the same."""
+
     def graph(self, name: str) -> Graph:
         """A model; "model" is the one that the recipe starts from."""
 
@@ -127,12 +130,15 @@ class Reader:
         return isinstance(tokens, Mapping) and "seq_len" in tokens
 
     def finish_training(self, fields: dict[str, Any], table: Mapping[str, Any], place: Place) -> None:
-        """Held-out texts are as long as the windows that train; without a teacher there is none."""
+        """Held-out texts are as long as the windows that train; without a teacher there is none. Of conversations only
+        the assistant's tokens are learned."""
         fields.setdefault("teacher", None)
         names = fields.pop("held_out", None)
         tokens = fields.get("tokens")
         if names and tokens is not None and self.sources is not None:
             fields["held_out"] = self.sources.texts(names, tokens.shape[1])
+        if isinstance(tokens, Tensor) and (counted := self.sources.answers(tokens)) is not None:
+            fields["token_weights"] = counted
 
     def fields(self, table: Mapping[str, Any], place: Place, owner: str, known: Mapping[str, Kinds]) -> dict[str, Any]:
         """The values of a table whose keys are those of `known`."""
