@@ -19,7 +19,8 @@ from .distillation.lora import LoRA
 from .distillation.schedule import Ramp
 from .distillation.training import Training
 from .errors import InputError
-from .evaluation.perplexity import agreement, perplexity
+from .evaluation.divergence import divergence
+from .evaluation.perplexity import perplexity
 from .graph import (
     LLAMA_2_7B,
     SMOLLM2_135M,
@@ -99,10 +100,10 @@ __all__ = [
     "Slice",
     "SmoothQuant",
     "Training",
-    "agreement",
     "as_tokens",
     "axes",
     "cut",
+    "divergence",
     "feeds",
     "gram",
     "keep_memory",
