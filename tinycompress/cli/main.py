@@ -21,6 +21,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .option_names import in_options
+from .report import report
 from .verify import verify
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -103,6 +104,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 app.command()(inspect)
 app.command()(compress)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(generate)
 app.command()(export)
 app.command()(verify)

@@ -111,4 +111,4 @@ class ReferenceCache:
 
 def _bytes(part: Tensor) -> memoryview:
     array = part.float().cpu().contiguous().numpy().astype("<f4", copy=False)
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
