@@ -4,7 +4,9 @@ nothing of a network, runs no script, and follows light and dark."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
+from pathlib import PurePath
 
 from .pictures import bars_by_layer, dots_on_a_log_axis, size_against_perplexity
 from .report import human
@@ -36,7 +38,7 @@ p { margin: 4px 0 12px; }
 table { border-collapse: collapse; font-size: 0.9rem; width: 100%; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 500; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 500; overflow-wrap: anywhere; } th:first-child, td:first-child { text-align: left; }
 td small { display: block; color: var(--soft); white-space: nowrap; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border-radius: 6px; padding: 12px; }
@@ -63,6 +65,7 @@ KL_ROWS = {
 def page(reference: Judged, models: Sequence[Judged], protocol: str, limits: Limits | None = None) -> str:
     """The page about `models` beside `reference`. `protocol` says on what text they were compared, and how."""
     limits = limits or Limits()
+    reference, *models = _shortly_named([reference, *models])
     names = ", ".join(model.name for model in models)
     parts = [f"<h1>{escape(names)}</h1>", f'<p class="soft">compared with {escape(reference.name)}</p>']
     parts += [_verdict(model, reference, limits) for model in models]
@@ -74,7 +77,15 @@ def page(reference: Judged, models: Sequence[Judged], protocol: str, limits: Lim
     title = f"<title>{escape(names)}: what was lost and gained</title>"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}{title}<style>{STYLE}</style></head>\n<body>{body}</body></html>\n'
+    whole = f"<head>{head}{title}<style>{STYLE}</style></head>\n<body>{body}</body>"
+    return f'<!doctype html>\n<html lang="en">{whole}</html>\n'
+
+
+def _shortly_named(models: Sequence[Judged]) -> list[Judged]:
+    """The models under the last parts of their names, where these differ."""
+    short = [PurePath(model.name).name for model in models]
+    unlike = len(set(short)) == len(short)
+    return [replace(model, name=name) for model, name in zip(models, short)] if unlike else list(models)
 
 
 def _verdict(model: Judged, reference: Judged, limits: Limits) -> str:
@@ -156,11 +167,12 @@ def _pictures(reference: Judged, models: Sequence[Judged]) -> Iterable[str]:
     shown = dots_on_a_log_axis(rows, [model.name for model in models])
     yield _figure("KL from the reference, position by position: the middle and the tail", shown)
     kinds = ((0, "heads", "Attention heads by layer"), (1, "channels", "FFN channels by layer"))
-    for model in models:
+    for number, model in enumerate(models, 1):
         for place, unit, title in (*kinds, (2, "bits", "Bits of a weight by layer")):
             old, new = ([layer[place] for layer in judged.layers] for judged in (reference, model))
             if old != new:
-                yield _figure(f"{title}: {model.name}, before in outline", bars_by_layer(old, new, unit, title))
+                shown = bars_by_layer(old, new, unit, title, number)
+                yield _figure(f"{title}: {model.name}, before in outline", shown)
 
 
 def _figure(caption: str, svg: str) -> str:

@@ -91,8 +91,8 @@ def dots_on_a_log_axis(rows: Sequence[tuple[str, Sequence[Interval]]], names: Se
     return picture(height, "KL from the reference: its middle and its tail", parts)
 
 
-def bars_by_layer(before: Sequence[float], after: Sequence[float], unit: str, title: str) -> str:
-    """A bar for each layer: what it is, filled, in front of what it was, in outline."""
+def bars_by_layer(before: Sequence[float], after: Sequence[float], unit: str, title: str, series: int) -> str:
+    """A bar for each layer: what it is, filled in the colour of `series`, and what it was, in outline."""
     height = 160
     right, floor = WIDTH - RIGHT, height - BOTTOM
     count = max(len(before), len(after))
@@ -110,6 +110,12 @@ def bars_by_layer(before: Sequence[float], after: Sequence[float], unit: str, ti
 
     ends = [text(LEFT + wide / 2, floor + 14, "0"), text(right - wide / 2, floor + 14, f"{count - 1}")]
     scale = [text(LEFT - 5, TOP + 4, f"{most:.4g}", "end"), text(LEFT - 5, floor + 4, "0", "end")]
-    parts = [*bars(before, "was"), *bars(after, "s1"), line(LEFT, floor, right, floor, "axis"), *ends, *scale]
+    parts = [
+        *bars(after, f"s{series % 6}"),
+        *bars(before, "was"),
+        line(LEFT, floor, right, floor, "axis"),
+        *ends,
+        *scale,
+    ]
     parts.append(text((LEFT + right) / 2, height - 3, "layer"))
     return picture(height, title, parts)

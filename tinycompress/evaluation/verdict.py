@@ -117,7 +117,7 @@ def verdict(model: Judged, reference: Judged, limits: Limits) -> Verdict:
         found.append((0 if passed else 2, f"The gate of the export {words}."))
     found.sort(key=lambda reason: -reason[0])
     smaller = reference.nbytes / max(1, model.nbytes)
-    gain = f"It takes {human(model.nbytes)} in place of {human(reference.nbytes)}, {smaller:.1f} times less."
+    gain = f"It takes {human(model.nbytes)} in place of {human(reference.nbytes)}, {smaller:.1f} times smaller."
     if smaller < 1:
         gain = f"It takes {human(model.nbytes)}, more than the reference's {human(reference.nbytes)}."
     decision = (SHIP, LOOK, DO_NOT)[found[0][0]]
