@@ -59,12 +59,12 @@ def report(
         measured = _measured(known, model, reference)
         if measured is None:
             measured = measure_against(model, reference, data, windows, seq_len, reference_cache, engine)
-        judged.append((measured, _judged(model, measured, known)))
+        judged.append((measured, _judged(model, reference, measured, known)))
     protocols = {f"{measured['protocol']}, of {measured['data']}" for measured, _ in judged}
     if len(protocols) > 1:
         raise InputError("--results", " | ".join(sorted(protocols)), "results on one text, by one protocol")
     with files.new_file(place) as path:
-        text = page(_judged(reference, None, known), [model for _, model in judged], protocols.pop())
+        text = page(_judged(reference, reference, None, known), [model for _, model in judged], protocols.pop())
         path.write_text(text, encoding="utf-8")
     print(f"written: {output}")
 
@@ -87,7 +87,9 @@ def _measured(known: Sequence[Mapping[str, Any]], model: str, reference: str) ->
     return None
 
 
-def _judged(name: str, measured: Mapping[str, Any] | None, known: Sequence[Mapping[str, Any]]) -> Judged:
+def _judged(
+    name: str, reference: str, measured: Mapping[str, Any] | None, known: Sequence[Mapping[str, Any]]
+) -> Judged:
     """All that is known of a model: from itself, from its folder, from what was measured."""
     from .. import files
     from ..evaluation.report import folder_bytes
@@ -100,9 +102,10 @@ def _judged(name: str, measured: Mapping[str, Any] | None, known: Sequence[Mappi
     figures = measured["reference"]["figures"] if measured else {}
     metrics: dict[str, dict[str, Any]] = {}
     for result in (result for result in known if result["model"] == name):
-        beside = (result.get("reference") or {}).get("metrics") or {}
+        beside = result.get("reference") or {}
+        of_reference = beside.get("metrics", {}) if beside.get("model") == reference else {}
         for metric, value in (result.get("metrics") or {}).items():
-            metrics[metric] = {**value, "reference": beside.get(metric, {}).get("value")}
+            metrics[metric] = {**value, "reference": of_reference.get(metric, {}).get("value")}
     return Judged(
         name=name,
         nbytes=folder_bytes(place) if place.exists() else graph.nbytes,

@@ -111,8 +111,6 @@ def _table(reference: Judged, models: Sequence[Judged]) -> str:
     rows.append(_row("same likeliest token", "top_1", "{:.1%}", models))
     rows.append(_row("same five likeliest", "top_5", "{:.1%}", models))
     rows += [_task_row(name, models) for name in _names(model.metrics for model in models)]
-    for name in _names(model.speeds for model in everyone):
-        rows.append((name, [escape(model.speeds.get(name, "")) for model in everyone]))
     head = "".join(f"<th>{escape(model.name)}</th>" for model in everyone)
     return _html_table(f"<th></th>{head}", rows)
 

@@ -43,7 +43,6 @@ class Judged:
         figures: of the divergence from the reference, by name; empty for the reference itself.
         gate: the checks of an export's gate, as its manifest has them; None for what is no export, or was not checked.
         metrics: of tasks, by name: value, low, high, and where it is known the reference's value.
-        speeds: by what was measured, in words.
         provenance: how it was made, or None where nothing says.
         history: its passes, in order.
     """
@@ -56,7 +55,6 @@ class Judged:
     figures: Mapping[str, Interval] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    speeds: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] | None = None
     history: Sequence[str] = ()
 
