@@ -19,7 +19,7 @@ ROOMS = {
     "pruning": "The passes, and how a budget becomes widths.",
     "distillation": "The pass, its losses, its teachers and the training loop.",
     "context": "The passes that stretch a context.",
-    "evaluation": "Perplexity, agreement, questions, paired intervals, long contexts.",
+    "evaluation": "Perplexity, divergence from a reference, questions, paired intervals, long contexts.",
     "recipe": "TOML and options to passes, what they will make and cost, and running them.",
     "pipeline": "Passes in order with a work folder, provenance and model cards, errors and files.",
     "export": "A graph to a folder that a runtime opens, read back and verified. Imported as `tinycompress.export`.",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .distillation.schedule import Ramp
     from .distillation.training import Training
     from .errors import InputError
-    from .evaluation.perplexity import agreement, perplexity
+    from .evaluation.divergence import divergence
+    from .evaluation.perplexity import perplexity
     from .graph import (
         LLAMA_2_7B,
         SMOLLM2_135M,
@@ -82,7 +83,8 @@ MODULES = {  # what each module gives to the package; the imports above say the 
     "distillation.schedule": "Ramp",
     "distillation.training": "Training",
     "errors": "InputError",
-    "evaluation.perplexity": "agreement perplexity",
+    "evaluation.divergence": "divergence",
+    "evaluation.perplexity": "perplexity",
     "graph": "Axis Config Feed Graph Grid LLAMA_2_7B Layer Linear Pass QuantSpec QuantTensor Rope SMOLLM2_135M "
     "TINYLLAMA_1_1B axes cut feeds shapes",
     "model.cpu_memory": "keep_memory",
@@ -148,10 +150,10 @@ __all__ = [
     "Slice",
     "SmoothQuant",
     "Training",
-    "agreement",
     "as_tokens",
     "axes",
     "cut",
+    "divergence",
     "feeds",
     "gram",
     "keep_memory",

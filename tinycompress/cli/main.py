@@ -25,6 +25,7 @@ from .generate import generate
 from .guidance import empty_option, misuse, unknown_command
 from .inspect import inspect
 from .option_names import in_options
+from .report import report
 from .terminal import Version, with_common
 from .verify import verify
 
@@ -140,6 +141,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "compress": compress,
     "eval": evaluate,
+    "report": report,
     "generate": generate,
     "chat": chat,
     "compare": compare,

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, agreement, intervals, long contexts, tables."""
+"""What a model is worth: perplexity, divergence, intervals, long contexts, tables."""

@@ -1,4 +1,4 @@
-"""Measuring: perplexity by a stated protocol, agreement of two models, paired comparisons with intervals, speed.
+"""Measuring: perplexity by a stated protocol, and speed.
 
 A model is anything that maps token ids [1, T] to logits [1, T, V]: `graph.module()`, or an exported model in its
 runtime. Comparisons are paired: the same windows for both models, and a bootstrap over windows.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -62,12 +62,7 @@ class Perplexity:
 @torch.inference_mode()
 def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexity:
     """Perplexity of `model` over `tokens` [windows, seq_len]."""
-    if tokens.dim() != 2 or tokens.shape[1] < 2:
-        raise InputError("evaluation tokens", tuple(tokens.shape), "[windows, seq_len], windows of at least 2")
-    if isinstance(model, Transformer):
-        check_ids(tokens, model.config.vocab_size)
-        if tokens.shape[1] > model.config.max_position:
-            raise InputError("seq_len", tokens.shape[1], f"at most the model's context, {model.config.max_position}")
+    check_windows(model, tokens)
     together = max(1, CHUNK // tokens.shape[1]) if isinstance(model, Transformer) else 1
     nll = []
     with tqdm(total=len(tokens), desc="perplexity", unit="window", delay=2, disable=not progress) as bar:
@@ -77,27 +72,47 @@ def perplexity(model: Model, tokens: Tensor, progress: bool = True) -> Perplexit
     return Perplexity(torch.cat(nll).double().cpu(), tokens.shape[1])
 
 
+def check_windows(model: Model, tokens: Tensor) -> None:
+    """An `InputError` for tokens that are not windows [windows, seq_len], or that a Transformer cannot read."""
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise InputError("evaluation tokens", tuple(tokens.shape), "[windows, seq_len], windows of at least 2")
+    if isinstance(model, Transformer):
+        check_ids(tokens, model.config.vocab_size)
+        if tokens.shape[1] > model.config.max_position:
+            raise InputError("seq_len", tokens.shape[1], f"at most the model's context, {model.config.max_position}")
+
+
 @torch.inference_mode()
 def streamed_perplexity(graph: Graph, tokens: Tensor, progress: bool = True) -> Perplexity:
     """What `perplexity` finds of `graph.module()` in float32, but for the last bits of its sums, with one block's
     weights in memory at a time."""
-    check_calibration(graph, tokens)
+    states = streamed_states(graph, tokens, progress)
     dense = graph.dense(torch.float32)
-    stream = Stream(dense, tokens, dtype=torch.float32)
-    for block in blocks(dense, stream.device, torch.float32, "perplexity" if progress else None):
-        stream.step(block)
-    norm = Norm(dense.tensor(f"{FINAL_NORM}.weight").to(stream.device), dense.config.norm_eps)
-    head = dense.tensor(dense.config.weight_name(HEAD)).to(stream.device)
+    head = dense.tensor(dense.config.weight_name(HEAD)).to(tokens.device)
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     positions = logits_together(dense.config.vocab_size)
-    hidden = (h for batch in stream.hidden for h in batch.flatten(0, 1).split(positions))
+    hidden = (h for batch in states for h in batch.split(positions))
     nll = []
     start = 0
     for h in hidden:
         target = targets[start : start + len(h)]
-        nll.append(F.cross_entropy(product(norm(h), head), target, reduction="none"))
+        nll.append(F.cross_entropy(product(h, head), target, reduction="none"))
         start += len(h)
     return Perplexity(torch.cat(nll).view(tokens.shape)[:, :-1].mean(1).double().cpu(), tokens.shape[1])
+
+
+@torch.inference_mode()
+def streamed_states(graph: Graph, tokens: Tensor, progress: bool = True) -> Iterator[Tensor]:
+    """The normalised last hidden states of all windows, float32, in batches [n, D] of whole windows: as
+    `graph.module().hidden` gives them, with one block's weights in memory at a time."""
+    check_calibration(graph, tokens)
+    dense = graph.dense(torch.float32)
+    stream = Stream(dense, tokens, dtype=torch.float32)
+    for block in blocks(dense, stream.device, torch.float32, "layers" if progress else None):
+        stream.step(block)
+    norm = Norm(dense.tensor(f"{FINAL_NORM}.weight").to(stream.device), dense.config.norm_eps)
+    for batch in stream.hidden:
+        yield norm(batch).flatten(0, 1)
 
 
 def logits_together(vocab_size: int) -> int:
@@ -119,34 +134,6 @@ def window_nll(model: Model, ids: Tensor) -> Tensor:
         parts = zip(logits.split(CHUNK), targets.to(logits.device).split(CHUNK))
     nll = torch.cat([F.cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
     return nll.view(ids.shape)[:, :-1]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How closely a model follows a reference.
-
-    Fields:
-        kl: mean KL(reference ‖ model) of a token, in nats.
-        top1: share of positions with equal argmax, 0 … 1.
-        tokens: positions that were compared.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
-
-
-@torch.inference_mode()
-def agreement(reference: Model, model: Model, tokens: Tensor) -> Agreement:
-    """How closely `model` follows `reference` over `tokens` [windows, seq_len]."""
-    kl, same, count = 0.0, 0, 0
-    for window in tqdm(tokens, desc="agreement", unit="window", delay=2):
-        for p, q in zip(reference(window[None])[0].split(CHUNK), model(window[None])[0].split(CHUNK)):
-            p, q = p.float().cpu(), q.float().cpu()
-            kl += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum").item()
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(p)
-    return Agreement(kl / count, same / count, count)
 
 
 @torch.inference_mode()

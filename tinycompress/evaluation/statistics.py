@@ -52,6 +52,26 @@ def paired_difference(a: Tensor, b: Tensor, seed: int = 0) -> Interval:
     return bootstrap(lambda index: difference[index].mean(-1), len(difference), seed)
 
 
+def percentile(values: Tensor, share: float, seed: int = 0) -> Interval:
+    """The smallest of `values` [windows, positions] that at least `share` (above 0, at most 1) of them do not exceed,
+    over resampled windows. Found by bisection in the sorted values: nothing is sorted again for a draw."""
+    levels = values.flatten().sort().values
+    rank = math.ceil(share * len(levels) - 1e-9)  # a share of 0.999 is a little more in binary
+    reached = torch.searchsorted(values.sort(1).values, levels.expand(len(values), -1).contiguous(), right=True)
+
+    def statistic(index: Tensor) -> Tensor:
+        low = torch.zeros(len(index), dtype=torch.long)
+        high = low + len(levels) - 1
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = reached[index, middle[:, None]].sum(1) >= rank
+            high = torch.where(enough, middle, high)
+            low = torch.where(enough, low, middle + 1)
+        return levels[low]
+
+    return bootstrap(statistic, len(values), seed)
+
+
 def closure(baseline: Tensor, method: Tensor, reference: Tensor, seed: int = 0) -> Interval:
     """The share of the baseline's loss that a method wins back, (ln RTN - ln M) / (ln RTN - ln FP), from NLLs
     [windows]."""
