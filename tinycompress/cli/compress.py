@@ -23,10 +23,12 @@ from .options import (
 )
 from .recipes import (
     DryRun,
+    Fresh,
     Measure,
     RecipeFile,
     Settings,
     check,
+    check_fresh,
     claim_output,
     file_recipe,
     option_recipe,
@@ -115,8 +117,10 @@ def compress(
     ] = Format.native,
     overwrite: Overwrite = False,
     work: Annotated[
-        Path | None, folder_option("Keep the result of every step here; a rerun goes on behind the last one.")
+        Path | None,
+        folder_option("Keep every step here, and what a killed one had done: a rerun goes on from there."),
     ] = None,
+    fresh: Fresh = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     measure: Measure = None,
@@ -140,6 +144,7 @@ def compress(
     from ..recipe.options import Options
 
     changes = list(settings or ())
+    check_fresh(fresh, work)
     if recipe is not None:
         chosen = file_recipe(invocation, recipe, changes, model)
         apart_from = {"the work folder": work, "the recipe": recipe} | places_in(chosen)
@@ -165,4 +170,4 @@ def compress(
     if claimed is None:
         return print_plan(chosen, before, foretold, output, work)
     with keep_memory():
-        write(run(chosen, before, work, typed(invocation)), chosen, claimed)
+        write(run(chosen, before, work, typed(invocation), fresh=fresh), chosen, claimed)

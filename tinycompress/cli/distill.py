@@ -16,10 +16,12 @@ from .dry_run import print_plan
 from .options import OptionalOut, Overwrite, TrainingText, count_option, folder_option, grid_option, window_option
 from .recipes import (
     DryRun,
+    Fresh,
     Measure,
     RecipeFile,
     Settings,
     check,
+    check_fresh,
     claim_output,
     file_recipe,
     option_recipe,
@@ -154,6 +156,7 @@ def distill(
     work: Annotated[
         Path | None, folder_option("Save the state here: a killed run goes on from it, to the same bytes.")
     ] = None,
+    fresh: Fresh = False,
     log: Annotated[
         Path | None, folder_option("Where train.jsonl and TensorBoard files go.  [default: the folder of --work]")
     ] = None,
@@ -177,11 +180,14 @@ def distill(
     """
     from ..distillation.distributed import process_group, rank
     from ..distillation.stopping import stop_on_sigterm
+    from ..distillation.training_state import forget_states
     from ..model.cpu_memory import keep_memory
     from ..recipe.losses import parse_hidden, parse_losses
     from ..recipe.run import keeping_state
+    from ..work_folder import described
 
     changes = list(settings or ())
+    check_fresh(fresh, work)
     apart_from: dict[str, Target | None] = {"the work folder": work, "the folder of the log": log, "the recipe": recipe}
     if recipe is not None:
         chosen = file_recipe(invocation, recipe, changes, student)
@@ -242,11 +248,15 @@ def distill(
             return print_plan(chosen, before, foretold, output, work)
         single = len(foretold) == 1
         state = work if single or work is None else work / "training"
+        if fresh and state is not None:
+            forget_states(state)
         adapt = keeping_state(state, log or state, stop)
-        made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device)
+        made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device, fresh=fresh)
         if rank() == 0:
             write(made, chosen, claimed)
             print_log(log or state, patience is not None)
+            if single and work is not None:
+                typer.echo(described(work), err=True)
 
 
 def given(table: dict[str, Any]) -> dict[str, Any]:

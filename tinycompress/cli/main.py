@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ..errors import InputError, MissingExtra
 from .cache_teacher import cache_teacher
+from .clean import clean
 from .compress import compress
 from .distill import distill
 from .evaluate import evaluate
@@ -108,6 +109,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(distill)
 app.command("cache-teacher")(cache_teacher)
+app.command()(clean)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +34,6 @@ from .cutting import REFITS, ChosenSizes, Refit, cut_by_statistics, cut_in_a_wal
 from .importance import CRITERIA, Criterion, block_influence, hidden_importance
 from .refit import by_turns, keep_best, plain_curve, refit_curve
 from .sensitivity import Sensitivity, sensitivities
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ class Prune:
         if candidates and measured is None and (needs_data or self._needs_gradients):
             sensitivity = self.sensitivity(graph)
 
-        def for_every_axis(use: Callable[[Statistics], Result]) -> dict[str, Result]:
+        def for_every_axis(use: Callable[[Statistics], Tensor]) -> dict[str, Tensor]:
             if measured is not None:
                 return {axis: use(measured[axis]) for axis in candidates}
             windows = self._calibration[: self.probe]
@@ -248,7 +245,10 @@ class Prune:
         losses: dict[str, list[float]] = {}
         scores: dict[str, Tensor] = {}
         if needs_data and self.allocation == "optimal":
-            losses = for_every_axis(lambda stats: self.curve(stats, candidates[stats.axis.name]))
+            curves = for_every_axis(
+                lambda stats: torch.tensor(self.curve(stats, candidates[stats.axis.name]), dtype=torch.float64)
+            )
+            losses = {axis: curve.tolist() for axis, curve in curves.items()}
         elif needs_data:
             scores = for_every_axis(self.scores)
         sizes: dict[str, int] = {}
