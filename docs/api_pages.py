@@ -24,14 +24,8 @@ ROOMS = {
     "pipeline": "Passes in order with a work folder, provenance and model cards, errors and files.",
     "export": "A graph to a folder that a runtime opens, read back and verified. Imported as `tinycompress.export`.",
 }
-TOP = (
-    "pipeline",
-    "provenance",
-    "errors",
-    "files",
-    "knapsack",
-    "progress",
-)  # modules of the package that belong to no room
+# modules of the package that belong to no room
+TOP = ("pipeline", "work_folder", "provenance", "errors", "files", "knapsack", "progress")
 
 
 def modules(room: str) -> list[str]:

@@ -11,12 +11,14 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tinycompress import pipeline
+from tinycompress.context.longrope import LongRope
 from tinycompress.context.scale_rope import ScaleRope
 from tinycompress.distillation.distill import Distill
 from tinycompress.distillation.training import Training
@@ -25,7 +27,9 @@ from tinycompress.graph.config import Config, Layer
 from tinycompress.graph.graph import Graph
 from tinycompress.graph.quant_tensor import QuantSpec, QuantTensor
 from tinycompress.pruning.prune_ffn import PruneFFN
-from tinycompress.quantization.gptq import GPTQ
+from tinycompress.quantization.gptq import GPTQ, gptq_quantize
+from tinycompress.quantization.mixed_bits import MixedBits
+from tinycompress.quantization.rtn import RTN
 
 CONFIG = Config(vocab_size=64, hidden_size=32, head_dim=8, layers=(Layer(4, 2, 64), Layer(4, 2, 48)), max_position=32)
 NORM = "model.norm.weight"
@@ -67,6 +71,10 @@ def tokens() -> Tensor:
 def run(graph: Graph, *passes: pipeline.Pass, work: Path | None = None) -> tuple[Graph, list[str]]:
     calls.clear()
     return pipeline.run(graph, passes, work, progress=False), list(calls)
+
+
+def steps_in(work: Path) -> list[Path]:
+    return sorted(path for path in work.iterdir() if path.name != "work.json")
 
 
 def test_passes_run_in_order_and_are_noted(graph: Graph) -> None:
@@ -142,6 +150,26 @@ def test_what_changes_no_result_does_not_count(graph: Graph, tokens: Tensor) -> 
     assert key(on_policy=0.5) != plain
     quiet = pipeline._key("", PruneFFN(tokens, progress=False))
     assert quiet == pipeline._key("", PruneFFN(tokens)) != pipeline._key("", PruneFFN(tokens, keep=0.5))
+    assert pipeline._key("", GPTQ(tokens, device="cuda")) == pipeline._key("", GPTQ(tokens))
+    windows = tokens.repeat(1, 2)
+    assert pipeline._key("", LongRope(windows, journal="a")) == pipeline._key("", LongRope(windows))
+
+
+def test_a_function_of_the_library_counts_by_its_name(tokens: Tensor) -> None:
+    def key(**options: Any) -> str | None:
+        return pipeline._key("", MixedBits(tokens, RTN, bits=4, **options))
+
+    assert key() is not None and key() != key(rounding=gptq_quantize) != None  # noqa: E711
+    assert key(rounding=lambda *_: None) is None
+
+
+def test_fresh_makes_the_steps_of_this_run_again(graph: Graph, tmp_path: Path) -> None:
+    run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
+    run(graph, Scale(2.0), Scale(4.0), work=tmp_path)
+    calls.clear()
+    pipeline.run(graph, [Scale(2.0), Scale(3.0)], tmp_path, progress=False, fresh=True)
+    assert calls == ["Scale(by=2.0)", "Scale(by=3.0)"]
+    assert run(graph, Scale(2.0), Scale(4.0), work=tmp_path)[1] == []  # the other run's is still there
 
 
 def test_a_class_counts_by_its_name_not_by_its_module() -> None:
@@ -194,7 +222,7 @@ def test_killed_in_the_middle_then_resumed_is_bit_identical(graph: Graph, tokens
     in_memory, _ = run(graph, *steps)
     with pytest.raises(Killed):
         run(graph, *steps[:2], killed, work=tmp_path / "killed")
-    assert len(list((tmp_path / "killed").iterdir())) == 2  # the two that were done, and no trace of the third
+    assert len(steps_in(tmp_path / "killed")) == 2  # the two that were done, and no trace of the third
     resumed, _ = run(graph, *steps, work=tmp_path / "killed")
     assert resumed.history == unbroken.history == in_memory.history == tuple(map(repr, steps))
     assert resumed.fingerprint() == unbroken.fingerprint() == in_memory.fingerprint()
@@ -204,7 +232,7 @@ def test_killed_in_the_middle_then_resumed_is_bit_identical(graph: Graph, tokens
 
 def test_a_folder_half_written_by_a_killed_run_is_not_a_step(graph: Graph, tmp_path: Path) -> None:
     run(graph, Scale(2.0), work=tmp_path)
-    (step,) = tmp_path.iterdir()
+    (step,) = steps_in(tmp_path)
     step.rename(tmp_path / f".{step.name}.tmp-x")  # the name under which checkpoint.save writes
     assert len(run(graph, Scale(2.0), work=tmp_path)[1]) == 1
 
@@ -231,7 +259,7 @@ def test_a_damaged_step_is_named_and_made_again(
     harm: Callable[[Path], None], number: int, graph: Graph, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     expected = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)[0].fingerprint()
-    before = sorted(tmp_path.iterdir())
+    before = steps_in(tmp_path)
     harm(before[number])
     again, ran = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
     assert again.fingerprint() == expected
@@ -242,7 +270,7 @@ def test_a_damaged_step_is_named_and_made_again(
         again, ran = run(graph, Scale(2.0), Scale(3.0), work=tmp_path)
         assert again.fingerprint() == expected and len(ran) == 2
         assert before[0].name in capfd.readouterr().err
-    assert sorted(tmp_path.iterdir()) == before
+    assert steps_in(tmp_path) == before
 
 
 def test_the_how_to_runs(graph: Graph, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ ORDER = (
     ("evaluation",),
     ("quantization", "pruning"),
     ("distillation", "context"),
-    ("pipeline", "provenance"),
+    ("pipeline", "provenance", "work_folder"),
     ("recipe",),
     ("export",),
     ("cli",),

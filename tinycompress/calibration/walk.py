@@ -4,6 +4,8 @@ A block is walked piece by piece (q,k,v → o → gate,up → down) and each pie
 visitor returned for it: so later pieces, and later layers, see the already compressed prefix (GPTQ's true-sequential
 order) for the price of one forward. Only one block's weights and one piece's activations are in memory.
 
+In a pipeline with a work folder a walk that was killed goes on behind the last layer that it saved (`kept`).
+
 Letters: N windows, T window length, b windows of a batch, K width of a feed, D hidden.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checkpoints.unfinished import Group, Stage, open_stage
 from ..errors import InputError
 from ..graph.config import EMBEDDING, FINAL_NORM, layer_of, layer_prefix
 from ..graph.graph import Graph, Weight
@@ -122,17 +125,23 @@ class Stream:
             raise InputError(f"output of {layer_prefix(layer)}", "NaN or infinite values", accepted)
 
 
-def blocks(graph: Graph, device: torch.device, dtype: torch.dtype, progress: str | None = None) -> Iterator[Block]:
-    """The blocks in order, one block's weights in memory at a time; `progress` names a bar over the layers."""
-    for layer in layers(graph, progress):
+def blocks(
+    graph: Graph, device: torch.device, dtype: torch.dtype, progress: str | None = None, first: int = 0
+) -> Iterator[Block]:
+    """The blocks in order from `first`, one block's weights in memory at a time; `progress` names a bar over the
+    layers."""
+    for layer in layers(graph, progress, first):
         yield Block(graph, layer, device, dtype)
 
 
-def layers(graph: Graph, progress: str | None) -> Iterable[int]:
-    """The indices of the layers, with a bar named `progress` once it takes longer than two seconds; below another bar
-    it vanishes at its end."""
+def layers(graph: Graph, progress: str | None, first: int = 0) -> Iterable[int]:
+    """The indices of the layers from `first`, with a bar named `progress` once it takes longer than two seconds; below
+    another bar it vanishes at its end."""
+    count = graph.config.n_layers
+    indices = range(first, count)
+    shown = progress is not None
     return tqdm(
-        range(graph.config.n_layers), desc=progress, unit="layer", delay=2, disable=progress is None, leave=None
+        indices, desc=progress, unit="layer", initial=first, total=count, delay=2, disable=not shown, leave=None
     )
 
 
@@ -150,6 +159,8 @@ def walk(
     *,
     reference: bool = False,
     finish: Finish | None = None,
+    kept: Group | None = None,
+    collect: bool = True,
     progress: str | None = None,
 ) -> Graph:
     """Calls `visit(feed, inputs)` for every feed in order; the parameters it returns (same shapes) replace the graph's.
@@ -159,16 +170,25 @@ def walk(
     finish: behind the last feed of a block, `finish(changed, layer, inputs, targets, tables)` may replace parameters of
     the block once more, which then runs again: `changed` is the graph with what the visitor returned, inputs are the
     batches [b, T, D] that reached the block, targets what the untouched graph has behind it. Needs `reference`.
+    kept: all that `visit` and `finish` remember from one call to the next, tensors by name, none changed in place. In a
+        pipeline with a work folder it is saved with the walk, and filled again where a killed walk goes on. None: such
+        a walk starts again.
+    collect: False for a visitor whose parameters move the activations alone, and are not to be gathered.
     progress: the name of a bar over the layers; None shows none.
     Returns the graph with the replaced parameters. Raises InputError for unusable tokens or non-finite activations.
     """
     tokens = check_calibration(graph, tokens)
+    if finish and not reference:
+        raise InputError("walk(finish=…)", "without a reference", "reference=True")
+    changed: dict[str, Weight] = {}
+    stage = Stage() if kept is None else open_stage("walk", tokens.device, changed=changed, kept=kept)
+    if stage.finished:
+        return graph.replace(weights=changed)
     stream = _Pieces(graph, tokens)
     other = _Pieces(graph, tokens) if reference else None
-    if finish and not other:
-        raise InputError("walk(finish=…)", "without a reference", "reference=True")
-    streams = [stream] if other is None else [stream, other]
-    changed: dict[str, Weight] = {}
+    streams = {"hidden": stream} if other is None else {"hidden": stream, "reference": other}
+    for name, hidden in stage.live.items():
+        streams[name].hidden = hidden
     feeds_of: dict[int | None, list[Feed]] = {}
     for feed in feeds(graph.config):
         feeds_of.setdefault(feed.layer, []).append(feed)
@@ -176,19 +196,20 @@ def walk(
     def shown(feed: Feed) -> Mapping[str, Weight]:
         lease = Lease()
         try:
-            return visit(feed, stream.inputs(feed, lease, other)) or {}
+            new = visit(feed, stream.inputs(feed, lease, other)) or {}
         finally:
             lease.over = True
+        if collect:
+            changed.update(new)
+        return new
 
-    for layer in layers(graph, progress):
-        for each in streams:
+    for layer in layers(graph, progress, stage.done):
+        for each in streams.values():
             each.enter(layer)
         before = [h.clone() for h in stream.hidden] if finish else []
         for feed in feeds_of.get(layer, ()):
-            new = shown(feed)
-            changed |= new
-            stream.apply(new)
-            for each in streams:
+            stream.apply(shown(feed))
+            for each in streams.values():
                 each.advance(feed)
         if finish and other:
             new = finish(graph.replace(weights=changed), layer, before, other.hidden, stream.tables)
@@ -196,19 +217,28 @@ def walk(
                 changed |= new
                 stream.apply(new)
                 stream.again(before)
+        stage.save(layer + 1, **{name: each.hidden for name, each in streams.items()})
     for feed in feeds_of[None]:
-        changed |= shown(feed)
+        shown(feed)
+    stage.finish()
     return graph.replace(weights=changed)
 
 
 @torch.no_grad()
 def walk_blocks(
-    graph: Graph, reference: Graph, tokens: Tensor, visit: BlockVisitor, *, progress: str | None = None
+    graph: Graph,
+    reference: Graph,
+    tokens: Tensor,
+    visit: BlockVisitor,
+    *,
+    kept: Group | None = None,
+    progress: str | None = None,
 ) -> Graph:
     """Calls `visit(layer, inputs, targets, tables)` for every block in order; what it returns replaces parameters.
 
     inputs: batches [b, T, D] of what reaches the block in `graph`, with the blocks before it already replaced; targets:
-    what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens as for `walk`.
+    what the same block of `reference` (as many layers, as wide a stream) makes of its own inputs. tokens and kept as
+    for `walk`.
     """
     tokens = check_calibration(graph, tokens)
     expected = graph.config.n_layers, graph.config.hidden_size
@@ -217,15 +247,23 @@ def walk_blocks(
         raise InputError("reference", reference, accepted)
     device = tokens.device
     dtype = working_dtype(graph, device)
+    changed: dict[str, Weight] = {}
+    stage = Stage() if kept is None else open_stage("blocks", device, changed=changed, kept=kept)
+    if stage.finished:
+        return graph.replace(weights=changed)
     stream = Stream(graph, tokens, device, dtype)
     targets = Stream(reference, tokens, device, dtype)
-    changed: dict[str, Weight] = {}
-    for layer, block in enumerate(blocks(reference, device, dtype, progress)):
+    if stage.done:
+        stream.hidden = stage.live["hidden"]
+        targets.hidden = stage.live["targets"]
+    for layer, block in enumerate(blocks(reference, device, dtype, progress, stage.done), stage.done):
         targets.step(block)
         targets.check_finite(layer)
         new = visit(layer, stream.hidden, targets.hidden, stream.tables) or {}
         changed |= new
         stream.step(Block(graph.replace(weights=new).dense(dtype), layer, device, dtype))
+        stage.save(layer + 1, hidden=stream.hidden, targets=targets.hidden)
+    stage.finish()
     return graph.replace(weights=changed)
 
 

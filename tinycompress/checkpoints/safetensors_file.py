@@ -47,6 +47,7 @@ class Part:
         dtype: its dtype.
         weight: the graph's entry that it is read from.
         make: what makes the tensor of a quantized weight; by default it is dequantized.
+        finite: whether NaN and infinities are refused. Default True.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Part:
     dtype: torch.dtype
     weight: Entry
     make: Callable[[QuantTensor], Tensor] = QuantTensor.dequantize
+    finite: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +64,8 @@ class Part:
     def read(self) -> Tensor:
         weight = self.weight.read() if isinstance(self.weight, LazyTensor) else self.weight
         tensor = self.make(weight) if isinstance(weight, QuantTensor) else weight
-        check_finite(self.name, tensor)
+        if self.finite:
+            check_finite(self.name, tensor)
         return tensor.detach().cpu().contiguous()
 
 
@@ -115,6 +118,12 @@ def write_shards(shards: list[list[Part]], folder: Path, total: int) -> None:
         files.write_json(folder / "model.safetensors.index.json", index)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file of tensors as they are, finite or not."""
+    parts = [Part(name, tuple(t.shape), t.dtype, t, finite=False) for name, t in tensors.items()]
+    _write_safetensors(path, parts, None)
+
+
 def _write_safetensors(path: Path, parts: list[Part], bar: Any) -> None:
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # so that each tensor lies aligned; stable otherwise
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -137,6 +146,7 @@ def _write_safetensors(path: Path, parts: list[Part], bar: Any) -> None:
                     part.name, f"{tensor.dtype} {tuple(tensor.shape)}", f"{part.dtype} {part.shape}, as announced"
                 )
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            bar.update(part.nbytes)
+            if bar is not None:
+                bar.update(part.nbytes)
         if file.tell() != 8 + len(text) + offset:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -24,10 +24,12 @@ from .options import (
 )
 from .recipes import (
     DryRun,
+    Fresh,
     Measure,
     RecipeFile,
     Settings,
     check,
+    check_fresh,
     claim_output,
     file_recipe,
     option_recipe,
@@ -127,8 +129,10 @@ def compress(
     ] = Format.native,
     overwrite: Overwrite = False,
     work: Annotated[
-        Path | None, folder_option("Keep the result of every step here; a rerun goes on behind the last one.")
+        Path | None,
+        folder_option("Keep every step here, and what a killed one had done: a rerun goes on from there."),
     ] = None,
+    fresh: Fresh = False,
     recipe: RecipeFile = None,
     settings: Settings = None,
     measure: Measure = None,
@@ -149,6 +153,7 @@ def compress(
       tinycompress compress smollm2-135m --quantize w4g64 --dry-run
     """
     changes = list(settings or ())
+    check_fresh(fresh, work)
     if recipe is not None:
         chosen = file_recipe(invocation, recipe, changes, model)
         apart_from = {"the work folder": work, "the recipe": recipe} | places_in(chosen)
@@ -191,4 +196,4 @@ def compress(
     from ..model.cpu_memory import keep_memory
 
     with keep_memory():
-        write(run(chosen, before, work, typed(invocation)), chosen, claimed, as_json)
+        write(run(chosen, before, work, typed(invocation), fresh=fresh), chosen, claimed, as_json)

@@ -25,10 +25,12 @@ from .options import (
 )
 from .recipes import (
     DryRun,
+    Fresh,
     Measure,
     RecipeFile,
     Settings,
     check,
+    check_fresh,
     claim_output,
     file_recipe,
     option_recipe,
@@ -165,6 +167,7 @@ def distill(
     work: Annotated[
         Path | None, folder_option("Save the state here: a killed run goes on from it, to the same bytes.")
     ] = None,
+    fresh: Fresh = False,
     log: Annotated[
         Path | None, folder_option("Where train.jsonl and TensorBoard files go.  [default: the folder of --work]")
     ] = None,
@@ -188,6 +191,7 @@ def distill(
       torchrun --nproc-per-node 8 -m tinycompress distill tinyllama --teacher llama-2-7b --data big.jsonl -o healed
     """
     changes = list(settings or ())
+    check_fresh(fresh, work)
     apart_from: dict[str, Target | None] = {"the work folder": work, "the folder of the log": log, "the recipe": recipe}
     if recipe is not None:
         chosen = file_recipe(invocation, recipe, changes, student)
@@ -248,8 +252,10 @@ def distill(
         chosen = option_recipe(document | ({} if measure is None else {"measure": measure}), changes)
     from ..distillation.distributed import process_group, rank
     from ..distillation.stopping import stop_on_sigterm
+    from ..distillation.training_state import forget_states
     from ..model.cpu_memory import keep_memory
     from ..recipe.run import keeping_state
+    from ..work_folder import described
 
     with process_group() as device, keep_memory(), stop_on_sigterm() as stop:
         before = open_model(str(chosen.model))
@@ -258,13 +264,17 @@ def distill(
             return print_plan(chosen, before, foretold, output, work)
         single = len(foretold) == 1
         state = work if single or work is None else work / "training"
+        if fresh and state is not None:
+            forget_states(state)
         adapt = keeping_state(state, log or state, stop)
-        made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device)
+        made = run(chosen, before, None if single else work, typed(invocation), adapt=adapt, device=device, fresh=fresh)
         if rank() == 0:
             held_out_values = result_of(log or state, patience is not None)
             write(made, chosen, claimed, as_json, held_out=held_out_values)
             for name, (first, last) in {} if as_json else held_out_values.items():
                 print(f"perplexity on {name}: {first:.3f} → {last:.3f}")
+            if single and work is not None:
+                typer.echo(described(work), err=True)
 
 
 def given(table: dict[str, Any]) -> dict[str, Any]:

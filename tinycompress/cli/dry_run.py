@@ -22,7 +22,7 @@ def print_plan(
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.report import human
+    from ..files import human
     from ..recipe.estimate import costs
 
     prices = costs(graph, recipe.stand_ins(graph), foretold)

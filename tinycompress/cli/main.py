@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from ..errors import InputError, MissingExtra, OutputError
 from .cache_teacher import cache_teacher
 from .chat import chat
+from .clean import clean
 from .compare import compare
 from .compress import compress
 from .distill import distill
@@ -149,6 +150,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "distill": distill,
     "cache-teacher": cache_teacher,
+    "clean": clean,
 }
 for name, command in COMMANDS.items():
     app.command(name)(with_common(command))

@@ -47,8 +47,23 @@ Measure = Annotated[
         help="Measure perplexity before and after, for the model card.  [default: where passes read text]",
     ),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="With --work: start again, without what is kept there of this very run.")
+]
 READ = ("model", "teacher", "of", "cache", "text", "held_out", "calibration")  # keys of a recipe that name places
-ALONGSIDE = ("model", "student", "output", "work", "log", "overwrite", "dry_run", "recipe", "settings", "invocation")
+ALONGSIDE = (
+    "model",
+    "student",
+    "output",
+    "work",
+    "log",
+    "fresh",
+    "overwrite",
+    "dry_run",
+    "recipe",
+    "settings",
+    "invocation",
+)
 EVERYWHERE = ("as_json", "quiet", "verbose", "debug", "version")
 
 
@@ -87,6 +102,12 @@ def option_recipe(document: dict[str, Any], settings: Sequence[str]) -> Recipe:
     from ..recipe.recipe import Recipe
 
     return Recipe.of(*override(document, settings, Source()))
+
+
+def check_fresh(fresh: bool, work: Path | None) -> None:
+    """An `InputError` for --fresh where nothing is kept."""
+    if fresh and work is None:
+        raise InputError("--fresh", "without --work", "--work FOLDER, whose steps it makes again")
 
 
 def check(recipe: Recipe, graph: Graph) -> list[Foretold]:

@@ -69,8 +69,8 @@ class LongRope:
     short: str = "original"
     attention_factor: float | None = None  # None = the paper's formula
     seed: int = 0
-    journal: str | Path | None = field(default=None, repr=False, compare=False)
-    device: str | None = field(default=None, repr=False, metadata={"key": False})
+    journal: str | Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False)
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:

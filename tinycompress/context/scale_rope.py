@@ -46,7 +46,7 @@ class ScaleRope:
 
     context: int
     method: str = "yarn"
-    device: str | None = field(default=None, repr=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -89,7 +89,7 @@ class ChooseRope:
 
     tokens: Tensor = field(repr=False, compare=False)
     methods: tuple[str, ...] = UNTRAINED
-    device: str | None = field(default=None, repr=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False)
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:

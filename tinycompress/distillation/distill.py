@@ -100,7 +100,7 @@ class Distill:
     work: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     log: Path | None = field(default=None, repr=False, compare=False, metadata={"key": False})
     stop: Callable[[], bool] | None = field(default=None, repr=False, compare=False, metadata={"key": False})
-    device: str | None = field(default=None, repr=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False)
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:

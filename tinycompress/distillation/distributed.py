@@ -91,6 +91,12 @@ def true_anywhere(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
 
 
+def wait_for_all() -> None:
+    """Returns once every process has called it; at once where there is one."""
+    if _in_group():
+        dist.barrier()
+
+
 @contextmanager
 def shared_folder(target: Path) -> Iterator[Path]:
     """`files.new_folder` for all processes together: all write into the folder that the first process makes and

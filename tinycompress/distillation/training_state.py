@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import damage, read_json, record, seal, write_json
-from .distributed import rank, shared_folder, world_size
+from ..files import damage, locked, read_json, record, seal, write_json
+from .distributed import rank, shared_folder, wait_for_all, world_size
 
 STATE = "state.json"
 STEP = re.compile(r"step-(\d{8})")
@@ -41,9 +41,23 @@ def save_state(work: Path, step: int, tensors: Mapping[str, Tensor], about: Mapp
         if rank() == 0:
             write_json(folder / STATE, seal({"step": step, **about, "files": record(folder)}))
     if rank() == 0:
-        for old in work.glob("step-*"):
-            if STEP.fullmatch(old.name) and old != target:
+        for old in _states(work):
+            if old != target:
                 shutil.rmtree(old)
+
+
+def forget_states(work: Path) -> None:
+    """Removes the states of a training run, so that it starts again. A collective call."""
+    if rank() == 0:
+        with locked(work):
+            for state in _states(work):
+                shutil.rmtree(state)
+    wait_for_all()
+
+
+def _states(work: Path) -> list[Path]:
+    """The folders of states, the oldest first."""
+    return sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name))
 
 
 def file_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -65,7 +79,7 @@ def latest_state(work: Path, key: str) -> Path | None:
     """The folder of the newest state; None if there is none, an InputError if it is another run's, or damaged."""
     if not work.is_dir():
         return None
-    states = sorted(path for path in work.glob("step-*") if STEP.fullmatch(path.name))
+    states = _states(work)
     if not states:
         return None
     newest = states[-1]

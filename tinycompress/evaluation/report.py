@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..files import human
 from ..graph.config import Layer, layer_of, layer_prefix, shapes
 from ..graph.graph import Graph
 from ..graph.quant_tensor import QuantTensor
@@ -133,15 +134,6 @@ def print_history(graph: Graph, console: Console) -> None:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in ([folder] if folder.is_file() else folder.rglob("*")) if path.is_file())
-
-
-def human(size: float) -> str:
-    """Bytes in powers of ten, as disks and downloads count."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} GB"
 
 
 def _table(*columns: str, title: str) -> Table:

@@ -6,6 +6,7 @@ temporary.py    temporary names beside an output; those of dead runs are recogni
 moves.py        renames that replace nothing, or swap two folders in one step
 own.py          folders that this library wrote, and the SHA-256 of their files
 locks.py        one run at a time in a folder that is written step by step
+sizes.py        bytes in words
 json_files.py   JSON objects, and names that may not leave their folder
 """
 
@@ -26,7 +27,10 @@ from .outputs import claim_file as claim_file
 from .own import VERSION as VERSION
 from .own import changed_files as changed_files
 from .own import damage as damage
+from .own import not_ours as not_ours
 from .own import record as record
 from .own import seal as seal
 from .own import sha256 as sha256
+from .sizes import human as human
+from .temporary import remove as remove
 from .temporary import sweep as sweep

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..calibration.gram import gram
 from ..calibration.walk import Inputs, walk
+from ..checkpoints.unfinished import Group
 from ..errors import InputError
 from ..graph.graph import Graph
 from ..graph.topology import Axis, Feed, axes
 from .sensitivity import Sensitivity
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,6 @@ def axis_statistics(
 ) -> Statistics:
     """The statistics of `axis` from the inputs of the linear that reads it (a feed of `walk`); `hessian` is their Gram
     matrix, where it is known already."""
-    name = feed.readers[0]
     device = torch.device("cpu")
     total: Tensor | None = None
     absolute = []
@@ -103,6 +100,22 @@ def axis_statistics(
         positions += batch.shape[0] * batch.shape[1]
         device = batch.device
     assert total is not None
+    gram_matrix = gram(feed, inputs) if hessian is None else hessian
+    return _assembled(graph, axis, gram_matrix, total / positions, torch.cat(absolute), positions, sensitivity, device)
+
+
+def _assembled(
+    graph: Graph,
+    axis: Axis,
+    gram_matrix: Tensor,
+    mean: Tensor,
+    absolute: Tensor,
+    positions: int,
+    sensitivity: Sensitivity | None,
+    device: torch.device,
+) -> Statistics:
+    """What was measured of an axis, with what the graph and its sensitivity say of it."""
+    name = axis.reader.removesuffix(".weight")
     gradients = None
     fisher = None
     if sensitivity is not None:
@@ -113,9 +126,9 @@ def axis_statistics(
     return Statistics(
         axis=axis,
         weight=graph.tensor(axis.reader).to(device),
-        gram=gram(feed, inputs) if hessian is None else hessian,
-        mean=total / positions,
-        absolute=torch.cat(absolute),
+        gram=gram_matrix,
+        mean=mean,
+        absolute=absolute,
         positions=positions,
         coupled={part: graph.tensor(part).to(device) for part in axis.cuts},
         gradients=gradients,
@@ -127,29 +140,46 @@ def measure(
     graph: Graph,
     tokens: Tensor,
     names: Collection[str],
-    use: Callable[[Statistics], Result],
+    use: Callable[[Statistics], Tensor],
     sensitivity: Sensitivity | None = None,
     progress: bool = True,
-) -> dict[str, Result]:
+) -> dict[str, Tensor]:
     """`use` of the statistics of each named axis (`layers.i.ffn`, `layers.i.heads`, `layers.i.kv_heads`), from one walk
     over `tokens` [N, T].
 
     What `use` does not keep is gone when the walk moves on: a Gram matrix of every layer is gigabytes.
     """
+    results: dict[str, Tensor] = {}
+
+    def note(name: str, stats: Statistics) -> None:
+        results[name] = use(stats)
+
+    _walk_axes(graph, tokens, names, note, results, sensitivity, progress)
+    return results
+
+
+def _walk_axes(
+    graph: Graph,
+    tokens: Tensor,
+    names: Collection[str],
+    note: Callable[[str, Statistics], None],
+    kept: Group,
+    sensitivity: Sensitivity | None,
+    progress: bool,
+) -> None:
+    """Shows `note`, which fills `kept`, the statistics of each named axis."""
     known = axes(graph.config)
     if unknown := [name for name in names if name not in known or known[name].layer is None]:
         accepted = "layers.i.ffn, layers.i.heads and layers.i.kv_heads of sublayers that are there"
         raise InputError("axes", unknown, accepted)
-    results: dict[str, Result] = {}
 
     def visit(feed: Feed, inputs: Inputs) -> None:
         wanted = [name for name in feed.axes if name in names]
         hessian = gram(feed, inputs) if wanted else None
         for name in wanted:
-            results[name] = use(axis_statistics(graph, known[name], feed, inputs, hessian, sensitivity))
+            note(name, axis_statistics(graph, known[name], feed, inputs, hessian, sensitivity))
 
-    walk(graph, tokens, visit, progress="statistics" if progress else None)
-    return results
+    walk(graph, tokens, visit, kept=kept, progress="statistics" if progress else None)
 
 
 def collect(
@@ -160,4 +190,19 @@ def collect(
     progress: bool = True,
 ) -> dict[str, Statistics]:
     """The statistics of each named axis themselves, all at once: their Gram matrices stay in memory."""
-    return measure(graph, tokens, names, lambda stats: stats, sensitivity, progress)
+    kept: dict[str, Tensor] = {}
+
+    def note(name: str, stats: Statistics) -> None:
+        kept.update({f"{name} gram": stats.gram, f"{name} mean": stats.mean, f"{name} absolute": stats.absolute})
+
+    _walk_axes(graph, tokens, names, note, kept, sensitivity, progress)
+    known = axes(graph.config)
+    seen = [key.removesuffix(" gram") for key in kept if key.endswith(" gram")]
+    collected: dict[str, Statistics] = {}
+    for name in seen:
+        gram_matrix, mean, absolute = (kept[f"{name} {part}"] for part in ("gram", "mean", "absolute"))
+        device = gram_matrix.device
+        collected[name] = _assembled(
+            graph, known[name], gram_matrix, mean, absolute, tokens.numel(), sensitivity, device
+        )
+    return collected

@@ -156,7 +156,8 @@ def cut_in_a_walk(
         return {name: refit.columns(weight.to(hessian.device), hessian, everything, inputs).to(weight)}
 
     needs_reference = refit.mode == "reference"
-    walked = walk(graph, tokens, visit, reference=needs_reference, progress="Prune" if progress else None)
+    bar = "Prune" if progress else None
+    walked = walk(graph, tokens, visit, reference=needs_reference, kept=kept, progress=bar)
     return _cut_all(walked, kept)
 
 

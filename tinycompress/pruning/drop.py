@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..calibration.data import as_tokens
 from ..calibration.walk import check_calibration, working_dtype
+from ..checkpoints.unfinished import open_stage
 from ..errors import InputError
 from ..graph.config import Config, Layer
 from ..graph.edit import cut, resized
@@ -126,14 +127,25 @@ def greedy(graph: Graph, tokens: Tensor, units: Sequence[Unit], count: int, prog
     """The `count` units that go, in order: each time the one whose removal leaves the least loss on tokens [N, T]."""
     model = graph.dense().module(tokens.device, working_dtype(graph, tokens.device))
     tables = model.tables(0, tokens.shape[1])
-    removed: list[Unit] = []
-    for _ in tqdm(range(count), desc="Drop", unit="unit", delay=2, disable=not progress):
+    # indices of the units that went; the losses without each of the others, as far as they are measured
+    kept = {"removed": torch.tensor([], dtype=torch.long), "losses": torch.tensor([], dtype=torch.float64)}
+    stage = open_stage("drop", kept=kept)
+    removed = [units[i] for i in kept["removed"].tolist()]
+    start = len(removed)
+    for _ in tqdm(
+        range(start, count), desc="Drop", unit="unit", initial=start, total=count, delay=2, disable=not progress
+    ):
         states = _states(model, tables, tokens, removed)
         left = [unit for unit in units if unit not in removed]
-        losses = [
-            _loss(model, _run(model, tables, states[i].clone(), i, {*removed, (i, kind)}), tokens) for i, kind in left
-        ]
+        losses = kept["losses"].tolist()
+        for i, kind in left[len(losses) :]:
+            losses.append(_loss(model, _run(model, tables, states[i].clone(), i, {*removed, (i, kind)}), tokens))
+            kept["losses"] = torch.tensor(losses, dtype=torch.float64)
+            stage.save(len(removed))
         removed.append(left[losses.index(min(losses))])
+        indices = [units.index(unit) for unit in removed]
+        kept.update(removed=torch.tensor(indices), losses=torch.tensor([], dtype=torch.float64))
+    stage.finish()
     return removed
 
 

@@ -75,35 +75,37 @@ def block_influence(graph: Graph, tokens: Tensor, progress: bool = True) -> Tens
     tokens: [N, T]. Returns float64 [layers]. Hidden states are seen at the norms, which scale each position and each
     channel; the channels' scale is divided out, and the cosine does not see the positions'.
     """
-    influence = torch.zeros(graph.config.n_layers, dtype=torch.float64)
-    before: list[Tensor] = []
-    owner = -1  # the layer whose input `before` holds
+    # influence [layers], and the hidden states in front of the last layer that was seen
+    kept = {"influence": torch.zeros(graph.config.n_layers, dtype=torch.float64), "layer": torch.tensor(-1)}
 
     def visit(feed: Feed, inputs: Inputs) -> None:
-        nonlocal before, owner
         layer = graph.config.n_layers if feed.layer is None else feed.layer
+        owner = int(kept["layer"])
         if layer == owner or feed.norm is None:
             return
         weight = graph.tensor(feed.norm)
         scale = torch.where(weight == 0, 0.0, 1 / weight.double()).to(tokens.device)
         after = [x * scale.to(x.dtype) for x in inputs]
+        before = [kept[f"before {i}"] for i in range(len(after) if owner >= 0 else 0)]
+        influence = kept["influence"].clone()
         if before:  # layers between the two that have no sublayer change nothing
             cosines = [F.cosine_similarity(a, b, dim=-1).double().sum() for a, b in zip(before, after)]
             influence[owner] = 1 - float(sum(cosines)) / tokens.numel()
-        before = after
-        owner = layer
+        kept.update({"influence": influence, "layer": torch.tensor(layer)})
+        kept.update({f"before {i}": h for i, h in enumerate(after)})
 
-    walk(graph, tokens, visit, progress="block influence" if progress else None)
-    return influence
+    walk(graph, tokens, visit, kept=kept, progress="block influence" if progress else None)
+    return kept["influence"]
 
 
 def hidden_importance(graph: Graph, tokens: Tensor, progress: bool = True) -> Tensor:
     """Minitron's for hidden channels: √Σ_windows (mean_t |x_j|)² summed over the outputs of every norm, float64 [D]."""
-    importance = torch.zeros(graph.config.hidden_size, dtype=torch.float64, device=tokens.device)
+    kept = {"importance": torch.zeros(graph.config.hidden_size, dtype=torch.float64, device=tokens.device)}
 
     def visit(feed: Feed, inputs: Inputs) -> None:
         if feed.behind_norm:
-            importance.add_(torch.stack([x.abs().mean(1).double().square().sum(0) for x in inputs]).sum(0).sqrt())
+            added = torch.stack([x.abs().mean(1).double().square().sum(0) for x in inputs]).sum(0).sqrt()
+            kept["importance"] = kept["importance"] + added
 
-    walk(graph, tokens, visit, progress="hidden importance" if progress else None)
-    return importance
+    walk(graph, tokens, visit, kept=kept, progress="hidden importance" if progress else None)
+    return kept["importance"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ from .importance import CRITERIA, Criterion, block_influence, hidden_importance
 from .refit import by_turns, keep_best, plain_curve, refit_curve
 from .sensitivity import Sensitivity, sensitivities
 from .target import Itemsize, Storage
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ class Prune:
         if candidates and measured is None and (needs_data or self._needs_gradients):
             sensitivity = self.sensitivity(graph)
 
-        def for_every_axis(use: Callable[[Statistics], Result]) -> dict[str, Result]:
+        def for_every_axis(use: Callable[[Statistics], Tensor]) -> dict[str, Tensor]:
             if measured is not None:
                 return {axis: use(measured[axis]) for axis in candidates}
             windows = self._calibration[: self.probe]
@@ -260,7 +257,10 @@ class Prune:
         losses: dict[str, list[float]] = {}
         scores: dict[str, Tensor] = {}
         if needs_data and self.allocation == "optimal":
-            losses = for_every_axis(lambda stats: self.curve(stats, candidates[stats.axis.name]))
+            curves = for_every_axis(
+                lambda stats: torch.tensor(self.curve(stats, candidates[stats.axis.name]), dtype=torch.float64)
+            )
+            losses = {axis: curve.tolist() for axis, curve in curves.items()}
         elif needs_data:
             scores = for_every_axis(self.scores)
         sizes: dict[str, int] = {}

@@ -101,7 +101,7 @@ class PruneFFN:
             return {name: masked.to(weight.device)}
 
         tokens = self.tokens if self.device is None else self.tokens.to(self.device)
-        pruned = walk(graph, tokens, visit, progress="PruneFFN" if self.progress else None)
+        pruned = walk(graph, tokens, visit, kept=kept, progress="PruneFFN" if self.progress else None)
         for axis, channels in kept.items():
             pruned = cut(pruned, axis, channels)
         return pruned.replace(by=self)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.walk import check_calibration, working_dtype
+from ..checkpoints.unfinished import open_stage
 from ..graph.config import layer_of
 from ..graph.graph import Graph
 from ..graph.topology import feeds
@@ -52,18 +53,33 @@ def sensitivities(
     model = graph.dense().module(tokens.device, working_dtype(graph, tokens.device))
     generator = torch.Generator(tokens.device).manual_seed(seed)
     matrices: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+    drawn: dict[str, Tensor] = {}  # the generator's state
+    stage = open_stage("sensitivities", tokens.device, matrices=matrices, total=total, drawn=drawn)
+    if drawn:
+        generator.set_state(drawn["state"].clone())
     windows = [
         piece for window in tokens.split(1) for piece in window.split(GRADIENT_WINDOW, dim=1) if piece.shape[1] > 1
     ]
     positions = sum(window.shape[1] for window in windows)
     names = [name for name, _ in model.named_parameters() if layer_of(name) is not None]
-    total: dict[str, Tensor] = {}
-    for window in tqdm(windows, desc="sensitivity", unit="window", delay=2, disable=not progress):
+    for window in tqdm(
+        windows[stage.done :],
+        desc="sensitivity",
+        unit="window",
+        initial=stage.done,
+        total=len(windows),
+        delay=2,
+        disable=not progress,
+    ):
         if fisher:
             _add_fisher(graph, model, window, matrices, generator)
         if gradients:
             for name, gradient in zip(names, _gradients(model, window, names)):
                 total[name] = total[name] + gradient if name in total else gradient
+        drawn["state"] = generator.get_state()
+        stage.save(stage.done + 1)
+    stage.finish()
     return Sensitivity({name: G / positions for name, G in matrices.items()}, total if gradients else None)
 
 

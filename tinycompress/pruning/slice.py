@@ -66,15 +66,15 @@ class Slice:
 
     def rotation(self, folded: Graph) -> Tensor:
         """The principal axes Q [D, D] of a graph with folded norms; no matter how many of them stay."""
-        covariances: list[Tensor] = []
+        covariances: dict[str, Tensor] = {}
 
         def visit(feed: Feed, inputs: Inputs) -> None:
             if feed.behind_norm:
-                covariances.append(gram(feed, inputs))
+                covariances[str(len(covariances))] = gram(feed, inputs)
 
         tokens = self.tokens if self.device is None else self.tokens.to(self.device)
-        walk(folded, tokens, visit, progress="Slice" if self.progress else None)
-        return principal_axes(covariances)
+        walk(folded, tokens, visit, kept=covariances, progress="Slice" if self.progress else None)
+        return principal_axes(list(covariances.values()))
 
 
 def principal_axes(covariances: Sequence[Tensor]) -> Tensor:

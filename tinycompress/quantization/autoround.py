@@ -58,4 +58,4 @@ class AutoRound:
 
         tokens = as_tokens(self.tokens).to(self.device)
         bar = "AutoRound" if self.progress else None
-        return walk_blocks(graph, self.reference, tokens, visit, progress=bar).replace(by=self)
+        return walk_blocks(graph, self.reference, tokens, visit, kept={}, progress=bar).replace(by=self)

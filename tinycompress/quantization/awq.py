@@ -81,18 +81,19 @@ class AWQ:
     def __call__(self, graph: Graph) -> Graph:
         specs = targets(graph, self.spec)
         linears = {linear.name: linear for linear in graph.config.linears() if linear.name in specs}
-        current = graph
+        kept: dict[str, Weight] = {}  # what is no longer as the graph has it
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
-            nonlocal current
             readers = [linears[name] for name in feed.readers if name in linears]
             if not readers:
                 return None
+            current = graph.replace(weights=kept)
             hessian = gram(feed, inputs)
             scale = torch.ones(len(hessian), device=hessian.device)
             if self.gqa or feed.repeat == 1:
                 scale = self._scale(feed, inputs, hessian, current, readers, specs)
-            current = current.replace(weights=fold(current, feed, scale))
+            kept.update(fold(current, feed, scale))
+            current = graph.replace(weights=kept)
             if not self.quantize:
                 return None  # nothing that the walk computes has changed
             folded = hessian / torch.outer(scale.double(), scale.double())
@@ -100,14 +101,14 @@ class AWQ:
             for linear in readers:
                 weight = current.tensor(linear.weight).to(hessian.device).float()
                 packed[linear.weight] = self._quantized(linear, weight, folded, specs[linear.name])
-            current = current.replace(weights=packed)
+            kept.update(packed)
             # The walk's inputs are those of the graph before any fold.
             return {name: weight.dequantize() / scale for name, weight in packed.items()}
 
-        walk(
-            graph, as_tokens(self.tokens).to(self.device), visit, progress=f"AWQ {self.spec}" if self.progress else None
-        )
-        return current.replace(by=self)
+        tokens = as_tokens(self.tokens).to(self.device)
+        bar = f"AWQ {self.spec}" if self.progress else None
+        walk(graph, tokens, visit, kept=kept, collect=False, progress=bar)
+        return graph.replace(weights=kept, by=self)
 
     def _scale(
         self,

@@ -137,6 +137,7 @@ class GPTQ:
             visit,
             reference=self.propagate > 0 or self.tuning is not None,
             finish=finish if self.tuning else None,
+            kept={},
             progress=f"GPTQ {self.spec}" if self.progress else None,
         ).replace(by=self)
 

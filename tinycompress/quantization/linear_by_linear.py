@@ -1,4 +1,7 @@
-"""Quantization without data: linear after linear, no forward, so that one weight in float is in memory at a time."""
+"""Quantization without data: linear after linear, no forward, so that one weight in float is in memory at a time.
+
+In a pipeline with a work folder a killed run goes on behind the last linear that it saved.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from ..checkpoints.unfinished import open_stage
 from ..graph.graph import Graph
 from ..graph.mapped_memory import keeper
 from ..graph.quant_tensor import QuantSpec, QuantTensor
@@ -31,8 +35,15 @@ def quantize_linears(
     linears = {linear.name: linear for linear in graph.config.linears()}
     keep = keeper((math.prod(linears[name].shape), spec.bits) for name, spec in specs.items())
     packed: dict[str, QuantTensor] = {}
-    for name, spec in tqdm(specs.items(), desc=progress, unit="linear", delay=2, disable=progress is None):
+    stage = open_stage("linears", packed=packed)
+    numbered = list(enumerate(specs.items(), 1))[stage.done :]
+    shown = progress is not None
+    for number, (name, spec) in tqdm(
+        numbered, desc=progress, unit="linear", initial=stage.done, total=len(specs), delay=2, disable=not shown
+    ):
         parameter = linears[name].weight
         weight = graph.tensor(parameter)
         packed[parameter] = keep(quantize(weight.to(device), spec, name).to(weight.device))
+        stage.save(number)
+    stage.finish()
     return packed

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..calibration.data import as_tokens
 from ..calibration.gram import gram
 from ..calibration.walk import Inputs, Stream, blocks, check_calibration
+from ..checkpoints.unfinished import open_stage
 from ..errors import InputError
 from ..graph.config import FINAL_NORM, HEAD
 from ..graph.graph import Graph, Pass
@@ -160,28 +161,35 @@ def sensitivity(
 ) -> dict[str, list[float]]:
     """For every linear of the layers, what each spec costs, in nats of KL per token.
 
-    tokens [windows, T] ids; `rounding`, `seed` and `progress` as the fields of `MixedBits`. Memory: what enters every
-    block, [layers, windows, T, D], and one block's activations.
+    tokens [windows, T] ids; `rounding`, `seed` and `progress` as the fields of `MixedBits`. Memory, and disk in a
+    pipeline with a work folder: what enters every block, [layers, windows, T, D], and one block's activations.
     """
     tokens = check_calibration(graph, tokens)
     linear_shapes(graph, specs)
+    n_layers = graph.config.n_layers
     stream = Stream(graph, tokens)
-    entering: list[list[Tensor]] = []  # by layer: batches [b, T, D]
+    entering: dict[str, Tensor] = {}  # batches [b, T, D] by layer and number
+    costs: dict[str, Tensor] = {}  # by linear, float64 [specs]
+    stage = open_stage("sensitivity", stream.device, entering=entering, costs=costs)
+    stream.hidden = stage.live.get("hidden", stream.hidden)
+    gradients = stage.live.get("gradients", [])
     bar = "MixedBits forward" if progress else None
-    for layer, block in enumerate(blocks(graph, stream.device, stream.dtype, bar)):
-        entering.append([h.clone() for h in stream.hidden])  # the block works in place
+    for layer, block in enumerate(blocks(graph, stream.device, stream.dtype, bar, stage.done), stage.done):
+        entering |= {f"{layer} {i}": h.clone() for i, h in enumerate(stream.hidden)}  # the block works in place
         stream.step(block)
         stream.check_finite(layer)
-    gradients: list[Tensor] = []
-    for i, h in enumerate(stream.hidden):
-        gradients.append(_head_gradient(graph, h, torch.Generator(stream.device).manual_seed(seed + i)))
+        stage.save(layer + 1, hidden=stream.hidden)
+    if not gradients and not stage.finished:
+        for i, h in enumerate(stream.hidden):
+            gradients.append(_head_gradient(graph, h, torch.Generator(stream.device).manual_seed(seed + i)))
     feeds_of: dict[int | None, list[Feed]] = {}
     for feed in feeds(graph.config):
         feeds_of.setdefault(feed.layer, []).append(feed)
-    costs: dict[str, list[float]] = {}
+    behind = max(0, stage.done - n_layers)
     layers = tqdm(
-        reversed(range(graph.config.n_layers)),
-        total=graph.config.n_layers,
+        reversed(range(n_layers - behind)),
+        total=n_layers,
+        initial=behind,
         desc="MixedBits backward",
         unit="layer",
         delay=2,
@@ -189,10 +197,14 @@ def sensitivity(
     )
     for layer in layers:
         block = Block(graph, layer, stream.device, stream.dtype)
-        seen = _backward(block, entering.pop(), gradients, stream.tables)
+        enter = [entering.pop(f"{layer} {i}") for i in range(len(stream.hidden))]
+        seen = _backward(block, enter, gradients, stream.tables)
         for feed in feeds_of.get(layer, ()):
-            costs |= _costs(graph, feed, seen, specs, rounding, tokens.numel())
-    return {linear.name: costs[linear.name] for linear in graph.config.linears() if linear.name in costs}
+            measured = _costs(graph, feed, seen, specs, rounding, tokens.numel())
+            costs |= {name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items()}
+        stage.save(2 * n_layers - layer, gradients=gradients)
+    stage.finish()
+    return {linear.name: costs[linear.name].tolist() for linear in graph.config.linears() if linear.name in costs}
 
 
 def _head_gradient(graph: Graph, hidden: Tensor, generator: torch.Generator) -> Tensor:

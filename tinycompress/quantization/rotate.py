@@ -52,7 +52,7 @@ class Rotate:
     residual: bool = True
     heads: bool = True
     seed: int = 0
-    device: str | None = field(default=None, repr=False, metadata={"key": False})
+    device: str | None = field(default=None, repr=False)
     progress: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -63,10 +63,9 @@ class SmoothQuant:
             raise InputError("SmoothQuant.alpha", self.alpha, accepted)
 
     def __call__(self, graph: Graph) -> Graph:
-        current = graph
+        kept: dict[str, Weight] = {}  # what is no longer as the graph has it
 
         def visit(feed: Feed, inputs: Inputs) -> Mapping[str, Weight] | None:
-            nonlocal current
             if feed.role == "head" or (feed.writes_stream and not self.writers):
                 return None
             peak = peaks(inputs)
@@ -74,13 +73,15 @@ class SmoothQuant:
                 readers = ", ".join(feed.readers)
                 remedy = "finite activations (look at the weights before it)"
                 raise InputError(f"inputs of {readers}", "NaN or infinite values", remedy)
+            current = graph.replace(weights=kept)
             weights = [current.tensor(current.config.weight_name(name)).to(peak.device) for name in feed.readers]
             scale = smooth_scale(peak, weights, self.alpha, feed.repeat, graph.config.head_dim)
-            current = current.replace(weights=fold(current, feed, scale))
+            kept.update(fold(current, feed, scale))
             return None  # nothing that the walk computes has changed
 
-        walk(graph, as_tokens(self.tokens).to(self.device), visit, progress="SmoothQuant" if self.progress else None)
-        return current.replace(by=self)
+        tokens = as_tokens(self.tokens).to(self.device)
+        walk(graph, tokens, visit, kept=kept, progress="SmoothQuant" if self.progress else None)
+        return graph.replace(weights=kept, by=self)
 
 
 def peaks(inputs: Inputs) -> Tensor:

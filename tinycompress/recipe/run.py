@@ -53,6 +53,7 @@ def run_recipe(
     adapt: Callable[[Pass], Pass] | None = None,
     device: torch.device | str | None = None,
     command: str | None = None,
+    fresh: bool = False,
 ) -> Made:
     """Runs the passes of a recipe, one after the other.
 
@@ -64,6 +65,7 @@ def run_recipe(
         adapt: changes a pass before it runs, such as where it keeps its state. Default None.
         device: where windows lie, and so where the work is done. Default None: the CPU.
         command: what was typed, for the provenance. Default None.
+        fresh: whether steps that `work` keeps of these passes are made again. Default False.
 
     Errors: an `InputError` for a recipe without a model, and for whatever does not fit the model or the texts.
     """
@@ -76,7 +78,7 @@ def run_recipe(
     passes = recipe.passes(graph, sources)
     if adapt:
         passes = [adapt(step) for step in passes]
-    after = pipeline.run(graph, passes, work)
+    after = pipeline.run(graph, passes, work, fresh=fresh)
     measured = None
     if recipe.measure is not None and rank() == 0:  # of several processes one measures
         measured = quality(graph, after, recipe.measure, sources, work)

@@ -135,9 +135,12 @@ class Reader:
         fields.setdefault("teacher", None)
         names = fields.pop("held_out", None)
         tokens = fields.get("tokens")
-        if names and tokens is not None and self.sources is not None:
+        if tokens is None or self.sources is None:
+            return
+        if names:
             fields["held_out"] = self.sources.texts(names, tokens.shape[1])
-        if isinstance(tokens, Tensor) and (counted := self.sources.answers(tokens)) is not None:
+        counted = self.sources.answers(tokens)
+        if counted is not None:
             fields["token_weights"] = counted
 
     def fields(self, table: Mapping[str, Any], place: Place, owner: str, known: Mapping[str, Kinds]) -> dict[str, Any]:
