@@ -14,8 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## compress, export and verify the embedded model; writes demo/ (table, plot, ONNX)
 	$(PYTHON) experiments/demo.py
 
-test: $(STAMP) ## the test suite, minutes
-	$(PYTHON) -m pytest
+test: $(STAMP) ## the test suite, minutes: a process for each core, of one thread each
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-all: $(STAMP) ## with the slow tests and whatever third-party runtimes are installed
 	$(PYTHON) -m pytest -m "slow or runtime or not slow"

@@ -19,7 +19,7 @@ def test_a_late_row_that_is_no_text_is_named(made: Path, tmp_path: Path) -> None
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b c d e f g h"}\n' * ROWS + '{"text": 7}\n')
     said = refused("eval", made / "mixed", "--data", path, "--windows", "1", "--seq-len", "32")
-    assert f"text in row {ROWS + 1} of {path}" in said
+    assert f"text in line {ROWS + 1} of {path}" in said
 
 
 @pytest.mark.parametrize("flags", [("--top-p", "0"), ("--top-p", "1e-9")])
