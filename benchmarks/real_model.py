@@ -7,7 +7,6 @@
   w4g128 …   `compress --quantize w4g128` (GPTQ as the recipe has it) and w4g64, 32 windows of 1,024 tokens
   prune90 …  `compress --prune params=0.9` and 0.8, the same windows
   export     profile ort of w4g128 and of w4g64, the table of the embedding in float and packed (w8); gguf of w4g64
-  gate       what manifests say
   text       greedy text over 64 tokens, torch (float32) and onnxruntime-genai (float32 products; as shipped, int8)
   quality    perplexity and KL to the model as it was given, --windows windows of 1,024 tokens, in torch
   speed      decode behind 32 positions and prefill of 512, two threads, by turns; llama.cpp also on Q4_0 of w4g64
@@ -270,7 +269,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# A real model of 1.5 billion parameters",
         "",
-        f"{results['protocol']}; {results['environment']['machine']}; made by `benchmarks/real_model.py`, which says "
+        ", ".join(f"{key} {value}" for key, value in results["protocol"].items())
+        + f"; {results['environment']['machine']}; made by `benchmarks/real_model.py`, which says "
         "what the rows are. Quality is against the dequantized model.",
         "",
         "| step | seconds | peak memory, MB | |",
