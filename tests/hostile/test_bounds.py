@@ -16,7 +16,7 @@ from tinycompress.checkpoints.checkpoint import load
 from tinycompress.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 from tinycompress.distillation.teacher_cache import open_cache, write_cache
 from tinycompress.errors import LONGEST, InputError
-from tinycompress.files import inside
+from tinycompress.files import inside, read_json
 
 
 def test_a_message_holds_nothing_that_a_terminal_acts_on():
@@ -107,3 +107,13 @@ def test_an_index_reads_nothing_outside(name, tmp_path):
     with watching(folder) as watch, pytest.raises(InputError, match="inside the folder"):
         load(folder)
     assert not watch.faults
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path):
+    """JSON can say it, and no file that we write could."""
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "\\ud83d\\ude00 \\\\ud800"}')
+    assert read_json(path) == {"name": "😀 \\ud800"}
+    path.write_text('{"name": "\\ud800"}')
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        read_json(path)

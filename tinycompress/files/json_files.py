@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LONGEST_NAME = 255  # bytes of one part of a path: what file systems take
 LONGEST_INTEGER = 300  # digits; floats end at 10 ** 308
 
@@ -32,7 +34,13 @@ def _finite(data: Any) -> Any:
 def read_json(path: str | Path) -> Any:
     """A JSON object from a file; an `InputError` that names the file if it is missing or not JSON."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_int=_integer)
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text, parse_int=_integer)
+        if SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # it could never be saved
+        accepted = "pairs of surrogates, as characters beyond U+FFFF are written"
+        raise InputError(str(path), "half of a surrogate pair in a text", accepted) from None
     except FileNotFoundError:
         raise InputError(str(path), "no such file", "a JSON file") from None
     except IsADirectoryError:

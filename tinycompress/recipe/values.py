@@ -270,7 +270,7 @@ class Reader:
         except InputError as error:
             key = _key_of(error, table)
             self.refused(error, place if key is None else (*place, key))
-            if key in fields and key not in REQUIRED.get(name, ()):
+            if key in fields and not _is_required(class_of(name), str(key)):
                 self.more_mistakes(
                     name, {field: value for field, value in fields.items() if field != key}, table, place
                 )
@@ -321,6 +321,12 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, Table | Mapped):
         return isinstance(value, Mapping)
     return isinstance(kind, Listed | Fixed) and isinstance(value, list | tuple)
+
+
+def _is_required(made: type, key: str) -> bool:
+    """Whether a field of a dataclass has no default."""
+    missing = dataclasses.MISSING
+    return any(f.name == key and f.default is f.default_factory is missing for f in dataclasses.fields(made))
 
 
 def _key_of(error: InputError, table: Mapping[str, Any]) -> str | None:
