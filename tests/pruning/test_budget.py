@@ -133,6 +133,8 @@ def test_the_forms_of_the_command_line():
     assert (
         prune_step("bytes=300MB", 64)["target"] == "bytes=300MB" and prune_step("params=0.8", 32)["multiple_of"] == 32
     )
+    step = {"name": "Prune", "target": "params=0.8", "axes": ["ffn"], "multiple_of": 64, "layout": "deci"}
+    assert prune_step("params=0.8,ffn,layout=deci", 64) == step
     assert prune_step("ffn=0.75", 64)["keep"] == {"ffn": 0.75} and prune_step("layers=20", 64)["keep"] == {"layers": 20}
     assert prune_step("slice=48", 64) == {"name": "Slice", "hidden": 48}
     assert prune_step("drop=2", 64) == {"name": "Drop", "count": 2}

@@ -62,7 +62,8 @@ def compress(
         typer.Option(
             metavar="params=SHARE",
             help="Cut the model to a budget: params=0.8 (a share of the non-embedding parameters), bytes=300MB, "
-            "flops=0.8, params=0.4,ffn,heads (taken from FFN channels and heads), layers=20, ffn=0.75, "
+            "flops=0.8, params=0.4,ffn,heads (taken from FFN channels and heads), params=0.8,layout=uniform (layers "
+            "all alike; deci: as llama.cpp reads uneven ones), layers=20, ffn=0.75, "
             "slice=512, drop=4.",
         ),
     ] = None,

@@ -155,17 +155,20 @@ def mixed_step(spec: Grid) -> Step:
 
 def prune_step(text: str, multiple_of: int) -> Step:
     """The pass for `params=0.8`, `bytes=300MB` or `flops=0.8` (one budget; `params=0.8,ffn,heads` names the axes it is
-    taken from), for one axis: a share `ffn=0.75`, or a count `layers=20`; for `slice=512` (hidden channels by rotation)
-    and `drop=4` (layers, one at a time)."""
+    taken from, `params=0.8,layout=deci` what the result must fit), for one axis: a share `ffn=0.75`, or a count
+    `layers=20`; for `slice=512` (hidden channels by rotation) and `drop=4` (layers, one at a time)."""
     key, _, number = text.partition("=")
     if key in TARGET_KINDS:
         target, *names = text.split(",")
         BudgetTarget.parse(target, "Options.prune")
+        layouts = [name.removeprefix("layout=") for name in names if name.startswith("layout=")]
+        names = [name for name in names if not name.startswith("layout=")]
         if unknown := [name for name in names if name not in PRUNABLE]:
             accepted = "the axes behind the budget, such as params=0.8,ffn,heads: " + " | ".join(PRUNABLE)
             raise InputError("Options.prune", f"{text!r}: axes {unknown}", accepted)
         axes = {"axes": names} if names else {}
-        return {"name": "Prune", "target": target} | axes | {"multiple_of": multiple_of}
+        layout = {"layout": layouts[-1]} if layouts else {}
+        return {"name": "Prune", "target": target} | axes | {"multiple_of": multiple_of} | layout
     try:
         amount = float(number) if "." in number else int(number)
     except ValueError:
