@@ -265,12 +265,14 @@ class Reader:
         """An instance of a class, or None with its errors as mistakes at the keys that they speak of."""
         if self.sources is None and name not in WITHOUT_TORCH:
             return None
+        if not _required(class_of(name)) <= set(fields):  # one of them had a mistake, which is told already
+            return None
         try:
             return class_of(name)(**fields)
         except InputError as error:
             key = _key_of(error, table)
             self.refused(error, place if key is None else (*place, key))
-            if key in fields and not _is_required(class_of(name), str(key)):
+            if key in fields and key not in REQUIRED.get(name, ()):
                 self.more_mistakes(
                     name, {field: value for field, value in fields.items() if field != key}, table, place
                 )
@@ -323,10 +325,10 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(kind, Listed | Fixed) and isinstance(value, list | tuple)
 
 
-def _is_required(made: type, key: str) -> bool:
-    """Whether a field of a dataclass has no default."""
+def _required(made: type) -> set[str]:
+    """The fields of a dataclass that have no default."""
     missing = dataclasses.MISSING
-    return any(f.name == key and f.default is f.default_factory is missing for f in dataclasses.fields(made))
+    return {field.name for field in dataclasses.fields(made) if field.default is field.default_factory is missing}
 
 
 def _key_of(error: InputError, table: Mapping[str, Any]) -> str | None:
