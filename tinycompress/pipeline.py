@@ -71,7 +71,6 @@ def _run_with_folder(graph: Graph, passes: Sequence[Pass], work: Path, bar: tqdm
     while done < len(passes):
         steps = _steps(graph, passes[done:], work, done)
         names += [step.folder.name for step in steps]
-        note_run(work, names)
         if fresh:
             for step in steps:
                 remove(step.folder)
@@ -80,11 +79,13 @@ def _run_with_folder(graph: Graph, passes: Sequence[Pass], work: Path, bar: tqdm
         if found:
             graph = _load(steps[found - 1].folder, graph)
             bar.update(found)
+            note_run(work, names)
         for step in steps[found:]:
             bar.set_postfix_str(pass_name(step.by))
             with kept_in(unfinished(step.folder)):
                 made = _apply(step.by, graph)
             graph = _saved(made, step.folder, graph)
+            note_run(work, names)  # behind the step: a run that saved nothing leaves nothing
             remove(unfinished(step.folder))
             bar.update()
         done += len(steps)
